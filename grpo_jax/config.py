@@ -1,0 +1,361 @@
+"""Every choice of a run, as frozen dataclasses that check themselves.
+
+Sources are taken in order: the defaults here, a YAML file, then flags. `None` means
+off or automatic. A wrong value raises `ValueError` with the field, the value and the
+remedy.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from grpo_jax.validation import (
+    AboveOne,
+    AxisSize,
+    Count,
+    Decay,
+    Finite,
+    NotNegative,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Size,
+    Text,
+)
+
+# Stands for "not given": `TrainConfig` replaces it by the value that suits the model.
+UNSET: Any = None
+
+EMBEDDED = "embedded"  # the small model that comes with the package
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(Section):
+    """What is optimized; the math and its sources are in `grpo_jax.objective`."""
+
+    section: ClassVar[str] = "objective"
+    # How a group's rewards become advantages.
+    advantage: Literal["softmax", "standardized", "centered", "leave_one_out"] = (
+        "softmax"
+    )
+    # Temperature of the softmax over a group's rewards, in units of reward.
+    softmax_temperature: Positive = 1.0
+    # Policy loss per token: clipped ratio, CISPO, or the plain log-likelihood.
+    surrogate: Literal["clip", "cispo", "likelihood"] = "clip"
+    # One importance ratio per token, or one per sequence (GSPO).
+    ratio_level: Literal["token", "sequence"] = "token"
+    clip_low: Positive = 0.2  # the ratio is clipped below at 1 - clip_low
+    clip_high: Positive = 0.2  # and above at 1 + clip_high
+    # Bounds the loss of bad completions at dual_clip * |advantage|; must exceed 1.
+    dual_clip: AboveOne | None = None
+    # Largest importance weight of the CISPO surrogate, as an absolute ratio.
+    cispo_max_weight: Positive | None = None
+    # Weight of the KL to the frozen reference (beta); 0 holds no reference.
+    kl_coef: NotNegative = 0.04
+    kl_estimator: Literal["k2", "k3"] = "k3"  # per-token KL estimator
+    entropy_coef: NotNegative = 0.0  # weight of the entropy bonus
+    # Cap of the truncated importance weight between sampler and learner; None is off.
+    sampler_correction_cap: Positive | None = None
+    # How tokens become one number.
+    aggregation: Literal[
+        "sequence_mean", "sequence_sum", "token_mean", "fixed_length"
+    ] = "sequence_mean"
+    # Leave out completions that hit the length limit before they ended.
+    mask_truncated: bool = False
+    # Length in tokens, before the limit, in which a penalty grows to -1 (DAPO).
+    overlong_tokens: Count | None = None
+    # Rewards of standardized advantages are divided by the deviation of this set.
+    std_over: Literal["group", "batch"] = "group"
+    # Extra rollouts a step may take to replace groups of equal rewards (DAPO).
+    resample_limit: Size = 0
+    # Steps after which the reference policy becomes the current one; None is never.
+    reference_every: Count | None = None
+
+    @staticmethod
+    def preset(name: str) -> "ObjectiveConfig":
+        """The objective of a paper, each as its authors state it.
+
+        - ``softmax``: advantages G·softmax(r/τ) - 1, clip and KL; the default.
+        - ``likelihood``: -Σᵢ softmax(r/τ)ᵢ log π(yᵢ|x), no ratio and no KL.
+        - ``grpo``: DeepSeekMath, Shao et al. 2024, eq. 3 and 4,
+          https://arxiv.org/abs/2402.03300.
+        - ``dr_grpo``: Liu et al. 2025, section 3, https://arxiv.org/abs/2503.20783.
+        - ``dapo``: Yu et al. 2025, eq. 8 to 13, https://arxiv.org/abs/2503.14476.
+        - ``gspo``: Zheng et al. 2025, eq. 5 to 7, https://arxiv.org/abs/2507.18071.
+        - ``cispo``: MiniMax-M1 2025, eq. 4 and 5, https://arxiv.org/abs/2506.13585.
+        - ``rloo``: Ahmadian et al. 2024, section 3.3, https://arxiv.org/abs/2402.14740.
+
+        Raises:
+          ValueError: for any other name.
+        """
+        if name not in _PRESETS:
+            known = ", ".join(_PRESETS)
+            raise ValueError(
+                f"objective preset {name!r} is unknown; use one of {known}."
+            )
+        return ObjectiveConfig(**_PRESETS[name])
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong between fields, one line each."""
+        if self.clip_low > self.clip_high:
+            yield (
+                f"clip_low {self.clip_low} must not exceed clip_high {self.clip_high}: "
+                "raise clip_high (0.28 in DAPO) or lower clip_low"
+            )
+        if self.surrogate == "clip" and self.clip_low >= 1:
+            yield f"clip_low must be below 1, got {self.clip_low}: a ratio is positive"
+        if self.surrogate == "cispo" and self.cispo_max_weight is None:
+            yield "cispo_max_weight is needed by surrogate 'cispo'; 5.0 is usual"
+        if self.reference_every is not None and self.kl_coef == 0:
+            yield "reference_every has no effect while kl_coef is 0; set kl_coef"
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "likelihood": {
+        "surrogate": "likelihood",
+        "aggregation": "sequence_sum",
+        "kl_coef": 0.0,
+    },
+    "grpo": {"advantage": "standardized"},
+    "dr_grpo": {
+        "advantage": "centered",
+        "aggregation": "fixed_length",
+        "kl_coef": 0.0,
+    },
+    "dapo": {
+        "advantage": "standardized",
+        "aggregation": "token_mean",
+        "clip_high": 0.28,
+        "kl_coef": 0.0,
+        "resample_limit": 4,
+    },
+    "gspo": {
+        "advantage": "standardized",
+        "ratio_level": "sequence",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "kl_coef": 0.0,
+    },
+    "cispo": {
+        "advantage": "standardized",
+        "surrogate": "cispo",
+        "cispo_max_weight": 5.0,
+        "aggregation": "token_mean",
+        "kl_coef": 0.0,
+    },
+    "rloo": {
+        "advantage": "leave_one_out",
+        "surrogate": "likelihood",
+        "aggregation": "sequence_sum",
+        "kl_coef": 0.0,
+    },
+}
+
+PRESETS = tuple(_PRESETS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Section):
+    """How the next token is drawn."""
+
+    section: ClassVar[str] = "sampling"
+    temperature: NotNegative = 1.0  # divides the logits; 0 takes the likeliest token
+    top_k: Count | None = None  # keep the k likeliest tokens
+    top_p: Share | None = None  # keep the likeliest tokens up to this probability
+    min_p: Share | None = None  # keep tokens above this share of the likeliest one
+    # Token ids that end a completion; None: the model's own.
+    stop_ids: tuple[Size, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    section: ClassVar[str] = "optimizer"
+    learning_rate: Positive = 1e-6  # peak learning rate
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up
+    warmup_steps: Size = 0  # updates over which the rate rises from 0
+    b1: Decay = 0.9  # decay of the first moment
+    b2: Decay = 0.999  # decay of the second moment
+    weight_decay: NotNegative = 0.0  # decoupled weight decay
+    max_grad_norm: Positive | None = 1.0  # global norm at which gradients are clipped
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardsConfig(Section):
+    """How reward functions are called."""
+
+    section: ClassVar[str] = "rewards"
+    weights: tuple[Finite, ...] | None = None  # one per function; None weighs all by 1
+    timeout_seconds: Positive | None = None  # time limit of a batch, per function
+    isolate: bool = False  # score in a process of its own
+    # What an exception in a reward function costs: the run, or that completion.
+    on_error: Literal["raise", "drop"] = "raise"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Section):
+    """Low-rank adapters, Hu et al. 2021, https://arxiv.org/abs/2106.09685."""
+
+    section: ClassVar[str] = "lora"
+    rank: Count | None = None  # width of the adapters; None trains all weights
+    alpha: Positive = 32.0  # the adapters' output is scaled by alpha / rank
+    # The projections that get adapters.
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
+        "q",
+        "k",
+        "v",
+        "o",
+        "gate",
+        "up",
+        "down",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """When the state is saved and what is kept."""
+
+    section: ClassVar[str] = "checkpoint"
+    every: Count = 50  # steps between saves; the last step is always saved
+    keep: Count = 3  # newest checkpoints that are kept
+    keep_every: Count | None = None  # besides, keep each step that this number divides
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig(Section):
+    """How devices and processes share the work."""
+
+    section: ClassVar[str] = "mesh"
+    # Devices along the data axis; one axis may be -1: all that are left.
+    data: AxisSize = 1
+    # Devices over which parameters are split, and the batch with them.
+    fsdp: AxisSize = -1
+    tensor: AxisSize = 1  # devices over which single matrices are split
+    mode: Literal["jit", "pmap"] = "jit"  # pmap: plain data parallelism
+    coordinator: str | None = None  # host:port of process 0; None finds it by itself
+    num_processes: Count | None = None  # processes in all
+    process_id: Size | None = None  # number of this process, from 0
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong between fields, one line each."""
+        if (self.data, self.fsdp, self.tensor).count(-1) > 1:
+            yield "data, fsdp and tensor: only one of them may be -1"
+        if self.mode == "pmap" and self.tensor not in (1, -1):
+            yield f"mode 'pmap' splits data only; tensor must be 1, got {self.tensor}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Section):
+    """What is shown and written while the run goes on."""
+
+    section: ClassVar[str] = "report"
+    log_every: Count = 1  # steps between lines on the console
+    completions_every: Count = 10  # steps between files of completions
+    tensorboard: bool = False  # write TensorBoard files into the run directory
+    wandb: bool = False  # log to Weights & Biases
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """A whole run. Values left out are those that suit the model.
+
+    `prompts_per_step x group_size` is the number of sequences of a step;
+    `updates_per_rollout` passes over `minibatches` make the optimizer updates;
+    `microbatch_size` is a memory knob only and changes no number beyond rounding.
+    """
+
+    model: Text = EMBEDDED  # hub name, folder, .gguf file, or the embedded model
+    task: Text = "arithmetic"  # arithmetic, gsm8k, reasoning_gym:NAME or a .jsonl file
+    data: str | None = None  # local file or folder with the task's rows
+    run_dir: str | None = None  # where the run is kept; None: runs/<task>
+    steps: Count = UNSET  # rollouts, each followed by its updates
+    seed: Seed = 0  # every random number of the run follows from it
+    prompts_per_step: Count = UNSET  # prompts of a step, over all processes
+    group_size: Count = 8  # completions per prompt
+    updates_per_rollout: Count = 1  # passes over a rollout
+    minibatches: Count = 1  # optimizer updates per pass
+    microbatch_size: Count | None = None  # sequences held at once; None: all
+    max_prompt_tokens: Count = 512  # longer prompts are an error
+    max_new_tokens: Count = UNSET  # completions are cut at this length
+    eval_every: Size = UNSET  # steps between evaluations; 0: none
+    eval_prompts: Size = UNSET  # held-out prompts of an evaluation; 0: none
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 off CPU
+    remat: Literal["auto", "none", "layer", "dots"] = "auto"  # what is recomputed
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    optimizer: OptimizerConfig = UNSET
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        """Fill in what was left out, then check; raises ValueError."""
+        defaults = _EMBEDDED_RUN if self.model == EMBEDDED else _PRETRAINED_RUN
+        for name, value in defaults.items():
+            if vars(self)[name] is UNSET:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong between fields, one line each."""
+        prompts, group = self.prompts_per_step, self.group_size
+        if group < 2:
+            yield (
+                f"group_size must be at least 2, got {group}: a completion is judged "
+                "against the others of its group; 8 is usual"
+            )
+        if prompts % self.minibatches:
+            yield (
+                f"minibatches {self.minibatches} must divide prompts_per_step {prompts}"
+            )
+        elif not self._microbatch_fits(prompts // self.minibatches * group):
+            yield (
+                f"microbatch_size {self.microbatch_size} must hold whole groups of "
+                f"{group} and divide the {prompts // self.minibatches * group} sequences "
+                f"of an update, or divide a group; {group} always does"
+            )
+        tail = self.objective.overlong_tokens
+        if tail is not None and tail >= self.max_new_tokens:
+            yield (
+                f"objective.overlong_tokens {tail} must be below max_new_tokens "
+                f"{self.max_new_tokens}"
+            )
+        if self.sampling.temperature == 0:
+            yield (
+                "sampling.temperature must be above 0 in training: equal completions "
+                "teach nothing; 1.0 is usual"
+            )
+
+    def _microbatch_fits(self, sequences: int) -> bool:
+        micro, group = self.microbatch_size, self.group_size
+        if micro is None or group % micro == 0:
+            return True
+        return micro % group == 0 and sequences % micro == 0
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates that follow one rollout."""
+        return self.updates_per_rollout * self.minibatches
+
+
+_EMBEDDED_RUN = {
+    "steps": 300,
+    "prompts_per_step": 32,
+    "max_new_tokens": 8,
+    "eval_every": 50,
+    "eval_prompts": 512,
+    "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
+}
+_PRETRAINED_RUN = {
+    "steps": 200,
+    "prompts_per_step": 16,
+    "max_new_tokens": 256,
+    "eval_every": 50,
+    "eval_prompts": 256,
+    "optimizer": OptimizerConfig(),
+}

@@ -1,0 +1,174 @@
+"""Attention over a shared prefix plus own tokens, one function for every mode.
+
+The G sequences of a prompt share its keys and values: their queries are folded into one
+matrix product against the prefix, and both parts are joined under one softmax. A plain
+causal pass is the case without prefix; decoding is the case of one query at an offset.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_jax.models import rope
+from grpo_jax.models.cache import Prefix
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.layers import Projection, RMSNorm, constrain
+
+# Finite, so that the difference of two masked scores is 0 and not NaN.
+_MASKED = -1e30
+
+Aux = TypeVar("Aux")
+
+
+def attention(
+    queries: Float[Array, "N G T H h"],
+    keys: Float[Array, "N G S K h"],
+    values: Float[Array, "N G S K h"],
+    *,
+    prefix: Prefix | None,
+    offset: Int[Array, ""] | int,
+    window: Int[Array, ""] | int | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "N G T H h"]:
+    """Returns softmax(scale q k^T) v over the prefix and the sequence's own tokens.
+
+    Query t is the sequence's own token `offset + t`. It sees own tokens up to itself
+    and the real tokens of the prefix, of both only the last `window` positions, itself
+    among them; so no row is ever empty. A softcap c turns scores s into c tanh(s / c)
+    (Gemma Team 2024, https://arxiv.org/abs/2408.00118, section 2). Scores and softmax
+    are float32. Query head i reads key/value head i // (H / K) (Ainslie et al. 2023,
+    https://arxiv.org/abs/2305.13245).
+    """
+    n, g, t, heads, width = queries.shape
+    kv_heads = keys.shape[3]
+    # One layout serves both products: with (N, K) as batch, all rows of a prompt's
+    # sequences against its prefix; with (N, K, G), a sequence's rows against its own.
+    folded = queries.reshape(n, g, t, kv_heads, heads // kv_heads, width)
+    folded = folded.transpose(0, 3, 1, 2, 4, 5)
+    mask = _own_mask(t, keys.shape[2], offset=offset, window=window)
+    parts = [("nkgtrh,ngskh->nkgtrs", "nkgtrs,ngskh->nkgtrh", keys, values, mask)]
+    if prefix is not None:
+        mask = _prefix_mask(t, prefix, offset=offset, window=window)
+        shared = (prefix.keys, prefix.values, mask)
+        parts.append(("nkgtrh,npkh->nkgtrp", "nkgtrp,npkh->nkgtrh", *shared))
+
+    scores = []
+    for equation, _, part_keys, _, mask in parts:
+        raw = scale * _product(equation, folded, part_keys)
+        capped = raw if softcap is None else softcap * jnp.tanh(raw / softcap)
+        scores.append(jnp.where(mask, capped, _MASKED))
+    peaks = [part.max(axis=-1, keepdims=True) for part in scores]
+    peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
+    weights = [jnp.exp(part - peak) for part in scores]
+    totals = [part.sum(axis=-1, keepdims=True) for part in weights]
+    mixed = [
+        _product(equation, part.astype(part_values.dtype), part_values)
+        for part, (_, equation, _, part_values, _) in zip(weights, parts, strict=True)
+    ]
+    out = functools.reduce(jnp.add, mixed) / functools.reduce(jnp.add, totals)
+    out = out.astype(queries.dtype).transpose(0, 2, 3, 1, 4, 5)
+    return out.reshape(n, g, t, heads, width)
+
+
+class SelfAttention(nn.Module):
+    """Projections, query/key norms and rotary embedding around a way to attend."""
+
+    config: ModelConfig
+
+    def setup(self):
+        """Declares the projections and, where the family has them, the norms."""
+        config = self.config
+        model_width, width = config.hidden_size, config.num_heads * config.head_dim
+        kv_width = config.num_kv_heads * config.head_dim
+        into, bias = ("embed", "heads"), config.attention_bias
+        into_kv = ("embed", "kv_heads")
+        self.q = self._projection(model_width, width, into, bias)
+        self.k = self._projection(model_width, kv_width, into_kv, bias)
+        self.v = self._projection(model_width, kv_width, into_kv, bias)
+        out_of, bias = ("heads", "embed"), config.output_bias
+        self.o = self._projection(width, model_width, out_of, bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(eps=config.norm_eps, offset=config.norm_offset)
+            self.k_norm = RMSNorm(eps=config.norm_eps, offset=config.norm_offset)
+
+    def __call__(
+        self,
+        x: Float[Array, "N S D"],
+        rotary: tuple[Float[Array, "N S h2"], Float[Array, "N S h2"]],
+        attend: Callable[[Array, Array, Array], tuple[Array, Aux]],
+    ) -> tuple[Float[Array, "N S D"], Aux]:
+        """Returns the attention output and whatever else `attend` returns.
+
+        `attend(queries[N, S, H, h], keys[N, S, K, h], values)` does the mixing; it is
+        what distinguishes a plain pass from prefill, decode and score.
+        """
+        q = self._heads(self.q(x), self.config.num_heads, "heads")
+        k = self._heads(self.k(x), self.config.num_kv_heads, "kv_heads")
+        v = self._heads(self.v(x), self.config.num_kv_heads, "kv_heads")
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rope.apply_rotary(q, *rotary), rope.apply_rotary(k, *rotary)
+        context, aux = attend(q, k, v)
+        return self.o(context.reshape(*x.shape[:2], -1)), aux
+
+    def _heads(
+        self, x: Float[Array, "N S W"], count: int, axis: str
+    ) -> Float[Array, "N S count h"]:
+        split = x.reshape(*x.shape[:2], count, self.config.head_dim)
+        return constrain(split, "batch", "seq", axis, None)
+
+    def _projection(
+        self,
+        in_features: int,
+        out_features: int,
+        axes: tuple[str, str],
+        use_bias: bool,
+    ) -> Projection:
+        return Projection(
+            in_features=in_features,
+            out_features=out_features,
+            axes=axes,
+            use_bias=use_bias,
+            lora_scale=self.config.lora_scale,
+        )
+
+
+def _product(equation: str, left: Array, right: Array) -> Float[Array, "..."]:
+    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
+
+
+def _own_mask(
+    num_queries: int,
+    num_keys: int,
+    *,
+    offset: Int[Array, ""] | int,
+    window: Int[Array, ""] | int | None,
+) -> Bool[Array, "1 1 1 T 1 S"]:
+    queries = offset + jnp.arange(num_queries)[:, None]
+    distance = queries - jnp.arange(num_keys)[None, :]
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    return mask[None, None, None, :, None, :]
+
+
+def _prefix_mask(
+    num_queries: int,
+    prefix: Prefix,
+    *,
+    offset: Int[Array, ""] | int,
+    window: Int[Array, ""] | int | None,
+) -> Bool[Array, "N 1 1 T 1 P"]:
+    key_positions = jnp.arange(prefix.keys.shape[-3])[None, None, :]
+    lengths = prefix.lengths[:, None, None]
+    mask = key_positions < lengths
+    if window is not None:
+        queries = lengths + offset + jnp.arange(num_queries)[None, :, None]
+        mask &= queries - key_positions < window
+    return mask[:, None, None, :, None, :]

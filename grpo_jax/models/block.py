@@ -1,0 +1,97 @@
+"""One decoder layer, and what tells layers apart besides their parameters.
+
+Layers are scanned, so their differences (rotary setting, window) are scanned data.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from grpo_jax.models import rope
+from grpo_jax.models.attention import SelfAttention
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.layers import GatedMLP, RMSNorm, constrain
+
+# Wider than any sequence: stands for "no window" where another layer has one.
+_UNBOUNDED = 2**30
+
+
+@struct.dataclass
+class PerLayer:
+    """What differs between layers; None where nothing does."""
+
+    index: Int[Array, "*L"]
+    rope: Int[Array, "*L"] | None  # row of the rotary tables
+    window: Int[Array, "*L"] | None
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each normalized before, and after too if sandwiched."""
+
+    config: ModelConfig
+
+    def setup(self):
+        """Declares the parts of the layer."""
+        self.attn_norm = self._norm()
+        self.attn = SelfAttention(self.config)
+        self.mlp_norm = self._norm()
+        self.mlp = GatedMLP(self.config)
+        if self.config.sandwich_norm:
+            self.post_attn_norm = self._norm()
+            self.post_mlp_norm = self._norm()
+
+    def __call__(
+        self,
+        x: Float[Array, "N S D"],
+        tables: tuple[Float[Array, "R N S h2"], Float[Array, "R N S h2"]],
+        data: PerLayer,
+        attend: Callable,
+    ) -> tuple[Float[Array, "N S D"], Any]:
+        """Returns the layer's output and whatever else `attend` returns.
+
+        `attend(queries, keys, values)` mixes the tokens (see `SelfAttention`); `tables`
+        are those of `rotary_tables`, `data` is this layer's row of `per_layer_data`.
+        """
+        setting = 0 if data.rope is None else data.rope
+        rotary = (tables[0][setting], tables[1][setting])
+        mixed, aux = self.attn(self.attn_norm(x), rotary, attend)
+        x = x + (self.post_attn_norm(mixed) if self.config.sandwich_norm else mixed)
+        inner = self.mlp(self.mlp_norm(x))
+        x = x + (self.post_mlp_norm(inner) if self.config.sandwich_norm else inner)
+        return constrain(x, "batch", "seq", "embed"), aux
+
+    def _norm(self) -> RMSNorm:
+        return RMSNorm(eps=self.config.norm_eps, offset=self.config.norm_offset)
+
+
+def per_layer_data(config: ModelConfig) -> PerLayer:
+    """Returns what differs between the layers, stacked on a leading axis."""
+    used, settings = _rope_settings(config)
+    windows = [_UNBOUNDED if w is None else w for w in config.layer_window]
+    windowed = any(w is not None for w in config.layer_window)
+    return PerLayer(
+        index=jnp.arange(config.num_layers),
+        rope=jnp.asarray(used) if len(settings) > 1 else None,
+        window=jnp.asarray(windows) if windowed else None,
+    )
+
+
+def rotary_tables(
+    config: ModelConfig, positions: Int[Array, "N S"]
+) -> tuple[Float[Array, "R N S h2"], Float[Array, "R N S h2"]]:
+    """Returns cosines and sines of every rotary setting that some layer uses."""
+    _, settings = _rope_settings(config)
+    return rope.rotary_tables(positions, settings, head_dim=config.head_dim)
+
+
+def _rope_settings(
+    config: ModelConfig,
+) -> tuple[list[int], list[rope.RopeConfig | None]]:
+    """Returns each layer's row, and the setting of each row; None is no rotation."""
+    chosen = [None if i is None else config.rope[i] for i in config.layer_rope]
+    settings = list(dict.fromkeys(chosen))
+    return [settings.index(one) for one in chosen], settings

@@ -1,0 +1,145 @@
+"""ModelConfig: the shape and options of one decoder; a model family is data in it."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from grpo_jax.models import hf_config
+from grpo_jax.models.rope import RopeConfig
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "norm_eps",
+    "attention_scale",
+    "embedding_scale",
+)
+_CHOICES = {
+    "activation": ("silu", "gelu_tanh", "gelu"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "remat": ("none", "layer", "dots"),
+}
+# Fields about how the model is run, not what it is; config.json has none of them.
+_RUN_FIELDS = ("dtype", "remat", "lora_scale")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape and options of a decoder; hashable, so it can be static under jit.
+
+    Raises:
+        ValueError: listing every field that is out of range or disagrees with another.
+    """
+
+    architecture: str  # Hugging Face class, e.g. "LlamaForCausalLM"
+    vocab_size: int
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int  # divides num_heads
+    head_dim: int  # h, even; num_heads * head_dim may differ from hidden_size
+    max_position_embeddings: int  # longest sequence of training, in tokens
+    norm_eps: float
+    rope: tuple[RopeConfig, ...]  # the distinct rotary settings
+    layer_rope: tuple[int | None, ...]  # per layer: index into rope, None = no rotation
+    layer_window: tuple[int | None, ...]  # per layer: tokens seen, None = all
+    tie_embeddings: bool  # the head is the transposed embedding
+    attention_bias: bool  # biases of q, k and v
+    output_bias: bool  # bias of o
+    mlp_bias: bool
+    qk_norm: bool  # norms of queries and keys, per head
+    sandwich_norm: bool  # norms after attention and after the MLP too
+    norm_offset: float  # added to every stored norm scale
+    activation: Literal["silu", "gelu_tanh", "gelu"]
+    attention_scale: float  # multiplies q k^T
+    embedding_scale: float  # multiplies embeddings, rounded to the compute dtype
+    attention_softcap: float | None  # c of c tanh(s / c) on attention scores
+    logit_softcap: float | None  # the same on logits, for whoever applies the head
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    dtype: str = "float32"  # of compute; parameters stay float32
+    remat: Literal["none", "layer", "dots"] = "none"  # what backward recomputes
+    lora_scale: float | None = None  # alpha / rank; needed when adapters are given
+
+    def __post_init__(self):
+        problems = [*_range_problems(self), *_relation_problems(self)]
+        if problems:
+            raise ValueError("ModelConfig: " + "; ".join(problems))
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
+        """Returns the configuration of a parsed `config.json`, of either spelling.
+
+        Rotary settings are read from `rope_theta` and `rope_scaling` (transformers 4)
+        or `rope_parameters` (5). Absent keys mean what the transformers class assumes.
+        `dtype` is left at float32: the file's is that of storage, not of compute.
+
+        A key that is not known may change the model. It is refused unless its value is
+        null, false, zero or empty, which by custom means "not in use".
+
+        Raises:
+            ValueError: unknown architecture, missing keys, or an unsupported option.
+        """
+        return cls(**hf_config.read(hf))
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns a `config.json` that transformers reads back to the same model.
+
+        The spelling is that of transformers 4, which 5 reads too. `dtype`, `remat` and
+        `lora_scale` are not part of it; whoever writes the weights adds their dtype.
+
+        Raises:
+            ValueError: the architecture's `config.json` cannot express some field.
+        """
+        fields = dataclasses.fields(self)
+        values = {field.name: getattr(self, field.name) for field in fields}
+        hf = hf_config.write(values)
+        restored = ModelConfig.from_hf(hf)
+        kept = {name: values[name] for name in _RUN_FIELDS}
+        restored = dataclasses.replace(restored, **kept)
+        if restored != self:
+            lost = [n for n, v in values.items() if getattr(restored, n) != v]
+            raise ValueError(
+                f"the config.json of {self.architecture} cannot express these values: "
+                + ", ".join(f"{name}={values[name]!r}" for name in lost)
+            )
+        return hf
+
+
+def _range_problems(config: ModelConfig) -> Iterator[str]:
+    values = dataclasses.asdict(config)
+    for name in _SIZES:
+        if not values[name] > 0:
+            yield f"{name} must be positive, got {values[name]}"
+    for name in ("attention_softcap", "logit_softcap", "lora_scale"):
+        if values[name] is not None and not values[name] > 0:
+            yield f"{name} must be positive or None, got {values[name]}"
+    for name, choices in _CHOICES.items():
+        if values[name] not in choices:
+            yield f"{name} must be one of {choices}, got {values[name]!r}"
+
+
+def _relation_problems(config: ModelConfig) -> Iterator[str]:
+    if config.num_kv_heads > 0 and config.num_heads % config.num_kv_heads:
+        yield (
+            f"num_heads {config.num_heads} must be a multiple of num_kv_heads "
+            f"{config.num_kv_heads}"
+        )
+    if config.head_dim % 2:
+        yield f"head_dim must be even for rotary embeddings, got {config.head_dim}"
+    for name in ("layer_rope", "layer_window"):
+        count = len(getattr(config, name))
+        if count != config.num_layers:
+            yield f"{name} needs num_layers={config.num_layers} entries, has {count}"
+    if any(not 0 <= (i or 0) < len(config.rope) for i in set(config.layer_rope)):
+        yield f"layer_rope must index the {len(config.rope)} settings in rope"
+    if any(window is not None and window < 1 for window in config.layer_window):
+        yield f"layer_window must be positive or None, got {config.layer_window}"

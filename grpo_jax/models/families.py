@@ -1,0 +1,191 @@
+"""What each supported architecture is, as data: one row per Hugging Face class.
+
+A row says which keys of `config.json` the architecture reads, what transformers assumes
+for those that are absent, and the few facts that no key states. The tables below it
+list the keys that change nothing here and those supported at one value only.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+REQUIRED_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+
+# Keys without effect on the function that the decoder computes: bookkeeping, training
+# and generation settings, and dropout, which acts in training by supervision only.
+IGNORED_KEYS = frozenset(
+    """
+    architectures model_type _name_or_path name_or_path transformers_version
+    torch_dtype dtype use_cache cache_implementation _attn_implementation
+    attn_implementation _attn_implementation_autoset attention_dropout hidden_dropout
+    resid_pdrop embd_pdrop initializer_range auto_map is_llama_config
+    transformers.js_config unsloth_fixed unsloth_version id2label label2id num_labels
+    problem_type task_specific_params finetuning_task torchscript return_dict
+    output_attentions output_hidden_states chunk_size_feed_forward is_decoder
+    max_length min_length do_sample temperature top_p top_k typical_p num_beams
+    num_beam_groups num_return_sequences repetition_penalty length_penalty
+    no_repeat_ngram_size early_stopping diversity_penalty max_window_size
+    keys_to_ignore_at_inference use_bfloat16 prefix sep_token_id tokenizer_class
+    decoder_start_token_id unk_token_id pruned_heads bad_words_ids
+    """.split()
+)
+
+# Keys that change the model, and the one value at which this decoder is that model.
+FIXED_KEYS: Mapping[str, Any] = {"pretraining_tp": 1, "partial_rotary_factor": 1.0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture: what it reads and what its class fixes."""
+
+    model_type: str
+    defaults: Mapping[str, Any]  # optional keys, with what absence means
+    default_theta: float = 10_000.0  # rotary base where the file names none
+    local_theta: float | None = None  # second rotary base, on windowed layers
+    windows: Literal["none", "all", "late", "patterned", "unrotated"] = "none"
+    qkv_bias: bool = False  # always present, whatever the file says
+    qk_norm: bool = False
+    sandwich_norm: bool = False
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False  # embeddings times sqrt(D)
+    ignored: frozenset[str] = frozenset()  # keys this class alone disregards
+
+
+_SHARED = {
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "head_dim": None,
+    "num_key_value_heads": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_LLAMA_BIASES = {"attention_bias": False, "mlp_bias": False}
+_QWEN_WINDOWS = {
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+_GEMMA = {
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": None,
+    "_sliding_window_pattern": None,
+    "layer_types": None,
+}
+
+FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family(
+        model_type="llama",
+        defaults=_SHARED
+        | _LLAMA_BIASES
+        | {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "MistralForCausalLM": Family(
+        model_type="mistral",
+        defaults=_SHARED
+        | {
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        windows="all",
+    ),
+    "Qwen2ForCausalLM": Family(
+        model_type="qwen2",
+        defaults=_SHARED
+        | _QWEN_WINDOWS
+        | {"max_position_embeddings": 32_768, "num_key_value_heads": 32},
+        windows="late",
+        qkv_bias=True,
+    ),
+    "Qwen3ForCausalLM": Family(
+        model_type="qwen3",
+        defaults=_SHARED
+        | _QWEN_WINDOWS
+        | {
+            "max_position_embeddings": 32_768,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "attention_bias": False,
+        },
+        windows="late",
+        qk_norm=True,
+    ),
+    "Gemma2ForCausalLM": Family(
+        model_type="gemma2",
+        defaults=_GEMMA
+        | {
+            "max_position_embeddings": 8192,
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        windows="patterned",
+        sandwich_norm=True,
+        norm_offset=1.0,
+        scaled_embedding=True,
+        ignored=frozenset({"hidden_act"}),
+    ),
+    "Gemma3ForCausalLM": Family(
+        model_type="gemma3_text",
+        defaults=_GEMMA
+        | {
+            "max_position_embeddings": 131_072,
+            "sliding_window_pattern": 6,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "rope_local_base_freq": 10_000.0,
+        },
+        default_theta=1_000_000.0,
+        local_theta=10_000.0,
+        windows="patterned",
+        qk_norm=True,
+        sandwich_norm=True,
+        norm_offset=1.0,
+        scaled_embedding=True,
+        ignored=frozenset({"hidden_act"}),
+    ),
+    "SmolLM3ForCausalLM": Family(
+        model_type="smollm3",
+        defaults=_SHARED
+        | _LLAMA_BIASES
+        | {
+            "max_position_embeddings": 32_768,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "bos_token_id": 128_000,
+            "eos_token_id": 128_001,
+            "pad_token_id": 128_004,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "layer_types": None,
+        },
+        default_theta=2_000_000.0,
+        windows="unrotated",
+        ignored=frozenset({"max_window_layers"}),
+    ),
+}

@@ -1,0 +1,264 @@
+"""Reading and writing Hugging Face `config.json` as the fields of a ModelConfig.
+
+Both spellings of rotary settings are read: `rope_theta` and `rope_scaling` of
+transformers 4, `rope_parameters` of 5. What the decoder does not honor is an error that
+names the field, never a different model.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_jax.models import families
+from grpo_jax.models.families import FAMILIES, Family
+from grpo_jax.models.rope import RopeConfig
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+# Written under the same name as the field holds.
+_SAME_NAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "head_dim",
+    "max_position_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "bos_token_id",
+    "pad_token_id",
+)
+_OTHER_NAME = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+    "attn_logit_softcapping": "attention_softcap",
+    "final_logit_softcapping": "logit_softcap",
+}
+
+
+def read(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of the ModelConfig that a parsed `config.json` describes.
+
+    Raises:
+        ValueError: unknown architecture, missing keys, or an unsupported option.
+    """
+    architecture = _architecture(hf)
+    family = FAMILIES[architecture]
+    _check_keys(hf, family)
+    values = {**family.defaults, **hf}
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    head_dim = values["head_dim"] or width // heads
+    bias = bool(values.get("attention_bias"))
+    fields = {
+        field: values.get(key)
+        for key, field in _OTHER_NAME.items() | {n: n for n in _SAME_NAME}.items()
+    }
+    fields |= {
+        "architecture": architecture,
+        "num_kv_heads": values["num_key_value_heads"] or heads,
+        "head_dim": head_dim,
+        "attention_bias": bias or family.qkv_bias,
+        "output_bias": bias,
+        "mlp_bias": bool(values.get("mlp_bias")),
+        "qk_norm": family.qk_norm,
+        "sandwich_norm": family.sandwich_norm,
+        "norm_offset": family.norm_offset,
+        "activation": _activation(values),
+        "attention_scale": values.get("query_pre_attn_scalar", head_dim) ** -0.5,
+        "embedding_scale": width**0.5 if family.scaled_embedding else 1.0,
+        "eos_token_ids": _token_ids(values["eos_token_id"]),
+    }
+    layer_types = _layer_types(values, family)
+    window = _window(values)
+    if window is None and _SLIDING in layer_types:
+        raise ValueError(
+            f"layer_types names {_SLIDING!r}, but sliding_window is not set (or "
+            "use_sliding_window is false)"
+        )
+    fields["layer_window"] = tuple(
+        window if t == _SLIDING else None for t in layer_types
+    )
+    return fields | _rotary(values, layer_types, family)
+
+
+def write(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the `config.json` of a ModelConfig's fields, in transformers 4 spelling.
+
+    Only what the architecture has a key for is written; the caller compares what comes
+    back with what went in.
+    """
+    architecture = fields["architecture"]
+    if architecture not in FAMILIES:
+        raise ValueError(_unknown_architecture(architecture))
+    family = FAMILIES[architecture]
+    known = (*families.REQUIRED_KEYS, *family.defaults)
+    eos = fields["eos_token_ids"]
+    values = {
+        **{name: fields[name] for name in _SAME_NAME},
+        **{key: fields[field] for key, field in _OTHER_NAME.items()},
+        "attention_bias": fields["output_bias"],
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        "query_pre_attn_scalar": round(fields["attention_scale"] ** -2),
+        **_write_windows(fields, family),
+    }
+    activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+    values["hidden_act"] = activations[fields["activation"]]
+    values["hidden_activation"] = values["hidden_act"]
+    values["no_rope_layers"] = [int(i is not None) for i in fields["layer_rope"]]
+    hf = {key: values[key] for key in known if key in values}
+    rope = fields["rope"]
+    hf |= {"rope_theta": rope[0].theta, "rope_scaling": rope[0].to_hf()}
+    if family.local_theta is not None:
+        hf["rope_local_base_freq"] = rope[-1].theta
+    return {"architectures": [architecture], "model_type": family.model_type, **hf}
+
+
+def _architecture(hf: Mapping[str, Any]) -> str:
+    by_type = {family.model_type: name for name, family in FAMILIES.items()}
+    model_type = str(hf.get("model_type"))
+    named = hf.get("architectures") or [by_type.get(model_type, model_type)]
+    if len(named) != 1 or named[0] not in FAMILIES:
+        raise ValueError(_unknown_architecture(named[0] if len(named) == 1 else named))
+    expected = FAMILIES[named[0]].model_type
+    if model_type != expected:
+        raise ValueError(
+            f"model_type {model_type!r} does not belong to architecture {named[0]}; "
+            f"expected {expected!r}"
+        )
+    return named[0]
+
+
+def _unknown_architecture(name: object) -> str:
+    return f"architecture {name!r} is not supported; expected one of {sorted(FAMILIES)}"
+
+
+def _check_keys(hf: Mapping[str, Any], family: Family) -> None:
+    problems = [f"missing {key}" for key in families.REQUIRED_KEYS if key not in hf]
+    read_keys = {*families.REQUIRED_KEYS, *families.ROPE_KEYS, *family.defaults}
+    harmless = read_keys | families.IGNORED_KEYS | family.ignored
+    for key in sorted(set(hf) - harmless):
+        only = families.FIXED_KEYS.get(key)
+        # An unknown key that is null, false, zero or empty is taken as "not in use".
+        honored = hf[key] in (None, only) if key in families.FIXED_KEYS else not hf[key]
+        if not honored:
+            remedy = "" if only is None else f" (only {only!r} is)"
+            problems.append(f"{key}={hf[key]!r} is not supported{remedy}")
+    if problems:
+        raise ValueError("config.json: " + "; ".join(problems))
+
+
+def _activation(values: Mapping[str, Any]) -> str:
+    key = "hidden_activation" if "hidden_activation" in values else "hidden_act"
+    # Gemma files may hold an explicit null, which stands for the tanh approximation.
+    name = values[key] or "gelu_pytorch_tanh"
+    if name not in _ACTIVATIONS:
+        raise ValueError(
+            f"config.json: {key}={name!r} is not supported; expected one of "
+            f"{sorted(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _window(values: Mapping[str, Any]) -> int | None:
+    in_use = values.get("use_sliding_window", True)
+    return values.get("sliding_window") if in_use else None
+
+
+def _layer_types(values: Mapping[str, Any], family: Family) -> list[str]:
+    num_layers = values["num_hidden_layers"]
+    given = values.get("layer_types")
+    if given is not None:
+        unknown = sorted(set(given) - {_FULL, _SLIDING})
+        if unknown or len(given) != num_layers:
+            raise ValueError(
+                f"config.json: layer_types must have {num_layers} entries, each "
+                f"{_FULL!r} or {_SLIDING!r}; got {given}"
+            )
+        return list(given)
+    windowed = _window(values) is not None
+    layers = range(num_layers)
+    match family.windows:
+        case "none":
+            slides = [False for _ in layers]
+        case "all":
+            slides = [windowed for _ in layers]
+        case "late":
+            slides = [windowed and i >= values["max_window_layers"] for i in layers]
+        case "patterned":
+            private = values["_sliding_window_pattern"]
+            every = private or values["sliding_window_pattern"]
+            slides = [(i + 1) % every != 0 for i in layers]
+        case "unrotated":
+            rotates = _rotates(values)
+            slides = [windowed and not rotates[i] for i in layers]
+    return [_SLIDING if slide else _FULL for slide in slides]
+
+
+def _rotates(values: Mapping[str, Any]) -> list[bool]:
+    num_layers = values["num_hidden_layers"]
+    flags = values.get("no_rope_layers")
+    if flags is None and "no_rope_layer_interval" in values:
+        every = values["no_rope_layer_interval"]
+        flags = [(i + 1) % every != 0 for i in range(num_layers)]
+    # Despite its name, an entry of 1 in no_rope_layers means that the layer rotates.
+    flags = [True] * num_layers if flags is None else [bool(flag) for flag in flags]
+    if len(flags) < num_layers:
+        raise ValueError(
+            f"config.json: no_rope_layers has {len(flags)} entries for {num_layers} "
+            "layers"
+        )
+    return flags[:num_layers]
+
+
+def _rotary(
+    values: Mapping[str, Any], layer_types: list[str], family: Family
+) -> dict[str, Any]:
+    parameters = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    nested = bool(parameters) and set(parameters) <= {_FULL, _SLIDING}
+    if nested != (family.local_theta is not None) and values.get("rope_parameters"):
+        expected = "one entry per layer type" if not nested else "one flat entry"
+        raise ValueError(
+            f"config.json: rope_parameters of {family.model_type} must be {expected}, "
+            f"got {parameters}"
+        )
+    limit = values["max_position_embeddings"]
+    theta = values.get("rope_theta") or family.default_theta
+    main = (parameters.get(_FULL) or {}) if nested else parameters
+    rope = [RopeConfig.from_hf(main, theta=theta, max_positions=limit)]
+    index = {_FULL: 0, _SLIDING: 0}
+    if family.local_theta is not None:
+        local = (parameters.get(_SLIDING) or {}) if nested else {}
+        theta = values["rope_local_base_freq"]
+        rope.append(RopeConfig.from_hf(local, theta=theta, max_positions=limit))
+        index[_SLIDING] = 1
+    rotates = _rotates(values)
+    layer_rope = [index[t] if rotates[i] else None for i, t in enumerate(layer_types)]
+    return {"rope": tuple(rope), "layer_rope": tuple(layer_rope)}
+
+
+def _write_windows(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    windows = fields["layer_window"]
+    layer_types = [_FULL if window is None else _SLIDING for window in windows]
+    window = max((w for w in windows if w is not None), default=None)
+    late = next((i for i, w in enumerate(windows) if w is not None), len(windows))
+    return {
+        "use_sliding_window": window is not None,
+        # Gemma's class builds the windowed mask even where no layer uses it.
+        "sliding_window": window
+        or (family.defaults.get("sliding_window") if family.windows != "all" else None),
+        "max_window_layers": late,
+        "layer_types": layer_types,
+    }

@@ -1,0 +1,165 @@
+"""The parts of a decoder layer: norm, projection with an optional adapter, gated MLP.
+
+Parameters are float32; each part casts its own to the compute dtype where it uses them.
+Kernels are two-dimensional, [in, out]. Each parameter carries logical axis names.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.spmd import with_logical_constraint
+from jaxtyping import Array, Float, Int
+
+from grpo_jax.models.config import ModelConfig
+
+_KERNEL_INIT = nn.initializers.normal(0.02)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm: x / sqrt(mean(x^2) + eps) * (offset + scale).
+
+    Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467. Computed in float32 and
+    returned in the dtype of x. Gemma stores scale - 1, hence the offset of 1 there.
+    """
+
+    eps: float
+    offset: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Returns x normalized over its last axis."""
+        # A fresh norm multiplies by 1, whatever the offset.
+        init = nn.initializers.constant(1.0 - self.offset)
+        scale = _parameter(self, "scale", init, x.shape[-1:], ("norm",))
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normalized = wide * jax.lax.rsqrt(mean_square + self.eps)
+        weight = jnp.expand_dims(self.offset + scale, range(x.ndim - 1))
+        return (normalized * weight).astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    """The table of token embeddings, multiplied by `scale` on lookup."""
+
+    vocab_size: int
+    features: int
+    scale: float
+    dtype: str
+
+    def setup(self):
+        """Declares the table."""
+        shape, axes = (self.vocab_size, self.features), ("vocab", "embed")
+        self.embedding = _parameter(self, "embedding", _KERNEL_INIT, shape, axes)
+
+    def __call__(self, tokens: Int[Array, "N S"]) -> Float[Array, "N S D"]:
+        """Returns the scaled embeddings in the compute dtype."""
+        # Padding may hold any id, even a negative one: clipped, it stays finite.
+        rows = jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(self.dtype)
+        # The scale is rounded to the compute dtype, as in the models' own training.
+        return rows * jnp.asarray(self.scale, self.dtype)
+
+
+class Projection(nn.Module):
+    """A linear map x W + b, plus the low-rank term of an adapter where one is given.
+
+    With variables `a` [in, r] and `b` [r, out] in the collection `lora` the result is
+    x W + b + lora_scale (x a) b (Hu et al. 2021, https://arxiv.org/abs/2106.09685,
+    section 4.1); without them it is the base model.
+    """
+
+    in_features: int
+    out_features: int
+    axes: tuple[str, str]  # logical names of the kernel's axes
+    use_bias: bool
+    lora_scale: float | None
+
+    def setup(self):
+        """Declares the kernel and the bias."""
+        shape, axes = (self.in_features, self.out_features), self.axes
+        self.kernel = _parameter(self, "kernel", _KERNEL_INIT, shape, axes)
+        if self.use_bias:
+            zeros = nn.initializers.zeros
+            self.bias = _parameter(self, "bias", zeros, shape[1:], axes[1:])
+
+    def __call__(self, x: Float[Array, "N S I"]) -> Float[Array, "N S O"]:
+        """Returns the projected x, in the dtype of x."""
+        # As one matrix: on CPU the gradient of a product with two leading axes is not
+        # recognized as a matrix product, and takes ten times as long.
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows @ self.kernel.astype(x.dtype)
+        if self.use_bias:
+            y = y + self.bias.astype(x.dtype)[None, :]
+        if self.has_variable("lora", "a"):
+            y = y + self._adapter(rows)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _adapter(self, x: Float[Array, "R I"]) -> Float[Array, "R O"]:
+        if self.lora_scale is None:
+            raise ValueError(
+                "adapters were given, but ModelConfig.lora_scale is None; set it to "
+                "alpha / rank with dataclasses.replace(config, lora_scale=...)"
+            )
+        a = self.get_variable("lora", "a").astype(x.dtype)
+        b = self.get_variable("lora", "b").astype(x.dtype)
+        return self.lora_scale * ((x @ a) @ b)
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)); Shazeer 2020, https://arxiv.org/abs/2002.05202."""
+
+    config: ModelConfig
+
+    def setup(self):
+        """Declares the three projections."""
+        width, inner = self.config.hidden_size, self.config.intermediate_size
+        self.gate = self._projection(width, inner, ("embed", "mlp"))
+        self.up = self._projection(width, inner, ("embed", "mlp"))
+        self.down = self._projection(inner, width, ("mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "N S D"]) -> Float[Array, "N S D"]:
+        """Returns the output of the block, without the residual."""
+        inner = activation(self.gate(x), kind=self.config.activation) * self.up(x)
+        inner = constrain(inner, "batch", "seq", "mlp")
+        return self.down(inner)
+
+    def _projection(
+        self, in_features: int, out_features: int, axes: tuple[str, str]
+    ) -> Projection:
+        return Projection(
+            in_features=in_features,
+            out_features=out_features,
+            axes=axes,
+            use_bias=self.config.mlp_bias,
+            lora_scale=self.config.lora_scale,
+        )
+
+
+def activation(x: Float[Array, "..."], *, kind: str) -> Float[Array, "..."]:
+    """Returns the nonlinearity named by `kind` (ModelConfig.activation) of x."""
+    match kind:
+        case "silu":
+            return nn.silu(x)
+        case "gelu_tanh":
+            return nn.gelu(x, approximate=True)
+        case "gelu":
+            return nn.gelu(x, approximate=False)
+    raise ValueError(f"unknown activation {kind!r}")
+
+
+def constrain(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
+    """Returns x laid out on the mesh by its logical axes; x itself without rules."""
+    return with_logical_constraint(x, axes)
+
+
+def _parameter(
+    module: nn.Module,
+    name: str,
+    init: Any,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+) -> Array:
+    """Returns a float32 parameter of a module, declared with its logical axes."""
+    boxed: Any = nn.with_logical_partitioning(init, axes)
+    return module.param(name, boxed, shape, jnp.float32)

@@ -1,0 +1,96 @@
+"""Low-rank adapters: a collection of their own beside the base parameters.
+
+The collection `lora` mirrors the paths of the projections it adapts, e.g.
+`layers/attn/q/{a, b}`. The base model is the model without the collection, so no second
+copy of the weights is needed. The scale alpha / rank is `ModelConfig.lora_scale`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jaxtyping import Array, Key, PyTree
+
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
+
+# Target name -> module path of the projection.
+_PATHS = {
+    "q": ("layers", "attn", "q"),
+    "k": ("layers", "attn", "k"),
+    "v": ("layers", "attn", "v"),
+    "o": ("layers", "attn", "o"),
+    "gate": ("layers", "mlp", "gate"),
+    "up": ("layers", "mlp", "up"),
+    "down": ("layers", "mlp", "down"),
+}
+
+
+def init_lora(
+    model: Decoder, key: Key[Array, ""], *, rank: int, targets: tuple[str, ...]
+) -> PyTree:
+    """Returns fresh float32 adapters, with which the model computes what it did before.
+
+    a [L, in, rank] is uniform in +-1/sqrt(in), b [L, rank, out] is 0, as in the
+    reference implementation of Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+
+    Raises:
+        ValueError: a target that is no projection, or a rank below 1.
+    """
+    unknown = sorted(set(targets) - set(_PATHS))
+    if unknown or not targets:
+        raise ValueError(
+            f"lora targets must be some of {sorted(_PATHS)}, got {list(targets)}"
+        )
+    if rank < 1:
+        raise ValueError(f"lora rank must be at least 1, got {rank}")
+    shapes = _flat(abstract_params(model))
+    adapters = {}
+    for name, one_key in zip(_PATHS, jax.random.split(key, len(_PATHS)), strict=True):
+        if name in targets:
+            num_layers, fan_in, fan_out = shapes[(*_PATHS[name], "kernel")].shape
+            shape, bound = (num_layers, fan_in, rank), fan_in**-0.5
+            a = jax.random.uniform(one_key, shape, minval=-bound, maxval=bound)
+            adapters[(*_PATHS[name], "a")] = a
+            adapters[(*_PATHS[name], "b")] = jnp.zeros((num_layers, rank, fan_out))
+    return traverse_util.unflatten_dict(adapters)
+
+
+def lora_axes(model: Decoder, adapters: PyTree) -> PyTree:
+    """Returns the tree of adapters with a tuple of logical axis names per leaf.
+
+    The rank is too small to split and has no name.
+    """
+    kernels = _flat(param_axes(model))
+    axes = {}
+    for path in _flat(adapters):
+        layers, inward, outward = kernels[(*path[:-1], "kernel")]
+        ends = {"a": (layers, inward, None), "b": (layers, None, outward)}
+        axes[path] = ends[path[-1]]
+    return traverse_util.unflatten_dict(axes)
+
+
+def merge_lora(params: PyTree, adapters: PyTree, config: ModelConfig) -> PyTree:
+    """Returns parameters of a model without adapters that computes the same.
+
+    Each adapted kernel becomes W + lora_scale a b, in float32.
+
+    Raises:
+        ValueError: `config.lora_scale` is not set.
+    """
+    if config.lora_scale is None:
+        raise ValueError("ModelConfig.lora_scale is None; set it to alpha / rank")
+    merged = _flat(params)
+    factors = _flat(adapters)
+    for path in {path[:-1] for path in factors}:
+        a, b = factors[(*path, "a")], factors[(*path, "b")]
+        merged[(*path, "kernel")] += config.lora_scale * jnp.matmul(
+            a, b, precision=jax.lax.Precision.HIGHEST
+        )
+    return traverse_util.unflatten_dict(merged)
+
+
+def _flat(tree: PyTree) -> dict[tuple[str, ...], Any]:
+    flat: Any = traverse_util.flatten_dict(tree)
+    return flat

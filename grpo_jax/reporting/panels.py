@@ -1,0 +1,61 @@
+"""Which curves of a run are shown, and how; one list for the plot and the page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from grpo_jax.reporting import metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One curve: its title, its metric, and the name and unit of its vertical axis."""
+
+    title: str
+    metric: str
+    label: str
+    band: str | None = None  # metric drawn as a band of plus and minus its value
+    sparse: bool = False  # measured now and then: drawn as points joined by lines
+
+
+PANELS = (
+    Panel(
+        title="Reward",
+        metric=metrics.REWARD,
+        label="mean ± spread in groups",
+        band=metrics.REWARD_STD,
+    ),
+    Panel(
+        title="Held-out accuracy",
+        metric=metrics.ACCURACY,
+        label="share right",
+        sparse=True,
+    ),
+    Panel(title="KL to the reference", metric=metrics.KL, label="nats per token"),
+    Panel(title="Completion length", metric=metrics.MEAN_LENGTH, label="tokens, mean"),
+    Panel(
+        title="Cut at the token limit",
+        metric=metrics.CLIPPED_RATIO,
+        label="share of completions",
+    ),
+    Panel(title="Gradient norm", metric=metrics.GRAD_NORM, label="L2 norm"),
+    Panel(title="Entropy", metric=metrics.ENTROPY, label="nats per token"),
+    Panel(
+        title="Throughput",
+        metric=metrics.TOKENS_PER_SECOND,
+        label="tokens per second",
+    ),
+)
+
+
+def trend(values: Sequence[float]) -> list[float]:
+    """Running mean of `values` over the last twenty-fifth of the run; at least 1 value.
+
+    The first entries average what there is so far.
+    """
+    window = max(1, len(values) // 25)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()

@@ -1,0 +1,155 @@
+"""Curves of one run or several over each other, as a PNG."""
+
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grpo_jax.reporting import metrics
+from grpo_jax.reporting.panels import PANELS, Panel, trend
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito 2008, told apart with every kind of color vision;
+# https://jfly.uni-koeln.de/color/. Yellow is left out: too faint on white.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_STYLES = ("-", "--", "-.", ":")
+# From here on single steps are drawn faint, with their running mean over them.
+_MANY_STEPS = 40
+
+
+def plot_runs(run_dirs: Sequence[str | Path], out_png: str | Path) -> Path:
+    """The path of a PNG in which the runs' curves lie over each other.
+
+    Metrics that no run has are left out. Raises ValueError without any run, for a
+    directory without metrics, and when there is nothing to draw.
+    """
+    if not run_dirs:
+        raise ValueError("plot_runs needs at least one run directory, got none")
+    histories = [metrics.read_metrics(run_dir) for run_dir in run_dirs]
+    figure = make_figure(dict(zip(_labels(run_dirs), histories, strict=True)))
+    path = Path(out_png)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def make_figure(runs: dict[str, list[dict[str, Any]]]) -> "Figure":
+    """A figure of the histories by name, a panel for each metric that some run has."""
+    # Not pyplot: it keeps figures alive, and may look for a display.
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    panels = [panel for panel in PANELS if _any_has(runs, panel)]
+    if not panels:
+        wanted = ", ".join(panel.metric for panel in PANELS)
+        raise ValueError(f"nothing to draw: no run has any of {wanted}")
+    columns = min(2 if len(panels) <= 4 else 3, len(panels))
+    rows = -(-len(panels) // columns)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    figure = Figure(figsize=(4.6 * columns, 2.8 * rows + 0.6), layout=layout)
+    limits = _step_limits(runs)
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        _draw_panel(axes, panel, runs)
+        axes.set_xlim(*limits)
+    _name_runs(figure, list(runs))
+    return figure
+
+
+def _draw_panel(
+    axes: "Axes", panel: Panel, runs: dict[str, list[dict[str, Any]]]
+) -> None:
+    for (name, history), (color, style) in zip(runs.items(), _looks(), strict=False):
+        steps, values = metrics.series(history, panel.metric)
+        if not steps:
+            continue
+        look = {"color": color, "linestyle": style, "label": name}
+        # A single point has no line, and evaluations are few: show where they are.
+        marker = "o" if panel.sparse or len(steps) == 1 else ""
+        if len(steps) < _MANY_STEPS or panel.sparse:
+            axes.plot(steps, values, linewidth=1.6, marker=marker, markersize=4, **look)
+        else:
+            axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
+            axes.plot(steps, trend(values), linewidth=1.8, **look)
+        if panel.band is not None:
+            _draw_band(axes, (panel.metric, panel.band), history, color)
+    axes.set_title(panel.title, loc="left", fontsize=11, pad=8)
+    axes.set_xlabel("step", fontsize=9)
+    axes.set_ylabel(panel.label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_band(
+    axes: "Axes", pair: tuple[str, str], history: list[dict[str, Any]], color: str
+) -> None:
+    """A band as wide as the second metric around the first, both smoothed alike."""
+    middle_name, spread_name = pair
+    middle_at = dict(zip(*metrics.series(history, middle_name), strict=True))
+    spread_at = dict(zip(*metrics.series(history, spread_name), strict=True))
+    steps = sorted(middle_at.keys() & spread_at.keys())
+    if not steps:
+        return
+    middle = np.array(_smooth([middle_at[step] for step in steps]))
+    spread = np.array(_smooth([spread_at[step] for step in steps]))
+    axes.fill_between(
+        steps, middle - spread, middle + spread, color=color, alpha=0.12, linewidth=0
+    )
+
+
+def _smooth(values: list[float]) -> list[float]:
+    return values if len(values) < _MANY_STEPS else trend(values)
+
+
+def _name_runs(figure: "Figure", names: list[str]) -> None:
+    """A title for one run; for several a legend below, where it covers no curve."""
+    if len(names) == 1:
+        figure.suptitle(names[0], fontsize=12, fontweight="bold")
+        return
+    handles = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=min(4, len(handles)),
+        frameon=False,
+    )
+
+
+def _looks() -> Any:
+    """Colors in turn; each time they begin again, with another style of line."""
+    return ((color, style) for style in cycle(_STYLES) for color in _COLORS)
+
+
+def _labels(run_dirs: Sequence[str | Path]) -> list[str]:
+    """The runs' folder names, or whole paths where names alone would be the same."""
+    paths = [Path(run_dir).resolve() for run_dir in run_dirs]
+    labels = [path.name for path in paths]
+    if len(set(labels)) == len(labels):
+        return labels
+    if len(set(paths)) < len(paths):
+        raise ValueError(
+            f"a run directory is given twice: {', '.join(map(str, paths))}"
+        )
+    return [str(path) for path in paths]
+
+
+def _step_limits(runs: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
+    """One horizontal range for all panels, so that they can be read across."""
+    steps = [line["step"] for history in runs.values() for line in history]
+    margin = max(0.02 * (max(steps) - min(steps)), 0.5)
+    return min(steps) - margin, max(steps) + margin
+
+
+def _any_has(runs: dict[str, list[dict[str, Any]]], panel: Panel) -> bool:
+    return any(metrics.series(history, panel.metric)[0] for history in runs.values())

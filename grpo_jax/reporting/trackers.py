@@ -1,0 +1,271 @@
+"""Where numbers and completions go: JSON lines always, TensorBoard and W&B if asked.
+
+Every tracker takes the same calls in the order of the steps. Only process 0 of a run
+has trackers; the others get an empty composite.
+"""
+
+import contextlib
+import importlib
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from grpo_jax.config import ReportConfig
+from grpo_jax.reporting import metrics as names
+from grpo_jax.reporting.text import prompt_text, visible
+
+# Completions of one step that TensorBoard shows; all of them are in the JSON lines.
+_SHOWN = 4
+
+
+class Tracker(Protocol):
+    """A place that numbers and completions are sent to."""
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Record the metrics of one step; called once per step."""
+        ...
+
+    def log_completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Record completions of one step, a row each; fields as `JsonlTracker` has."""
+        ...
+
+    def flush(self) -> None:
+        """Return once everything recorded so far survives the end of the process."""
+        ...
+
+    def truncate_after(self, step: int) -> None:
+        """Forget what was recorded for steps after `step`; -1 forgets everything.
+
+        A resumed run calls it before its first step, with the step it restored.
+        """
+        ...
+
+    def close(self) -> None:
+        """Flush and release files and connections."""
+        ...
+
+
+def make_tracker(
+    config: ReportConfig, run_dir: str | Path, *, enabled: bool = True
+) -> Tracker:
+    """All trackers that `config` asks for, as one; none when not `enabled`.
+
+    Raises ValueError when one needs a package that is not installed, so make trackers
+    before anything slow starts.
+    """
+    if not enabled:
+        return CompositeTracker(())
+    optional: list[Tracker] = []
+    if config.tensorboard:
+        optional.append(TensorBoardTracker(run_dir))
+    if config.wandb:
+        optional.append(WandbTracker(run_dir))
+    return CompositeTracker((JsonlTracker(run_dir), *optional))
+
+
+class JsonlTracker:
+    """Writes `metrics.jsonl`, one line per step, and `completions/step_*.jsonl`.
+
+    A row of completions has `step`, `prompt`, `completion`, `rewards` (by name),
+    `reward`, `advantage`, `length` and `finished`.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._run_dir = Path(run_dir)
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = self._run_dir / names.METRICS_FILE
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Append one line, visible to readers at once."""
+        line = names.to_json_line({**metrics, "step": step})
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def log_completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Write the file of this step, whole or not at all."""
+        path = names.completions_file(self._run_dir, step)
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, "".join(names.to_json_line(row) + "\n" for row in rows))
+
+    def flush(self) -> None:
+        """Put the lines on disk: a checkpoint must not be newer than its metrics."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def truncate_after(self, step: int) -> None:
+        """Drop lines, a torn one too, and completions of later steps, atomically."""
+        kept = [line for line in names.read_lines(self._path) if line["step"] <= step]
+        self._file.close()
+        write_text(
+            self._path, "".join(names.to_json_line(line) + "\n" for line in kept)
+        )
+        self._file = self._path.open("a", encoding="utf-8")
+        for written in names.completion_steps(self._run_dir):
+            if written > step:
+                names.completions_file(self._run_dir, written).unlink()
+
+    def close(self) -> None:
+        """Flush and close the file of metrics."""
+        if not self._file.closed:
+            self.flush()
+            self._file.close()
+
+
+class TensorBoardTracker:
+    """Writes event files under `tensorboard/` of the run; needs tensorboardX."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        try:
+            import tensorboardX
+        except ImportError as error:
+            raise ValueError(_missing("tensorboard", "tensorboardX")) from error
+        self._writer_type = tensorboardX.SummaryWriter
+        self._log_dir = str(Path(run_dir) / "tensorboard")
+        self._writer = self._make_writer(None)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Add every metric that is a number."""
+        for name, value in _numbers(metrics).items():
+            self._writer.add_scalar(name, value, step)
+
+    def log_completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Add the first few as text, indented so that Markdown leaves it as it is."""
+        for index, row in enumerate(rows[:_SHOWN]):
+            text = f"{prompt_text(row['prompt'])}\n---\n{row['completion']}"
+            text = f"reward {row['reward']}\n---\n{text}"
+            block = "\n".join(f"    {line}" for line in visible(text).split("\n"))
+            self._writer.add_text(f"completions/{index}", block, step)
+
+    def flush(self) -> None:
+        """Write the event file out."""
+        self._writer.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Begin an event file that hides what the ones before say of later steps."""
+        self._writer.close()
+        self._writer = self._make_writer(step + 1)
+
+    def close(self) -> None:
+        """Write and close the event file."""
+        self._writer.close()
+
+    def _make_writer(self, purge_step: int | None) -> Any:
+        # Files are named by the second; two made within one must not be the same.
+        return self._writer_type(
+            self._log_dir,
+            purge_step=purge_step,
+            filename_suffix=f".{time.time_ns()}",
+        )
+
+
+class WandbTracker:
+    """Logs to Weights & Biases; with WANDB_MODE=offline into the run directory."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            raise ValueError(_missing("wandb", "wandb")) from error
+        folder = Path(run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._make_table = wandb.Table
+        self._run = wandb.init(
+            project="grpo_jax",
+            name=folder.resolve().name,
+            dir=str(folder),
+            id=_run_id(folder / "wandb_id.txt"),
+            resume="allow",
+        )
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Send every metric that is a number."""
+        self._run.log(_numbers(metrics), step=step)
+
+    def log_completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Send a table of prompts, completions and rewards."""
+        columns = ["step", "prompt", "completion", "reward", "length", "finished"]
+        shown = [{**row, "prompt": prompt_text(row["prompt"])} for row in rows]
+        data = [[row[column] for column in columns] for row in shown]
+        self._run.log(
+            {"completions": self._make_table(columns=columns, data=data)}, step=step
+        )
+
+    def flush(self) -> None:
+        """Do nothing: a process of W&B's own writes and sends."""
+
+    def truncate_after(self, step: int) -> None:
+        """Do nothing: W&B keeps a step's first value, and a rerun gives the same."""
+
+    def close(self) -> None:
+        """Wait until everything is sent."""
+        self._run.finish()
+
+
+class CompositeTracker:
+    """Passes every call on to several trackers; with none of them it does nothing."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = tuple(trackers)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Record the metrics of one step everywhere."""
+        for tracker in self._trackers:
+            tracker.log(metrics, step)
+
+    def log_completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Record completions everywhere."""
+        for tracker in self._trackers:
+            tracker.log_completions(rows, step)
+
+    def flush(self) -> None:
+        """Flush all."""
+        for tracker in self._trackers:
+            tracker.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Forget later steps everywhere."""
+        for tracker in self._trackers:
+            tracker.truncate_after(step)
+
+    def close(self) -> None:
+        """Close all, even when one of them fails."""
+        with contextlib.ExitStack() as stack:
+            for tracker in self._trackers:
+                stack.callback(tracker.close)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path`: a reader sees the old text or the new, never half."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    plain = names.plain(metrics)
+    return {
+        name: value
+        for name, value in plain.items()
+        if name != "step" and isinstance(value, int | float)
+    }
+
+
+def _run_id(path: Path) -> str:
+    """The id of this run at W&B, the same after a restart."""
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex[:12])
+    return path.read_text(encoding="utf-8")
+
+
+def _missing(field: str, package: str) -> str:
+    return (
+        f"report.{field}=True needs {package}, which is not installed; run"
+        f" pip install 'grpo-jax[{field}]', or leave report.{field} out"
+    )

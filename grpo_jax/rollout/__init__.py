@@ -1,0 +1,1 @@
+"""Prompts to scored completions: sampling, generation and reward functions."""

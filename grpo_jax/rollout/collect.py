@@ -1,0 +1,198 @@
+"""One rollout: prompts of a step, a group of completions for each, their rewards.
+
+What comes back lies on the host, as this process's share of the global batch.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int, PyTree
+
+from grpo_jax.config import SamplingConfig, TrainConfig
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.parallel import mesh as meshes
+from grpo_jax.rollout import prompts as texts
+from grpo_jax.rollout.generate import Completions, generate
+from grpo_jax.rollout.groups import Rollout, refill
+from grpo_jax.rollout.rewards import RewardRunner, Scores
+from grpo_jax.tasks.base import Row, Task
+from grpo_jax.tasks.order import rows_at
+from grpo_jax.weights.tokenizer import Tokenizer
+
+
+class Collector:
+    """Samples groups of completions for a task's prompts and has them rewarded."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        task: Task,
+        runner: RewardRunner,
+        config: TrainConfig,
+        mesh: Mesh,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._task = task
+        self._runner = runner
+        self._config = config
+        self._mesh = mesh
+        self._encoded = texts.encode_rows(
+            tokenizer,
+            task.train,
+            max_prompt_tokens=config.max_prompt_tokens,
+            vocab_size=model.config.vocab_size,
+        )
+
+    def sample(self, variables: PyTree, *, step: int, position: int) -> Rollout:
+        """The completions of the prompts from `position` on, without rewards yet.
+
+        Every random number follows from (seed, step, position, sample, token).
+        """
+        config = self._config
+        count = config.prompts_per_step
+        everyone = rows_at(position, count, size=len(self._encoded), seed=config.seed)
+        # All processes pad alike: together they make one array.
+        longest = max(len(self._encoded[number]) for number in everyone)
+        share = count // jax.process_count()
+        first = share * jax.process_index()
+        numbers = everyone[first : first + share]
+        prompts, lengths = texts.pad(
+            [self._encoded[number] for number in numbers],
+            length=texts.bucket(longest, limit=config.max_prompt_tokens),
+            pad_id=self._tokenizer.pad_id,
+        )
+        ids = np.arange(position + first, position + first + share, dtype=np.uint32)
+        start = time.perf_counter()
+        sampled = self._generate(variables, prompts, lengths, ids, step)
+        seconds = time.perf_counter() - start
+        return Rollout(
+            rows=[self._task.train[number] for number in numbers],
+            prompts=prompts,
+            prompt_lengths=lengths,
+            tokens=sampled.tokens,
+            logp=sampled.logp,
+            lengths=sampled.lengths,
+            finished=sampled.finished,
+            completions=[
+                self._tokenizer.decode(ids)
+                for ids in unpadded(sampled.tokens, sampled.lengths)
+            ],
+            counts=np.ones(share, bool),
+            rewards=np.full(sampled.lengths.shape, np.nan),
+            metrics={"time/rollout": seconds},
+        )
+
+    def reward(self, rollout: Rollout, *, step: int) -> Rollout:
+        """The rollout with its rewards."""
+        start = time.perf_counter()
+        scores = score_rows(
+            self._runner,
+            [row for row in rollout.rows for _ in range(self._config.group_size)],
+            rollout.completions,
+            unpadded(rollout.tokens, rollout.lengths),
+            step=step,
+        )
+        seconds = time.perf_counter() - start
+        shape = rollout.lengths.shape
+        by_name = dict(zip(self._runner.names, scores.rewards, strict=True))
+        return dataclasses.replace(
+            rollout,
+            rewards=scores.total.reshape(shape),
+            rewards_by_name={n: values.reshape(shape) for n, values in by_name.items()},
+            extra=scores.extra,
+            metrics=rollout.metrics | scores.metrics | {"time/reward": seconds},
+        )
+
+    def informative(
+        self, variables: PyTree, *, step: int, position: int, limit: int
+    ) -> tuple[Rollout, int]:
+        """A rewarded rollout whose groups differ in reward, and the rollouts it took.
+
+        Groups of equal rewards teach nothing; they are replaced, whole, from up to
+        `limit` further rollouts (dynamic sampling: DAPO, Yu et al. 2025, section 3.2,
+        https://arxiv.org/abs/2503.14476). What is still missing then is filled with
+        such groups, which do not count.
+        """
+        wanted = self._config.prompts_per_step // jax.process_count()
+        taken: list[Rollout] = []
+        while True:
+            drawn = position + len(taken) * self._config.prompts_per_step
+            rollout = self.sample(variables, step=step, position=drawn)
+            taken.append(self.reward(rollout, step=step))
+            merged = refill(taken, wanted, short=len(taken) > limit)
+            # One process that is short has all of them sample again.
+            missing = meshes.gather_rows(np.array([merged is None]))
+            if merged is not None and not missing.any():
+                return merged, len(taken)
+
+    def _generate(
+        self,
+        variables: PyTree,
+        prompts: np.ndarray,
+        lengths: np.ndarray,
+        ids: np.ndarray,
+        step: int,
+    ) -> Completions:
+        config = self._config
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        sent = meshes.to_mesh(self._mesh, (prompts, lengths, ids))
+        sampled = generate(
+            self._model,
+            variables["params"],
+            sent[0],
+            sent[1],
+            key,
+            group_size=config.group_size,
+            max_new_tokens=config.max_new_tokens,
+            sampling=with_stop_ids(config.sampling, self._tokenizer),
+            prompt_ids=sent[2],
+            lora=variables.get("lora"),
+        )
+        # The longest of all processes: each must go on with the same shapes.
+        longest = int(sampled.lengths.max())
+        kept = texts.bucket(longest, limit=config.max_new_tokens)
+        return meshes.to_host(
+            sampled.replace(
+                tokens=sampled.tokens[..., :kept], logp=sampled.logp[..., :kept]
+            )
+        )
+
+
+def score_rows(
+    runner: RewardRunner,
+    rows: Sequence[Row],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    step: int,
+) -> Scores:
+    """The rewards of one completion per row."""
+    columns = [name for name in rows[0] if name != "prompt"]
+    return runner.score(
+        [row["prompt"] for row in rows],
+        list(completions),
+        {name: [row[name] for row in rows] for name in columns},
+        completion_ids=completion_ids,
+        step=step,
+    )
+
+
+def with_stop_ids(sampling: SamplingConfig, tokenizer: Tokenizer) -> SamplingConfig:
+    """The sampling with the tokenizer's stop tokens where it names none of its own."""
+    if sampling.stop_ids is not None:
+        return sampling
+    return dataclasses.replace(sampling, stop_ids=tokenizer.stop_ids)
+
+
+def unpadded(
+    tokens: Int[np.ndarray, "N G T"], lengths: Int[np.ndarray, "N G"]
+) -> list[list[int]]:
+    """The token ids of N x G completions, group by group, stop token included."""
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    return [row[:n].tolist() for row, n in zip(flat, lengths.reshape(-1), strict=True)]

@@ -1,0 +1,240 @@
+"""The group sampler: one prefill per prompt, then one compiled loop over tokens.
+
+The completions of a group share the prompt's keys and values. The key of a token is
+folded from (key, prompt, sample, token), so what is drawn for a prompt does not depend
+on the prompts beside it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from grpo_jax.config import SamplingConfig
+from grpo_jax.models.decoder import Cache, Decoder
+from grpo_jax.rollout import sampling as draws
+
+
+@struct.dataclass
+class Completions:
+    """What was sampled.
+
+    Attributes:
+      tokens: ``[N, G, T]`` token ids; entries from `lengths` on are padding.
+      lengths: ``[N, G]`` tokens of each completion, its stop token included.
+      logp: ``[N, G, T]`` log-probability in nats of each token under the sampler, 0 in
+        the padding.
+      finished: ``[N, G]`` whether a stop token ended it, rather than the limit.
+    """
+
+    tokens: Int[Array, "N G T"]
+    lengths: Int[Array, "N G"]
+    logp: Float[Array, "N G T"]
+    finished: Bool[Array, "N G"]
+
+    @property
+    def mask(self) -> Bool[Array, "N G T"]:
+        """True for the tokens of a completion, False for the padding."""
+        positions = jnp.arange(self.tokens.shape[-1])
+        return positions < self.lengths[..., None]
+
+
+@struct.dataclass
+class _Loop:
+    """State of the loop: the token at `step - 1` is the last one drawn."""
+
+    step: Int[Array, ""]
+    tokens: Int[Array, "N G T"]
+    logp: Float[Array, "N G T"]
+    lengths: Int[Array, "N G"]
+    finished: Bool[Array, "N G"]
+    cache: Cache
+
+
+def generate(
+    model: Decoder,
+    params: PyTree,
+    prompts: Int[Array, "N P"],
+    lengths: Int[Array, " N"],
+    key: Key[Array, ""],
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    sampling: SamplingConfig | None = None,
+    prompt_ids: Int[Array, " N"] | None = None,
+    lora: PyTree | None = None,
+) -> Completions:
+    """A group of completions for each right-padded prompt.
+
+    Args:
+      key: the key of this rollout; a token's own is folded from it.
+      sampling: how tokens are drawn; plain sampling at temperature 1 by default.
+      prompt_ids: what identifies each prompt in its key; its row number by default.
+      lora: adapters of the model, if it has any.
+
+    Returns:
+      The completions. The loop stops as soon as all of them have ended.
+
+    Raises:
+      ValueError: for shapes that do not belong together, a count below 1, or more
+        tokens than the model's context holds.
+    """
+    sampling = sampling or SamplingConfig()
+    _check(model, prompts, lengths, group_size, max_new_tokens)
+    if prompt_ids is None:
+        prompt_ids = jnp.arange(prompts.shape[0])
+    stop_ids = sampling.stop_ids
+    if stop_ids is None:
+        stop_ids = model.config.eos_token_ids
+    variables = {"params": params} if lora is None else {"params": params, "lora": lora}
+    return _generate(
+        model,
+        variables,
+        prompts,
+        lengths,
+        key,
+        prompt_ids,
+        group_size=group_size,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_ids=tuple(stop_ids),
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "group_size", "max_new_tokens", "sampling", "stop_ids"),
+)
+def _generate(
+    model: Decoder,
+    variables: PyTree,
+    prompts: Int[Array, "N P"],
+    lengths: Int[Array, " N"],
+    key: Key[Array, ""],
+    prompt_ids: Int[Array, " N"],
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    stop_ids: tuple[int, ...],
+) -> Completions:
+    # Cast once, not at every token.
+    variables = jax.tree.map(lambda x: x.astype(model.config.dtype), variables)
+    apply = functools.partial(model.apply, variables)
+    head = apply(method=model.head)
+    last, prefix = apply(prompts, lengths, method=model.prefill)
+    keys = _sample_keys(key, prompt_ids, group_size)
+    shape = (prompts.shape[0], group_size)
+    blank = _Loop(
+        step=jnp.int32(0),
+        tokens=jnp.full((*shape, max_new_tokens), model.config.pad_token_id or 0),
+        logp=jnp.zeros((*shape, max_new_tokens)),
+        lengths=jnp.zeros(shape, jnp.int32),
+        finished=jnp.zeros(shape, bool),
+        cache=model.init_cache(*shape, max_new_tokens),
+    )
+
+    def draw(state: _Loop, hidden: Float[Array, "N G D"]) -> _Loop:
+        uniform = _uniforms(keys, state.step)
+        token, logp = _next_token(model, head, hidden, uniform, sampling)
+        return _append(state, token, logp, stop_ids)
+
+    def unfinished(state: _Loop) -> Bool[Array, ""]:
+        return (state.step < max_new_tokens) & ~jnp.all(state.finished)
+
+    def advance(state: _Loop) -> _Loop:
+        token = lax.dynamic_index_in_dim(
+            state.tokens, state.step - 1, axis=-1, keepdims=False
+        )
+        hidden, cache = apply(
+            token, state.step - 1, prefix, state.cache, method=model.decode
+        )
+        return draw(state.replace(cache=cache), hidden)
+
+    first = jnp.broadcast_to(last[:, None, :], (*shape, last.shape[-1]))
+    end = lax.while_loop(unfinished, advance, draw(blank, first))
+    return Completions(end.tokens, end.lengths, end.logp, end.finished)
+
+
+def _append(
+    state: _Loop,
+    token: Int[Array, "N G"],
+    logp: Float[Array, "N G"],
+    stop_ids: tuple[int, ...],
+) -> _Loop:
+    """The state with one more token for each completion that has not ended."""
+    alive = ~state.finished
+
+    def put(values: Array, new: Array) -> Array:
+        old = lax.dynamic_index_in_dim(values, state.step, axis=-1, keepdims=False)
+        return lax.dynamic_update_index_in_dim(
+            values, jnp.where(alive, new, old), state.step, axis=-1
+        )
+
+    stops = jnp.isin(token, jnp.asarray(stop_ids, token.dtype))
+    return state.replace(
+        step=state.step + 1,
+        tokens=put(state.tokens, token),
+        logp=put(state.logp, logp),
+        lengths=state.lengths + alive,
+        finished=state.finished | (alive & stops),
+    )
+
+
+def _next_token(
+    model: Decoder,
+    head: Float[Array, "D V"],
+    hidden: Float[Array, "N G D"],
+    uniform: Float[Array, "N G"],
+    sampling: SamplingConfig,
+) -> tuple[Int[Array, "N G"], Float[Array, "N G"]]:
+    shape = hidden.shape[:-1]
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits = jnp.dot(rows, head, preferred_element_type=jnp.float32)
+    if (cap := model.config.logit_softcap) is not None:
+        logits = cap * jnp.tanh(logits / cap)
+    token, logp = draws.sample_token(
+        logits,
+        uniform.reshape(-1),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+    )
+    return token.reshape(shape), logp.reshape(shape)
+
+
+def _sample_keys(
+    key: Key[Array, ""], prompt_ids: Int[Array, " N"], group_size: int
+) -> Key[Array, "N G"]:
+    fold = jax.random.fold_in
+    prompt_keys = jax.vmap(fold, (None, 0))(key, prompt_ids)
+    over_group = jax.vmap(fold, (None, 0))
+    return jax.vmap(over_group, (0, None))(prompt_keys, jnp.arange(group_size))
+
+
+def _uniforms(keys: Key[Array, "N G"], step: Int[Array, ""]) -> Float[Array, "N G"]:
+    draw = lambda key: jax.random.uniform(jax.random.fold_in(key, step))  # noqa: E731
+    return jax.vmap(jax.vmap(draw))(keys)
+
+
+def _check(
+    model: Decoder, prompts: Array, lengths: Array, group_size: int, new_tokens: int
+) -> None:
+    if prompts.ndim != 2 or lengths.shape != prompts.shape[:1]:
+        raise ValueError(
+            f"prompts must be [N, P] with lengths [N], got {prompts.shape} and "
+            f"{lengths.shape}."
+        )
+    for name, count in (("group_size", group_size), ("max_new_tokens", new_tokens)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
+    context = model.config.max_position_embeddings
+    if prompts.shape[1] + new_tokens > context:
+        raise ValueError(
+            f"{prompts.shape[1]} prompt tokens and {new_tokens} new tokens exceed the "
+            f"model's context of {context}; lower max_new_tokens."
+        )

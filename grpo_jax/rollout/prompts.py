@@ -1,0 +1,83 @@
+"""Prompts as right-padded token ids, checked before anything is compiled."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from grpo_jax.weights.tokenizer import Tokenizer
+
+_SHORTEST = 16  # tokens of the smallest bucket
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Mapping]) -> list[int]:
+    """The token ids of a prompt, through the chat template where the model has one.
+
+    A plain string then becomes the message of a user.
+    """
+    if isinstance(prompt, str) and tokenizer.has_chat_template:
+        return tokenizer.encode_prompt([{"role": "user", "content": prompt}])
+    return tokenizer.encode_prompt(prompt)
+
+
+def encode_rows(
+    tokenizer: Tokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    max_prompt_tokens: int,
+    vocab_size: int,
+) -> list[list[int]]:
+    """The token ids of the prompts of all rows.
+
+    Raises:
+      ValueError: naming the first row whose prompt has no token, more than
+        `max_prompt_tokens`, or an id that the model does not have, and how many such
+        rows there are.
+    """
+    encoded = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    problems = [
+        (number, problem)
+        for number, ids in enumerate(encoded)
+        if (problem := _problem(ids, max_prompt_tokens, vocab_size))
+    ]
+    if problems:
+        number, problem = problems[0]
+        also = f" ({len(problems)} such rows)" if len(problems) > 1 else ""
+        raise ValueError(f"the prompt of row {number} {problem}{also}.")
+    return encoded
+
+
+def bucket(length: int, *, limit: int) -> int:
+    """The padded length for `length` tokens: a power of two from 16 on, or `limit`.
+
+    Few lengths mean few compilations. What is padded costs little: a prompt is computed
+    once for its whole group.
+    """
+    return min(max(1 << (length - 1).bit_length(), _SHORTEST), max(limit, length))
+
+
+def pad(
+    encoded: Sequence[Sequence[int]], *, length: int, pad_id: int
+) -> tuple[Int[np.ndarray, "N P"], Int[np.ndarray, " N"]]:
+    """Right-padded ids and their lengths."""
+    ids = np.full((len(encoded), length), pad_id, np.int32)
+    for row, tokens in zip(ids, encoded, strict=True):
+        row[: len(tokens)] = tokens
+    return ids, np.array([len(tokens) for tokens in encoded], np.int32)
+
+
+def _problem(ids: Sequence[int], limit: int, vocab_size: int) -> str | None:
+    if not ids:
+        return "has no token"
+    if len(ids) > limit:
+        return (
+            f"has {len(ids)} tokens, more than max_prompt_tokens {limit}; raise "
+            "max_prompt_tokens or shorten the prompt"
+        )
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        return (
+            f"has a token id outside the model's vocabulary of {vocab_size}; does the "
+            "tokenizer belong to the model?"
+        )
+    return None

@@ -1,0 +1,276 @@
+"""One call of one reward function: what it is given, and what it may return.
+
+The convention is that of TRL's GRPOTrainer,
+https://huggingface.co/docs/trl/grpo_trainer#using-a-custom-reward-function. This module
+is used in the training process and in the worker process, and imports no JAX.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+# Columns that reward functions are not given: each arrives under another name.
+_HIDDEN_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
+_KEYWORDS = frozenset(
+    {
+        "prompts",
+        "completions",
+        "completion_ids",
+        "trainer_state",
+        "log_extra",
+        "log_metric",
+    }
+)
+
+
+class InvalidRewards(ValueError):
+    """A reward function gave something that is not one reward per completion."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerState:
+    """What a reward function may know about the run, by TRL's names."""
+
+    global_step: int  # the step that these completions belong to
+    max_steps: int  # steps of the run; 0 when there is no run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The completions of one call, and what belongs to each of them."""
+
+    prompts: list[Any]
+    completions: list[Any]
+    columns: dict[str, list[Any]]
+    completion_ids: list[list[int]]
+    state: TrainerState
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def only(self, index: int) -> "Batch":
+        """The batch of one completion."""
+        part = slice(index, index + 1)
+        return Batch(
+            prompts=self.prompts[part],
+            completions=self.completions[part],
+            columns={name: values[part] for name, values in self.columns.items()},
+            completion_ids=self.completion_ids[part],
+            state=self.state,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a call gave: a reward for each completion, and what the function logged."""
+
+    rewards: np.ndarray  # float64, NaN where there is no reward
+    extra: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a call gave nothing."""
+
+    kind: Literal["invalid", "error", "timeout", "crash"]
+    cause: str  # a word or two that tell one kind of failure from another
+    details: str  # for the log: a traceback, an exit code
+    exception: BaseException | None = None  # None when it happened in the worker
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardCall:
+    """A reward function and what its signature says, read once."""
+
+    function: Callable[..., Any]
+    name: str
+    accepted: frozenset[str] | None  # keywords it takes; None with **kwargs
+    required: frozenset[str]
+    is_async: bool
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raises `ValueError` when the function needs a column that is not there."""
+        offered = (set(columns) - _HIDDEN_COLUMNS) | _KEYWORDS
+        missing = sorted(self.required - offered)
+        if missing:
+            raise ValueError(
+                f"reward function {self.name!r} needs {', '.join(missing)}, which the "
+                f"rows do not have; it can be given {', '.join(sorted(offered))}."
+            )
+
+    def run(self, batch: Batch) -> Outcome | Failure:
+        """Calls the function, which must not be `async`; raises nothing but Ctrl-C."""
+        try:
+            outcome, keywords = self._prepare(batch)
+            return self._finish(outcome, self.function(**keywords))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # also sys.exit() in the function
+            return _failure(error)
+
+    async def run_async(self, batch: Batch) -> Outcome | Failure:
+        """Awaits the function, which must be `async`."""
+        try:
+            outcome, keywords = self._prepare(batch)
+            return self._finish(outcome, await self.function(**keywords))
+        except (Exception, SystemExit) as error:
+            return _failure(error)
+
+    def _prepare(self, batch: Batch) -> tuple[Outcome, dict[str, Any]]:
+        """An outcome that the loggers write to, and the keywords of the call."""
+        outcome = Outcome(rewards=np.full(len(batch), np.nan))
+
+        def log_extra(column: str, values: Sequence[Any]) -> None:
+            if len(values) != len(batch):
+                raise InvalidRewards(
+                    f"reward function {self.name!r} gave log_extra({column!r}) "
+                    f"{len(values)} values for {len(batch)} completions."
+                )
+            outcome.extra[column] = list(values)
+
+        def log_metric(name: str, value: float) -> None:
+            outcome.metrics.setdefault(name, []).append(float(value))
+
+        keywords: dict[str, Any] = {
+            name: list(values)
+            for name, values in batch.columns.items()
+            if name not in _HIDDEN_COLUMNS
+        }
+        # Every function gets lists of its own, so that none spoils another's.
+        keywords |= {
+            "prompts": list(batch.prompts),
+            "completions": list(batch.completions),
+            "completion_ids": list(batch.completion_ids),
+            "trainer_state": batch.state,
+            "log_extra": log_extra,
+            "log_metric": log_metric,
+        }
+        if self.accepted is not None:
+            keywords = {k: v for k, v in keywords.items() if k in self.accepted}
+        return outcome, keywords
+
+    def _finish(self, outcome: Outcome, values: Any) -> Outcome:
+        outcome.rewards[:] = checked_rewards(
+            values, name=self.name, count=len(outcome.rewards)
+        )
+        return outcome
+
+
+def reward_call(function: Callable[..., Any], *, name: str) -> RewardCall:
+    """Returns a function with what its signature says about how to call it.
+
+    A function without `**kwargs` is later given only the keywords that it names. Raises
+    `ValueError` for one with a positional-only argument.
+    """
+    accepted: frozenset[str] | None = None
+    required: frozenset[str] = frozenset()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some built-in functions have no signature
+        parameters = ()
+    else:
+        kinds = {parameter.kind for parameter in parameters}
+        named = [
+            p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
+        if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in named):
+            raise ValueError(
+                f"reward function {name!r} has a positional-only argument; reward "
+                "functions are called with keyword arguments."
+            )
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            accepted = frozenset(p.name for p in named)
+        required = frozenset(p.name for p in named if p.default is p.empty)
+    call = getattr(function, "__call__", None)  # noqa: B004 - of an instance
+    return RewardCall(
+        function=function,
+        name=name,
+        accepted=accepted,
+        required=required,
+        is_async=any(map(inspect.iscoroutinefunction, (function, call))),
+    )
+
+
+def reward_names(functions: Sequence[Callable[..., Any]]) -> tuple[str, ...]:
+    """A distinct name for each function: its own, or that of its class.
+
+    A name that comes again gets a number: `accuracy`, `accuracy_2`.
+    """
+    names: list[str] = []
+    for function in functions:
+        base = _name(function)
+        name, number = base, 2
+        while name in names:
+            name, number = f"{base}_{number}", number + 1
+        names.append(name)
+    return tuple(names)
+
+
+def checked_rewards(values: Any, *, name: str, count: int) -> list[float]:
+    """Returns the rewards as floats, NaN for None.
+
+    Raises `InvalidRewards` naming the function unless there are exactly `count` of them
+    in one dimension (a single one is not repeated), each a finite number, NaN or None.
+    """
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        kind = type(values).__name__
+        raise InvalidRewards(
+            f"reward function {name!r} returned a {kind}; expected a list of {count} "
+            "numbers, one per completion."
+        )
+    try:
+        items = list(values)
+    except TypeError as error:  # an array without dimensions
+        raise InvalidRewards(
+            f"reward function {name!r} returned a single number; expected a list of "
+            f"{count}, one per completion."
+        ) from error
+    if len(items) != count:
+        raise InvalidRewards(
+            f"reward function {name!r} returned {len(items)} rewards; expected "
+            f"{count}, one per completion."
+        )
+    return [_reward(item, name=name, index=i) for i, item in enumerate(items)]
+
+
+def _reward(item: Any, *, name: str, index: int) -> float:
+    if item is None:
+        return math.nan
+    where = f"reward function {name!r} returned {item!r:.80} for completion {index}"
+    expected = "; expected a finite number, or None for no reward."
+    if isinstance(item, str | bytes) or np.ndim(item) != 0:
+        raise InvalidRewards(where + expected)
+    try:
+        value = float(item)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRewards(where + expected) from error
+    if math.isinf(value):
+        raise InvalidRewards(where + expected)
+    return value
+
+
+def _failure(error: BaseException) -> Failure:
+    if isinstance(error, InvalidRewards):
+        return Failure(
+            kind="invalid", cause="value", details=str(error), exception=error
+        )
+    return Failure(
+        kind="error",
+        cause=type(error).__name__,
+        details="".join(traceback.format_exception(error)).rstrip(),
+        exception=error,
+    )
+
+
+def _name(function: Callable[..., Any]) -> str:
+    if isinstance(function, functools.partial):
+        return _name(function.func)
+    # Functions, methods and classes have a name; callable instances do not.
+    return getattr(function, "__name__", type(function).__name__)

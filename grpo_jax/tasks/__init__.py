@@ -1,0 +1,45 @@
+"""Where prompts and their rewards come from: `load_task` finds a task by its name."""
+
+import difflib
+from pathlib import Path
+
+from grpo_jax.tasks.arithmetic import arithmetic_task
+from grpo_jax.tasks.base import RewardFunction, Task, task_from_rows
+from grpo_jax.tasks.gsm8k import gsm8k_task
+from grpo_jax.tasks.jsonl import jsonl_task
+from grpo_jax.tasks.reasoning_gym import reasoning_gym_task
+
+__all__ = ["RewardFunction", "Task", "load_task", "task_from_rows"]
+
+_CHOICES = ("arithmetic", "gsm8k", "reasoning_gym:NAME", "FILE.jsonl")
+
+
+def load_task(name: str, *, data: str | None = None, seed: int = 0) -> Task:
+    """Returns the task of that name.
+
+    `arithmetic`, `gsm8k`, `reasoning_gym:NAME`, or the path of a `.jsonl` file or of a
+    folder with `train.jsonl`. `data` is the local file or folder that GSM8K reads;
+    `seed` decides which problems reasoning_gym makes. An unknown name, and `data` for a
+    task that takes none, are `ValueError`s.
+    """
+    if data is not None and name != "gsm8k":
+        raise ValueError(
+            f"task {name!r} takes no data, got {data!r}; only gsm8k does. For your own "
+            "rows give the .jsonl file as the task."
+        )
+    kind, _, rest = name.partition(":")
+    match kind:
+        case "arithmetic" if not rest:
+            return arithmetic_task()
+        case "gsm8k" if not rest:
+            return gsm8k_task(data)
+        case "reasoning_gym":
+            return reasoning_gym_task(rest, seed=seed)
+        case _ if name.endswith(".jsonl") or (name and Path(name).is_dir()):
+            return jsonl_task(name)
+    near = difflib.get_close_matches(kind, [c.partition(":")[0] for c in _CHOICES], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"unknown task {name!r}.{hint} Choices: {', '.join(_CHOICES)} or a folder with "
+        "train.jsonl."
+    )

@@ -1,0 +1,1 @@
+"""From a configuration to trained parameters: step, checkpoints, evaluation, loop."""

@@ -1,0 +1,317 @@
+"""Checkpoints of a run: saved while it goes on, verified when they are read.
+
+Layout, readable with Orbax alone: ``<directory>/<step>/`` holds the checkpointables
+``params``, ``optimizer`` (``step`` and ``opt_state``) and ``meta`` (JSON: ``schema``,
+``run``, ``arrays`` with shape, dtype and digest by path, ``sha256``). A frozen base
+under adapters is not saved. Orbax itself has no checksums and never falls back.
+
+    from orbax.checkpoint import v1 as ocp
+    meta = ocp.load_checkpointables("checkpoints/100", {"meta": None})["meta"]
+"""
+
+import dataclasses
+import gc
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
+
+from grpo_jax.config import CheckpointConfig
+from grpo_jax.training.damage import DamageError, damage_of
+from grpo_jax.training.inventory import (
+    check_digests,
+    check_fits,
+    check_inventory,
+    make_inventory,
+)
+from grpo_jax.training.placement import host_targets, restore_targets
+from grpo_jax.training.state import TrainState
+from grpo_jax.training.step_folders import StepFolders
+
+_LOG = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints in one folder, on storage that all processes share.
+
+    Every process makes the same calls in the same order.
+
+    Attributes:
+      failed_saves: saves that did not end in a checkpoint.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        *,
+        report: Callable[[str], None] = _LOG.warning,
+    ) -> None:
+        """`report` is told of each damaged step and each failed save, with the step."""
+        self.failed_saves = 0
+        self._folders = StepFolders(Path(directory).absolute())
+        self._config = config
+        self._report = report
+        self._running: tuple[int, ocp.AsyncResponse[None]] | None = None
+
+    def steps(self) -> list[int]:
+        """The steps on disk, oldest first; waits for the save that still runs."""
+        self._finish()
+        return self._folders.steps()
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        meta: Mapping[str, Any],
+        *,
+        wait: bool = False,
+    ) -> None:
+        """Starts to write a checkpoint, after the save before it has ended.
+
+        On return the arrays have left the devices: `state` may be donated. A step that
+        exists is replaced. A save that fails is reported and counted, and leaves the
+        other steps as they are.
+
+        Args:
+          meta: JSON values to remember beside the arrays.
+          wait: return only when the checkpoint is complete.
+        """
+        self._finish()
+        items = _items(state)
+        inventory = make_inventory(items, meta)
+        try:
+            if jax.process_index() == 0:
+                self._folders.directory.mkdir(parents=True, exist_ok=True)
+                self._folders.remove_leftovers()
+            with _handlers():
+                response = ocp.save_checkpointables_async(
+                    str(self._folders.path(step)),
+                    {**items, "meta": inventory},
+                    overwrite=True,
+                )
+            self._running = step, response
+        except OSError as error:
+            self._count_failure(step, error)
+        if wait:
+            self._finish()
+
+    def restore(
+        self, like: TrainState, *, step: int | None = None
+    ) -> tuple[int, TrainState, dict[str, Any]] | None:
+        """The newest good checkpoint: its step, the state, and the `meta` it was given.
+
+        Newer steps that are damaged are renamed to ``<step>.damaged`` once an older
+        good one is found.
+
+        Args:
+          like: arrays or `ShapeDtypeStruct` with the wanted shardings, whatever mesh
+            the checkpoint was saved on. Arrays without a mesh beside others with one
+            are replicated on it. `base` is passed through.
+          step: exactly this step; None takes the newest.
+
+        Returns:
+          None if there is no checkpoint.
+
+        Raises:
+          ValueError: if `step` does not exist or is damaged, if every checkpoint is
+            damaged, if the arrays on disk differ from `like` in path, shape or dtype,
+            or do not divide over its mesh, or if a newer version wrote them. Nothing
+            is renamed then.
+        """
+        found = self._find(step, _items(like))
+        if found is None:
+            return None
+        step, items, meta = found
+        state = dataclasses.replace(like, params=items["params"], **items["optimizer"])
+        return step, state, meta
+
+    def restore_params(
+        self, step: int | None = None, *, like: PyTree | None = None
+    ) -> tuple[int, PyTree, dict[str, Any]]:
+        """As `restore`, the parameters alone: step, parameters, `meta`.
+
+        Args:
+          like: as for `restore`; None gives NumPy arrays in nested dicts, whatever
+            devices there are.
+
+        Raises:
+          ValueError: as `restore`, and if there is no checkpoint.
+        """
+        found = self._find(step, None if like is None else {"params": like})
+        if found is None:
+            raise ValueError(f"there is no checkpoint in {self._folders.directory}.")
+        step, items, meta = found
+        return step, items["params"], meta
+
+    def close(self) -> None:
+        """Waits for the save that still runs."""
+        self._finish()
+
+    # Saving
+
+    def _finish(self) -> None:
+        """Wait for the running save, then remove steps that are no longer kept."""
+        if self._running is None:
+            return
+        (step, response), self._running = self._running, None
+        try:
+            response.result()
+        # What TensorStore and JAX raise when storage or another process fails.
+        except (OSError, ValueError, RuntimeError) as error:
+            self._count_failure(step, error)
+        else:
+            if jax.process_index() == 0:
+                self._folders.remove_old(
+                    keep=self._config.keep, keep_every=self._config.keep_every
+                )
+
+    def _count_failure(self, step: int, error: Exception) -> None:
+        self.failed_saves += 1
+        if jax.process_index() == 0:
+            # What was written so far would keep a full disk full.
+            self._folders.remove_leftovers()
+        self._report(
+            f"checkpoint {step} could not be saved: {str(error)[:300]} "
+            f"({self.failed_saves} failed so far; the run goes on)"
+        )
+
+    # Restoring
+
+    def _find(
+        self, step: int | None, like: dict[str, PyTree] | None
+    ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
+        damaged: dict[int, str] = {}
+        for candidate in self._candidates(step):
+            try:
+                items, inventory = self._load(candidate, like)
+            except DamageError as error:
+                damaged[candidate] = str(error)
+                continue
+            for bad, reason in damaged.items():
+                self._set_aside(bad, reason, instead=candidate)
+            return candidate, items, inventory["run"]
+        if damaged:
+            raise ValueError(self._all_damaged(damaged))
+        return None
+
+    def _all_damaged(self, damaged: dict[int, str]) -> str:
+        reasons = "; ".join(f"{step}: {why}" for step, why in damaged.items())
+        others = [step for step in self.steps() if step not in damaged]
+        remedy = "bring the files back, or start over in another directory"
+        if others:
+            remedy = f"steps that exist besides: {others}"
+        return f"no good checkpoint in {self._folders.directory} ({reasons}); {remedy}."
+
+    def _candidates(self, step: int | None) -> list[int]:
+        steps = self.steps()
+        if step is None:
+            return steps[::-1]
+        if step not in steps:
+            raise ValueError(
+                f"there is no checkpoint {step} in {self._folders.directory}; "
+                f"steps that exist: {steps}."
+            )
+        return [step]
+
+    def _load(
+        self, step: int, like: dict[str, PyTree] | None
+    ) -> tuple[dict[str, PyTree], dict[str, Any]]:
+        """The items of a step and its inventory, verified; raises DamageError."""
+        path = self._folders.path(step)
+        inventory = _read_together(path, {"meta": None})["meta"]
+        check_inventory(inventory, name=str(path))
+        if like is None:
+            targets = {"params": host_targets(inventory)}
+        else:
+            check_fits(inventory, like, name=str(path))
+            targets = restore_targets(like)
+        items = _read_together(path, targets)
+        if like is not None:
+            # Host arrays become arrays of the default device, free to join any mesh.
+            items = jax.tree.map(jnp.asarray, items)
+        check_digests(inventory, items)
+        return items, inventory
+
+    def _set_aside(self, step: int, reason: str, *, instead: int) -> None:
+        name = f"{step}.damaged"
+        if jax.process_index() == 0:
+            name = self._folders.set_aside(step)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
+        self._report(
+            f"checkpoint {step} is damaged ({reason}); it was set aside as {name}, "
+            f"step {instead} is used"
+        )
+
+
+def _items(state: TrainState) -> dict[str, PyTree]:
+    """What is saved of a state, by the name of its folder."""
+    return {
+        "params": state.params,
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
+
+
+def _handlers(*, alone: bool = False) -> ocp.Context:
+    """How each folder is written and read, whatever Orbax's own notes on it say.
+
+    Args:
+      alone: do not wait for other processes.
+    """
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.PyTreeHandler, checkpointable_name="params")
+    registry.add(ocp.handlers.PyTreeHandler, checkpointable_name="optimizer")
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
+    context = ocp.Context()
+    context.checkpointables_options.registry = registry
+    if alone:
+        process = jax.process_index()
+        context.multiprocessing_options.primary_host = process
+        context.multiprocessing_options.active_processes = {process}
+        context.multiprocessing_options.barrier_sync_key_prefix = f"alone-{process}"
+    return context
+
+
+def _read_together(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
+    """What `_read` returns; damage that one process meets is damage for all."""
+    items, reason = None, None
+    try:
+        items = _read(path, targets)
+    except DamageError as error:
+        reason = str(error)
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.asarray(reason is not None))
+        if failed.any():
+            reason = reason or f"process {int(failed.argmax())} cannot read it"
+    if items is None or reason is not None:
+        raise DamageError(reason)
+    return items
+
+
+def _read(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
+    for name in targets:
+        if not (path / name).is_dir():
+            raise DamageError(f"folder {name} is missing")
+    # Orbax leaves coroutines behind when it fails. They are collected here: the warning
+    # that they were never awaited says nothing.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        try:
+            # Alone: a process that cannot read its part must not keep others waiting.
+            with _handlers(alone=jax.process_count() > 1):
+                return ocp.load_checkpointables(str(path), targets)
+        except (KeyError, ValueError, OSError) as error:
+            reason = damage_of(error)
+            if reason is None:
+                raise
+        gc.collect()
+    raise DamageError(reason)

@@ -1,0 +1,190 @@
+"""The learner: the state of training and the compiled functions that use it.
+
+It scores a rollout under the reference (and, for several updates, under the policy as
+it was), turns rewards into advantages and makes the updates.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, PyTree
+
+from grpo_jax import objective
+from grpo_jax.config import TrainConfig
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.parallel import mesh as meshes
+from grpo_jax.rollout.groups import Rollout
+from grpo_jax.training.optimizer import make_optimizer, make_schedule
+from grpo_jax.training.state import Batch, make_train_state, microbatches
+from grpo_jax.training.step import (
+    Metrics,
+    advantages_from_rewards,
+    compile_train_step,
+    make_train_step,
+    policy_logprobs,
+)
+
+
+class Learner:
+    """Holds the state, the frozen reference and the functions compiled for them.
+
+    Attributes:
+      state: what is trained; replaced by every update.
+      reference: Linen variables of the reference policy; None without a KL penalty.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        params: PyTree,
+        config: TrainConfig,
+        mesh: Mesh,
+        *,
+        base: PyTree | None = None,
+    ) -> None:
+        updates = config.steps * config.updates_per_step
+        tx = make_optimizer(config.optimizer, total_updates=updates)
+        self._config = config
+        self._mesh = mesh
+        self._schedule = make_schedule(config.optimizer, total_updates=updates)
+        self._step = compile_train_step(
+            make_train_step(model, tx, config), mesh, mode=config.mesh.mode
+        )
+        self._score = jax.jit(functools.partial(score_batch, model, config))
+        self._advantages = jax.jit(
+            functools.partial(advantages_and_mask, config=config)
+        )
+        self._compute_dtype = model.config.dtype
+        self.state = make_train_state(params, tx, base=base)
+        self.reference = self._frozen_reference() if config.objective.kl_coef else None
+
+    def score(self, rollout: Rollout) -> Batch:
+        """The rollout on the devices, with the log-probs that its updates will need.
+
+        Returns at once, while the devices still compute.
+        """
+        batch = meshes.to_mesh(
+            self._mesh,
+            Batch(
+                prompts=rollout.prompts,
+                prompt_lengths=rollout.prompt_lengths,
+                completions=rollout.tokens,
+                mask=rollout.mask,
+                advantages=np.zeros(rollout.lengths.shape, np.float32),
+                sampler_logp=rollout.logp,
+            ),
+        )
+        ref_logp = old_logp = None
+        if self.reference is not None:
+            ref_logp = self._score(self.reference, batch)
+        if self._config.updates_per_step > 1:
+            old_logp = self._score(self.state.variables, batch)
+        return batch.replace(ref_logp=ref_logp, old_logp=old_logp)
+
+    def with_advantages(self, batch: Batch, rollout: Rollout) -> Batch:
+        """The batch with the advantages of the rollout's rewards."""
+        rewards, lengths, finished = meshes.to_mesh(
+            self._mesh,
+            (rollout.rewards.astype(np.float32), rollout.lengths, rollout.finished),
+        )
+        advantages, mask = self._advantages(rewards, lengths, finished, batch.mask)
+        return batch.replace(advantages=advantages, mask=mask)
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """Make the updates of one rollout; their metrics, averaged, maxima kept."""
+        start = time.perf_counter()
+        results = [
+            self._update_once(part)
+            for _ in range(self._config.updates_per_rollout)
+            for part in _minibatches(batch, self._config.minibatches)
+        ]
+        fetched: list[Metrics] = jax.device_get(results)
+        metrics = {
+            name: float(np.mean([values[name] for values in fetched]))
+            for name in fetched[0]
+        }
+        # Later updates differ from the sampler because they have moved away from it.
+        metrics["sampler_logp_diff/max"] = float(fetched[0]["sampler_logp_diff/max"])
+        metrics["learning_rate"] = float(self._schedule(int(self.state.step) - 1))
+        metrics["time/update"] = time.perf_counter() - start
+        return metrics
+
+    def refresh_reference(self) -> None:
+        """Make the policy as it is now the reference."""
+        if self.reference is not None:
+            self.reference = self._frozen_reference()
+
+    def _update_once(self, batch: Batch) -> Metrics:
+        self.state, metrics = self._step(self.state, batch)
+        return metrics
+
+    def _frozen_reference(self) -> PyTree:
+        if self.state.base is not None:
+            return {"params": self.state.base}
+        # A copy: the state's own arrays are donated to the next update.
+        copy = functools.partial(jnp.array, dtype=self._compute_dtype, copy=True)
+        return {"params": jax.tree.map(copy, self.state.params)}
+
+
+def score_batch(
+    model: Decoder, config: TrainConfig, variables: PyTree, batch: Batch
+) -> Float[Array, "N G T"]:
+    """Log-probs of the completions under `variables`, microbatch by microbatch."""
+    group = batch.completions.shape[1]
+    size = config.microbatch_size
+    whole_groups = None if size is None else max(size, group)
+
+    def score(part: Batch) -> Float[Array, "n G T"]:
+        return policy_logprobs(
+            model,
+            variables,
+            part.prompts,
+            part.prompt_lengths,
+            part.completions,
+            temperature=config.sampling.temperature,
+        ).logp
+
+    parts = microbatches(batch, whole_groups)
+    if parts.prompts.shape[0] == 1:
+        return score(jax.tree.map(lambda leaf: leaf[0], parts))
+    logp = lax.map(score, parts)
+    return jnp.moveaxis(logp, 0, 1).reshape(batch.completions.shape)
+
+
+def advantages_and_mask(
+    rewards: Float[Array, "N G"],
+    lengths: Array,
+    finished: Bool[Array, "N G"],
+    mask: Bool[Array, "N G T"],
+    *,
+    config: TrainConfig,
+) -> tuple[Float[Array, "N G"], Bool[Array, "N G T"]]:
+    """Advantages of rewards (NaN: none), and the mask of the tokens that count.
+
+    Truncated completions do not count under `mask_truncated`; a completion without a
+    reward counts with advantage 0, as in TRL. The overlong penalty is added to the
+    rewards.
+    """
+    chosen = config.objective
+    valid = ~jnp.isnan(rewards)
+    rewards = jnp.where(valid, rewards, 0.0)
+    if chosen.overlong_tokens is not None:
+        rewards += objective.overlong_penalty(
+            lengths, max_length=config.max_new_tokens, cache=chosen.overlong_tokens
+        )
+    if chosen.mask_truncated:
+        mask = mask & finished[..., None]
+    return advantages_from_rewards(rewards, valid, chosen), mask
+
+
+def _minibatches(batch: Batch, count: int) -> list[Batch]:
+    """Prompt i goes to minibatch i mod count, so each lies on all devices."""
+    if count == 1:
+        return [batch]
+    starts = range(count)
+    return [jax.tree.map(lambda x, i=i: x[i::count], batch) for i in starts]

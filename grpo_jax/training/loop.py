@@ -1,0 +1,416 @@
+"""`train`: prompts -> completions -> rewards -> update -> log -> save, until the end.
+
+A step is a function of the state and the data position before it, so a run that is
+killed and started again repeats the step it lost and ends in the same bits.
+"""
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from grpo_jax.config import TrainConfig
+from grpo_jax.parallel import mesh as meshes
+from grpo_jax.reporting import metrics as names
+from grpo_jax.reporting.console import Console
+from grpo_jax.reporting.logs import attach_log_file
+from grpo_jax.reporting.plots import plot_runs
+from grpo_jax.reporting.trackers import make_tracker
+from grpo_jax.rollout.collect import Collector, score_rows
+from grpo_jax.rollout.groups import Rollout
+from grpo_jax.rollout.rewards import RewardRunner
+from grpo_jax.tasks import load_task, task_from_rows
+from grpo_jax.tasks.base import RewardFunction, Row, Task
+from grpo_jax.training import run_dir as directories
+from grpo_jax.training.checkpoint import Checkpoints, params_sha256
+from grpo_jax.training.evaluate import Completed, Evaluator, judge
+from grpo_jax.training.learner import Learner
+from grpo_jax.training.policy import load_policy
+from grpo_jax.training.preemption import stop_requests
+from grpo_jax.training.state import Batch
+from grpo_jax.weights.pretrained import save_pretrained
+
+# Updates in a row that may be skipped before the run stops.
+MAX_SKIPPED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands; saved with the state, so that nothing is lost or repeated."""
+
+    step: int = 0  # steps done
+    position: int = 0  # prompts drawn
+    skipped: int = 0  # steps in a row whose updates were skipped
+    seconds: float = 0.0  # spent in training, over all starts
+    accuracy_before: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+      params: the trained parameters; with LoRA, those of the model with the adapters
+        merged.
+      tokenizer: the model's tokenizer.
+      run_dir: where everything is kept.
+      history: one dict of metrics per step, with ``step``.
+      summary: ``accuracy_before``, ``accuracy_after``, ``steps``, ``seconds``,
+        ``params_sha256`` and ``status`` ("finished" or "preempted").
+    """
+
+    params: PyTree
+    tokenizer: Any
+    run_dir: Path
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def train(
+    config: TrainConfig | None = None,
+    *,
+    dataset: Sequence[Row] | None = None,
+    rewards: RewardFunction | Sequence[RewardFunction] | None = None,
+    eval_dataset: Sequence[Row] | None = None,
+) -> TrainResult:
+    """Train a model by GRPO, or resume the run in `config.run_dir`.
+
+    Args:
+      config: the run; the embedded model on arithmetic by default.
+      dataset: rows of the caller, dicts with "prompt" (a string or chat messages) and
+        further columns, in place of `config.task`; `rewards` is then needed.
+      rewards: functions ``f(prompts, completions, **columns) -> list[float | None]``.
+      eval_dataset: held-out rows, on which the mean reward is measured.
+
+    Returns:
+      What the run leaves, also in its directory.
+
+    Raises:
+      ValueError: for bad input, before anything is compiled.
+      FloatingPointError: after several updates in a row that were not finite; the last
+        good checkpoint stays.
+    """
+    config = config or TrainConfig()
+    meshes.initialize_processes(config.mesh)
+    task = _choose_task(config, dataset, rewards, eval_dataset)
+    mesh = meshes.make_mesh(config.mesh)
+    meshes.check_batch(mesh, config.prompts_per_step // config.minibatches)
+    path = Path(config.run_dir or Path("runs") / _file_name(task.name))
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(directories.claim(path))
+            directories.check_config(path, config)
+            stack.enter_context(attach_log_file(path))
+        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(nn.logical_axis_rules(meshes.RULES))
+        run = _Run(config, task, mesh, path, stack)
+        return run.to_the_end()
+
+
+class _Run:
+    """A run in its directory: everything that is open while it goes on."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        task: Task,
+        mesh: Mesh,
+        path: Path,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.config, self.task, self.mesh, self.path = config, task, mesh, path
+        self.first = jax.process_index() == 0
+        runner = stack.enter_context(contextlib.closing(_make_runner(config, task)))
+        self.tracker = make_tracker(config.report, path, enabled=self.first)
+        stack.callback(self.tracker.close)
+        self.policy = load_policy(config, mesh)
+        model, tokenizer = self.policy.model, self.policy.tokenizer
+        self.collector = Collector(model, tokenizer, task, runner, config, mesh)
+        self.evaluate = self._make_evaluation(runner)
+        self.console = stack.enter_context(
+            Console(config.steps, config.report, enabled=self.first)
+        )
+        self.compiles = stack.enter_context(names.CompileCounter())
+        trained, base = self.policy.trained, self.policy.base
+        self.learner = Learner(model, trained, config, mesh, base=base)
+        self.checkpoints = Checkpoints(
+            path / "checkpoints", config.checkpoint, report=self.console.warning
+        )
+        stack.callback(self.checkpoints.close)
+        self.stop = stack.enter_context(stop_requests())
+        self.progress = Progress()
+
+    def to_the_end(self) -> TrainResult:
+        """Resume, train what is left, write what stays."""
+        self._resume()
+        self._set_status("running")
+        start = time.perf_counter() - self.progress.seconds
+        try:
+            if self.progress.step == 0:
+                self._begin()
+            while self.progress.step < self.config.steps and not self.stop.requested:
+                self._one_step()
+                self._advance(seconds=time.perf_counter() - start)
+            if self.progress.step < self.config.steps:
+                return self._preempted()
+            return self._finished()
+        except BaseException:
+            self._set_status("failed")
+            raise
+
+    def _resume(self) -> None:
+        found = self.checkpoints.restore(self.learner.state)
+        if found is None:
+            self.tracker.truncate_after(-1)
+            return
+        step, self.learner.state, meta = found
+        self.progress = Progress(**meta["progress"])
+        self.tracker.truncate_after(step)
+        self.console.note(f"resumed from step {step} of {self.config.steps}")
+
+    def _begin(self) -> None:
+        metrics = self.evaluate(self.learner.state.variables)
+        self._advance(accuracy_before=metrics.get(names.ACCURACY))
+        if metrics:
+            self._log(0, metrics)
+
+    def _one_step(self) -> None:
+        start = time.perf_counter()
+        step = self.progress.step + 1
+        collected = self._collect(step)
+        if collected is None:
+            return
+        rollout, batch, rounds = collected
+        metrics = rollout.metrics | self.learner.update(batch)
+        self._check_finite(step, metrics)
+        metrics |= self._describe(rollout, time.perf_counter() - start)
+        self._advance(
+            step=step,
+            position=self.progress.position + rounds * self.config.prompts_per_step,
+        )
+        if self._due(self.config.eval_every):
+            metrics |= self.evaluate(self.learner.state.variables)
+        self._write_completions(rollout, jax.device_get(batch.advantages))
+        self._log(step, metrics)
+        if self._due(self.config.objective.reference_every):
+            self.learner.refresh_reference()
+        if self._due(self.config.checkpoint.every) or step == self.config.steps:
+            self._save()
+
+    def _collect(self, step: int) -> tuple[Rollout, Batch, int] | None:
+        """A rewarded rollout, its batch and the rollouts it took; None on a stop."""
+        variables, position = self.learner.state.variables, self.progress.position
+        if limit := self.config.objective.resample_limit:
+            rollout, rounds = self.collector.informative(
+                variables, step=step, position=position, limit=limit
+            )
+            batch = self.learner.score(rollout)
+        else:
+            rollout = self.collector.sample(variables, step=step, position=position)
+            rounds = 1
+            if self.stop.requested:
+                return None
+            # The devices compute the reference while the host computes rewards.
+            batch = self.learner.score(rollout)
+            rollout = self.collector.reward(rollout, step=step)
+        if self.stop.requested:
+            return None
+        start = time.perf_counter()
+        batch = jax.block_until_ready(self.learner.with_advantages(batch, rollout))
+        rollout.metrics["time/score"] = time.perf_counter() - start
+        return rollout, batch, rounds
+
+    def _describe(self, rollout: Rollout, seconds: float) -> dict[str, float]:
+        """Numbers about the completions and the speed, over all processes."""
+        lengths, finished, rewards = meshes.gather_rows(
+            (rollout.lengths, rollout.finished, rollout.rewards)
+        )
+        tokens = float(lengths.sum())
+        spent = rollout.metrics
+        return {
+            **names.completion_metrics(lengths, finished),
+            **names.reward_metrics(rewards),
+            **self.compiles.metrics(),
+            "time/step": seconds,
+            "tokens_per_second/rollout": tokens / spent["time/rollout"],
+            names.TOKENS_PER_SECOND: tokens / seconds,
+        }
+
+    def _write_completions(self, rollout: Rollout, advantages: np.ndarray) -> None:
+        step = self.progress.step
+        if not self.first:
+            return
+        rows = rollout.records(step, advantages)
+        if self._due(self.config.report.completions_every) or step == 1:
+            self.tracker.log_completions(rows, step)
+        shown = rows[step % len(rows)]
+        self.console.sample(shown["prompt"], shown["completion"], shown["rewards"])
+
+    def _check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
+        skipped = self.progress.skipped + 1 if metrics["update_skipped"] == 1.0 else 0
+        self._advance(skipped=skipped)
+        if metrics["update_skipped"]:
+            self.console.warning(
+                f"step {step}: loss {metrics['loss']:.4g} and gradient norm "
+                f"{metrics['grad_norm']:.4g} are not finite; the update was skipped"
+            )
+        if skipped >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"step {step}: {skipped} updates in a row were not finite (loss "
+                f"{metrics['loss']}, gradient norm {metrics['grad_norm']}). The last "
+                "good checkpoint is kept; a lower learning rate is the usual remedy."
+            )
+
+    def _preempted(self) -> TrainResult:
+        if self.progress.step not in self.checkpoints.steps():
+            self._save()
+        self.checkpoints.close()
+        self._set_status("preempted")
+        self.console.note(
+            f"stopped after step {self.progress.step}; the same command resumes"
+        )
+        return self._result("preempted", accuracy_after=None)
+
+    def _finished(self) -> TrainResult:
+        after = self._last_accuracy()
+        self.checkpoints.close()
+        result = self._result("finished", accuracy_after=after)
+        if self.first:
+            directories.write_json(self.path / "summary.json", result.summary)
+            exported = self.policy.pretrained(self.learner.state.params)
+            save_pretrained(self.path / "export", exported)
+            plot_runs([self.path], self.path / "plots" / "metrics.png")
+        self._set_status("finished")
+        self.console.summary(result.summary)
+        return result
+
+    def _last_accuracy(self) -> float | None:
+        """The accuracy after the last step, measured now if it was not then."""
+        if self.first:
+            last = names.read_metrics(self.path)[-1]
+            if last["step"] == self.config.steps and names.ACCURACY in last:
+                return last[names.ACCURACY]
+        return self.evaluate(self.learner.state.variables).get(names.ACCURACY)
+
+    def _result(self, status: directories.Status, **values: Any) -> TrainResult:
+        summary = {
+            "status": status,
+            "accuracy_before": self.progress.accuracy_before,
+            **values,
+            "steps": self.progress.step,
+            "seconds": self.progress.seconds,
+            "params_sha256": params_sha256(self.learner.state.params),
+        }
+        return TrainResult(
+            params=self.policy.merged(self.learner.state.params),
+            tokenizer=self.policy.tokenizer,
+            run_dir=self.path,
+            history=names.read_metrics(self.path) if self.first else [],
+            summary=summary,
+        )
+
+    def _save(self) -> None:
+        self.tracker.flush()
+        meta = {"progress": dataclasses.asdict(self.progress)}
+        self.checkpoints.save(self.progress.step, self.learner.state, meta)
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        self.tracker.log(metrics, step)
+        self.console.step(step, metrics)
+
+    def _advance(self, **changes: Any) -> None:
+        self.progress = dataclasses.replace(self.progress, **changes)
+
+    def _due(self, every: int | None) -> bool:
+        return bool(every) and self.progress.step % every == 0
+
+    def _set_status(self, status: directories.Status) -> None:
+        if self.first:
+            directories.write_manifest(self.path, self.config, self.mesh, status)
+
+    def _make_evaluation(
+        self, runner: RewardRunner
+    ) -> Callable[[PyTree], dict[str, float]]:
+        """What measures the policy on held-out prompts, if there are any."""
+        config, task = self.config, self.task
+        rows = [task.test[i] for i in range(min(config.eval_prompts, len(task.test)))]
+        if not rows:
+            return lambda variables: {}
+        evaluator = Evaluator(
+            self.policy.model,
+            self.policy.tokenizer,
+            rows,
+            self.mesh,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_new_tokens=config.max_new_tokens,
+            sampling=dataclasses.replace(config.sampling, temperature=0.0),
+        )
+
+        def evaluate(variables: PyTree) -> dict[str, float]:
+            start = time.perf_counter()
+            completions = evaluator.complete(variables)
+            if task.is_correct is not None:
+                result = judge(completions.texts, rows, task.is_correct)
+                metrics = {
+                    names.ACCURACY: result.accuracy,
+                    "eval/standard_error": result.standard_error,
+                }
+            else:
+                metrics = {"eval/reward": _mean_reward(runner, rows, completions)}
+            return metrics | {"time/eval": time.perf_counter() - start}
+
+        return evaluate
+
+
+def _mean_reward(
+    runner: RewardRunner, rows: Sequence[Row], completed: Completed
+) -> float:
+    first_texts = [group[0] for group in completed.texts]
+    first_ids = [group[0] for group in completed.ids]
+    scores = score_rows(runner, rows, first_texts, first_ids, step=0)
+    return float(np.nanmean(scores.total))
+
+
+def _make_runner(config: TrainConfig, task: Task) -> RewardRunner:
+    chosen = dataclasses.replace(
+        config.rewards,
+        weights=config.rewards.weights or task.reward_weights,
+        isolate=config.rewards.isolate or task.isolate,
+    )
+    runner = RewardRunner(task.rewards, chosen, max_steps=config.steps)
+    runner.check_columns(task.train[0])
+    return runner
+
+
+def _choose_task(
+    config: TrainConfig,
+    dataset: Sequence[Row] | None,
+    rewards: RewardFunction | Sequence[RewardFunction] | None,
+    eval_dataset: Sequence[Row] | None,
+) -> Task:
+    if dataset is None:
+        if eval_dataset is not None:
+            raise ValueError("eval_dataset needs a dataset; give both or neither.")
+        task = load_task(config.task, data=config.data, seed=config.seed)
+        if rewards is None:
+            return task
+        functions = (rewards,) if callable(rewards) else tuple(rewards)
+        return dataclasses.replace(task, rewards=functions, reward_weights=None)
+    if rewards is None:
+        raise ValueError("a dataset needs rewards: functions that score completions.")
+    return task_from_rows(dataset, rewards, eval_rows=eval_dataset)
+
+
+def _file_name(task: str) -> str:
+    """The name of a task as that of a folder."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(task).stem).strip("-.") or "run"

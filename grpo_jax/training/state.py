@@ -1,0 +1,117 @@
+"""What an update reads and writes: the state, the batch, and how a batch is cut."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+# Fields of `Batch` with a group axis behind that of the prompts.
+_PER_COMPLETION = (
+    "completions",
+    "mask",
+    "advantages",
+    "sampler_logp",
+    "old_logp",
+    "ref_logp",
+)
+
+
+@struct.dataclass
+class TrainState:
+    """Parameters with their optimizer state.
+
+    Attributes:
+      step: optimizer updates made; a skipped update does not count.
+      params: what is trained: the model's parameters, or its adapters.
+      opt_state: the Optax state for `params`.
+      base: the frozen parameters that adapters stand on; None without adapters.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: optax.OptState
+    base: PyTree | None = None
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """The Linen variables of the policy."""
+        return policy_variables(self.params, self.base)
+
+
+def policy_variables(params: PyTree, base: PyTree | None) -> dict[str, PyTree]:
+    """Linen variables: parameters alone, or a frozen base with adapters on it."""
+    if base is None:
+        return {"params": params}
+    return {"params": base, "lora": params}
+
+
+def make_train_state(
+    params: PyTree, tx: optax.GradientTransformation, *, base: PyTree | None = None
+) -> TrainState:
+    """A state at step 0; optimizer moments lie on the mesh as their parameters do."""
+    # Not jitted: under jit the moments would lose the sharding of their parameters.
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        base=base,
+    )
+
+
+@struct.dataclass
+class Batch:
+    """What one update learns from.
+
+    Attributes:
+      prompts: ``[N, P]`` right-padded token ids.
+      prompt_lengths: ``[N]``.
+      completions: ``[N, G, T]`` token ids.
+      mask: ``[N, G, T]`` True for the tokens that count.
+      advantages: ``[N, G]``.
+      sampler_logp: ``[N, G, T]`` what the sampler returned, nats.
+      old_logp: log-probs before the first update of this rollout; None when this is
+        that update, whose ratio is 1.
+      ref_logp: log-probs under the frozen reference; None without a KL penalty.
+    """
+
+    prompts: Int[Array, "N P"]
+    prompt_lengths: Int[Array, " N"]
+    completions: Int[Array, "N G T"]
+    mask: Bool[Array, "N G T"]
+    advantages: Float[Array, "N G"]
+    sampler_logp: Float[Array, "N G T"]
+    old_logp: Float[Array, "N G T"] | None = None
+    ref_logp: Float[Array, "N G T"] | None = None
+
+
+def microbatches(batch: Batch, sequences: int | None) -> Batch:
+    """The batch with a leading axis of microbatches of `sequences` sequences each.
+
+    Prompt i goes to microbatch i mod count, so that under a mesh each microbatch is
+    spread over all devices as the batch was. A microbatch smaller than a group holds a
+    part of the completions of one prompt.
+    """
+    prompts, group = batch.completions.shape[:2]
+    size = min(sequences or prompts * group, prompts * group)
+    count = prompts * group // max(size, group)
+    parts_of_group = max(group // size, 1)
+
+    def by_prompt(leaf: Array) -> Array:
+        parts = leaf.reshape(prompts // count, count, *leaf.shape[1:])
+        parts = jnp.moveaxis(parts, 1, 0)
+        return jnp.repeat(parts, parts_of_group, axis=0)
+
+    def by_completion(leaf: Array) -> Array:
+        if parts_of_group == 1:
+            return by_prompt(leaf)
+        return leaf.reshape(count * parts_of_group, 1, size, *leaf.shape[2:])
+
+    return Batch(
+        prompts=by_prompt(batch.prompts),
+        prompt_lengths=by_prompt(batch.prompt_lengths),
+        **{
+            name: jax.tree.map(by_completion, vars(batch)[name])
+            for name in _PER_COMPLETION
+        },
+    )

@@ -1,0 +1,260 @@
+"""The train step: log-probabilities, loss, gradient, update, as one pure function.
+
+Gradients of totals and the weights they belong to are summed over microbatches (and
+devices, under pmap) and divided once, so how the work is cut changes rounding only.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from grpo_jax import objective
+from grpo_jax.config import ObjectiveConfig, TrainConfig
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.objective import Mean
+from grpo_jax.training.state import Batch, TrainState, microbatches, policy_variables
+
+# Axis name of the devices under pmap.
+_DEVICES = "devices"
+
+
+Metrics = dict[str, Float[Array, ""]]
+Step = Callable[..., tuple[TrainState, Metrics]]
+
+
+def policy_logprobs(
+    model: Decoder,
+    variables: PyTree,
+    prompts: Int[Array, "N P"],
+    prompt_lengths: Int[Array, " N"],
+    completions: Int[Array, "N G T"],
+    *,
+    temperature: float,
+    with_entropy: bool = False,
+) -> objective.TokenLogprobs:
+    """Log-probability of each completion token, nats, each prompt computed once."""
+    hidden = model.apply(
+        variables, prompts, prompt_lengths, completions, method=model.score
+    )
+    return objective.chunked_logprobs(
+        hidden,
+        model.apply(variables, method=model.head),
+        completions,
+        temperature=temperature,
+        logit_softcap=model.config.logit_softcap,
+        with_entropy=with_entropy,
+    )
+
+
+def advantages_from_rewards(
+    rewards: Float[Array, "N G"], valid: Bool[Array, "N G"], config: ObjectiveConfig
+) -> Float[Array, "N G"]:
+    """The advantages that `config` names; 0 where a completion has no reward.
+
+    With the plain likelihood the softmax weights w themselves are taken, times the
+    number of valid completions: the mean over G of -(G w) log π is -Σ w log π.
+    """
+    match config.advantage:
+        case "softmax":
+            temperature = config.softmax_temperature
+            advantages = objective.softmax_advantages(
+                rewards, temperature=temperature, valid=valid
+            )
+            if config.surrogate == "likelihood":
+                advantages = jnp.where(valid, advantages + 1.0, 0.0)
+            return advantages
+        case "standardized":
+            return objective.standardized_advantages(
+                rewards, valid=valid, std_over=config.std_over
+            )
+        case "centered":
+            return objective.centered_advantages(rewards, valid=valid)
+        case "leave_one_out":
+            return objective.leave_one_out_advantages(rewards, valid=valid)
+
+
+def make_train_step(
+    model: Decoder, tx: optax.GradientTransformation, config: TrainConfig
+) -> Step:
+    """A pure ``step(state, batch, *, axis_name=None) -> (state, metrics)``.
+
+    The state is returned unchanged, with ``update_skipped`` 1, when the loss or the
+    gradient is not finite. `axis_name` names the mapped axis when the step runs under
+    `pmap`. Metrics are scalars: the loss and those of `objective.grpo_loss`,
+    ``grad_norm`` before clipping, ``sampler_logp_diff/max`` and ``update_skipped``.
+    """
+
+    def step(
+        state: TrainState, batch: Batch, *, axis_name: str | None = None
+    ) -> tuple[TrainState, Metrics]:
+        loss = functools.partial(_loss_totals, model, config, state.base)
+        parts = microbatches(batch, config.microbatch_size)
+        grads, sums, largest = _accumulate(loss, state.params, parts)
+        if axis_name is not None:
+            grads, sums = lax.psum((grads, sums), axis_name)
+            largest = lax.pmax(largest, axis_name)
+        weight = sums["loss"].weight
+        grads = jax.tree.map(lambda g: g / jnp.where(weight == 0.0, 1.0, weight), grads)
+        metrics = {name: mean.value() for name, mean in sums.items()} | largest
+        metrics["grad_norm"] = optax.global_norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["update_skipped"] = 1.0 - finite.astype(jnp.float32)
+        return _update(state, grads, tx, finite), metrics
+
+    return step
+
+
+def compile_train_step(
+    step: Step, mesh: Mesh, mode: Literal["jit", "pmap"] = "jit"
+) -> Step:
+    """The step compiled for a mesh; the state given to it is donated.
+
+    "jit" follows the shardings of the state, which the new state keeps. "pmap" runs the
+    same step as plain data parallelism: the state is on every device, the batch is
+    split over all of them.
+
+    Raises:
+      ValueError: for another mode; under pmap, when called, for a number of prompts
+        that the devices do not divide.
+    """
+    if mode == "jit":
+        return _JitStep(step)
+    if mode == "pmap":
+        return _pmap_step(step, mesh)
+    raise ValueError(f"mode must be 'jit' or 'pmap', got {mode!r}.")
+
+
+class _JitStep:
+    """Compiles at the first call, when the shardings of the state are known."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._compiled: Any = None
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if self._compiled is None:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+            self._compiled = jax.jit(
+                self._step, donate_argnums=0, out_shardings=(shardings, None)
+            )
+        return self._compiled(state, batch)
+
+
+def _pmap_step(step: Step, mesh: Mesh) -> Step:
+    devices = list(mesh.devices.flat)
+    mapped = jax.pmap(
+        functools.partial(step, axis_name=_DEVICES),
+        axis_name=_DEVICES,
+        in_axes=(None, 0),
+        out_axes=(None, None),
+        devices=devices,
+    )
+
+    def call(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        prompts = batch.prompts.shape[0]
+        if prompts % len(devices):
+            raise ValueError(
+                f"{prompts} prompts cannot be split over {len(devices)} devices; use "
+                f"{-(-prompts // len(devices)) * len(devices)}."
+            )
+        split = lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:])  # noqa: E731
+        return mapped(state, jax.tree.map(split, batch))
+
+    return call
+
+
+def _loss_totals(
+    model: Decoder,
+    config: TrainConfig,
+    base: PyTree | None,
+    params: PyTree,
+    batch: Batch,
+) -> tuple[Float[Array, ""], tuple[dict[str, Mean], Metrics]]:
+    """The total of the loss over a microbatch, with sums and maxima for the metrics."""
+    chosen = config.objective
+    scored = policy_logprobs(
+        model,
+        policy_variables(params, base),
+        batch.prompts,
+        batch.prompt_lengths,
+        batch.completions,
+        temperature=config.sampling.temperature,
+        with_entropy=True,
+    )
+    output = objective.grpo_loss(
+        scored.logp,
+        batch.mask,
+        batch.advantages,
+        old_logp=batch.old_logp,
+        ref_logp=batch.ref_logp,
+        sampler_logp=batch.sampler_logp,
+        entropy=scored.entropy,
+        surrogate=chosen.surrogate,
+        ratio_level=chosen.ratio_level,
+        clip_low=chosen.clip_low,
+        clip_high=chosen.clip_high,
+        dual_clip=chosen.dual_clip,
+        cispo_max_weight=chosen.cispo_max_weight,
+        kl_coef=chosen.kl_coef,
+        kl_estimator=chosen.kl_estimator,
+        entropy_coef=chosen.entropy_coef,
+        sampler_correction_cap=chosen.sampler_correction_cap,
+        aggregation=chosen.aggregation,
+        max_length=config.max_new_tokens,
+    )
+    difference = jnp.abs(lax.stop_gradient(scored.logp) - batch.sampler_logp)
+    largest = jnp.max(jnp.where(batch.mask, difference, 0.0))
+    sums = {"loss": output.loss} | output.metrics
+    return output.loss.total, (sums, {"sampler_logp_diff/max": largest})
+
+
+def _accumulate(
+    loss: Callable[..., Any], params: PyTree, parts: Batch
+) -> tuple[PyTree, dict[str, Mean], Metrics]:
+    """Sums over the microbatches of the gradient and of the metrics, and the maxima."""
+    gradient = jax.grad(loss, has_aux=True)
+
+    def totals(part: Batch) -> tuple[PyTree, dict[str, Mean], Metrics]:
+        grads, (sums, largest) = gradient(params, part)
+        return grads, sums, largest
+
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    if parts.prompts.shape[0] == 1:
+        return totals(first)
+
+    def add(carry: Any, part: Batch) -> tuple[Any, None]:
+        grads, sums, largest = totals(part)
+        grads, sums = jax.tree.map(jnp.add, (carry[0], carry[1]), (grads, sums))
+        return (grads, sums, jax.tree.map(jnp.maximum, carry[2], largest)), None
+
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(totals, first)
+    )
+    return lax.scan(add, zeros, parts)[0]
+
+
+def _update(
+    state: TrainState,
+    grads: PyTree,
+    tx: optax.GradientTransformation,
+    finite: Bool[Array, ""],
+) -> TrainState:
+    """The state after one update, or the same state where something is not finite."""
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    new = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        base=None,
+    )
+    kept = jax.tree.map(
+        lambda fresh, old: jnp.where(finite, fresh, old), new, state.replace(base=None)
+    )
+    return kept.replace(base=state.base)

@@ -1,0 +1,231 @@
+"""GGUF files: weights, configuration and tokenizer of a model in one file.
+
+Tensors are dequantized to float32 and given the layout that Hugging Face files have.
+llama.cpp reorders two kinds of tensors on conversion, which is undone here: rows of the
+query and key projections of Llama (its rotary embedding pairs neighbors), and the norms
+of Gemma (it stores the whole multiplier, 1 + w).
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.families import FAMILIES
+from grpo_jax.models.rope import RopeConfig, inverse_frequencies
+from grpo_jax.weights.gguf_tokenizer import stop_ids
+from grpo_jax.weights.names import Tensor, parameter_table
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
+# The number of layers of the 27B models, whose attention scale is that of the width
+# per head instead of the head width; the files do not state it.
+_WIDE_GEMMA_LAYERS = {"gemma2": 46, "gemma3": 62}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufModel:
+    """What a GGUF file holds; tensors carry their Hugging Face names."""
+
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    fields: Mapping[str, Any]  # metadata by key
+
+
+@dataclasses.dataclass(frozen=True)
+class _GgufTensor:
+    """A tensor of a memory-mapped GGUF file."""
+
+    data: Any  # the reader's record
+    file: str
+    order: Literal["as is", "rotary pairs", "shifted norm"]
+    heads: int  # whose rows are in rotary pairs
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self.data.shape))
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        values = _dequantize(self.data, file=self.file).reshape(self.shape)
+        if self.order == "rotary pairs":
+            # Rows (pair, first or second) of a head become (first or second, pair).
+            pairs = values.reshape(self.heads, -1, 2, *values.shape[1:])
+            values = pairs.swapaxes(1, 2).reshape(values.shape)
+        elif self.order == "shifted norm":
+            values = values - np.float32(1.0)
+        return values[index]
+
+
+def open_gguf(path: pathlib.Path) -> GgufModel:
+    """The model of a GGUF file, its tensors unread.
+
+    Raises:
+        ValueError: naming the file, if it is truncated or no GGUF file, a part of a
+            split model, or of an architecture or kind that is not supported.
+    """
+    reader = _open_reader(path)
+    fields = {name: _value(field) for name, field in reader.fields.items()}
+    stored: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
+    if fields.get("split.count", 0) > 1:
+        raise ValueError(
+            f"{path} is one part of {fields['split.count']}; join them with "
+            "llama-gguf-split --merge"
+        )
+    try:
+        config = ModelConfig.from_hf(_hf_config(fields, stored))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"cannot load {path}: {error}") from error
+    renamed: dict[str, str] = {
+        gguf_name: name
+        for row in parameter_table(config)
+        for gguf_name, name in zip(row.gguf_names, row.names, strict=True)
+    }
+    tensors: dict[str, Tensor] = {
+        renamed.get(name, name): _tensor(tensor, fields, config, file=str(path))
+        for name, tensor in stored.items()
+        if name != _ROPE_FACTORS
+    }
+    return GgufModel(config=config, tensors=tensors, fields=fields)
+
+
+def _open_reader(path: pathlib.Path) -> Any:
+    import gguf
+
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a complete GGUF file ({error}); download or copy it again"
+        ) from error
+
+
+def _value(field: Any) -> Any:
+    value = field.contents()
+    # Numbers are stored in float32: 1e-5 means that, not 9.999999747378752e-06.
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _dequantize(tensor: Any, *, file: str) -> np.ndarray:
+    import gguf
+
+    try:
+        return gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{tensor.name} in {file} has type {tensor.tensor_type.name}, which cannot "
+            "be dequantized; use a file in F16, BF16, F32, Q8_0 or Q4_K_M"
+        ) from error
+
+
+def _tensor(
+    tensor: Any, fields: Mapping[str, Any], config: ModelConfig, *, file: str
+) -> _GgufTensor:
+    architecture, name = fields["general.architecture"], tensor.name
+    order, heads = "as is", config.num_heads
+    if architecture == "llama" and ".attn_q." in name:
+        order = "rotary pairs"
+    elif architecture == "llama" and ".attn_k." in name:
+        order, heads = "rotary pairs", config.num_kv_heads
+    elif config.norm_offset and name.endswith("norm.weight"):
+        order = "shifted norm"
+    return _GgufTensor(tensor, file, order, heads)
+
+
+def _hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json that says what the fields say."""
+    name = fields.get("general.architecture")
+    if name not in _ARCHITECTURES:
+        raise ValueError(
+            f"architecture {name!r} is not supported in GGUF; supported are "
+            f"{sorted(_ARCHITECTURES)}"
+        )
+
+    def field(key: str, default: Any = None) -> Any:
+        return fields.get(f"{name}.{key}", default)
+
+    if field("expert_count", 0):
+        raise ValueError("mixtures of experts are not supported")
+    heads, width = field("attention.head_count"), field("embedding_length")
+    ends = stop_ids(fields)
+    hf = {
+        "architectures": [_ARCHITECTURES[name]],
+        "model_type": FAMILIES[_ARCHITECTURES[name]].model_type,
+        "vocab_size": int(stored["token_embd.weight"].shape[1]),
+        "hidden_size": width,
+        "intermediate_size": field("feed_forward_length"),
+        "num_hidden_layers": field("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": field("attention.head_count_kv", heads),
+        "head_dim": field("attention.key_length", width // heads),
+        "max_position_embeddings": field("context_length"),
+        "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
+        "rope_theta": field("rope.freq_base", 10_000.0),
+        "tie_word_embeddings": "output.weight" not in stored,
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": list(ends) if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+    }
+    _check_rotary_width(field("rope.dimension_count"), hf["head_dim"])
+    hf["rope_scaling"] = _rope_scaling(field, hf, stored)
+    if name == "llama":
+        hf["attention_bias"] = "blk.0.attn_q.bias" in stored
+        hf["mlp_bias"] = "blk.0.ffn_gate.bias" in stored
+    if name.startswith("gemma"):
+        wide = field("block_count") == _WIDE_GEMMA_LAYERS[name]
+        hf["query_pre_attn_scalar"] = width // heads if wide else hf["head_dim"]
+        hf["sliding_window"] = field("attention.sliding_window")
+        hf["attn_logit_softcapping"] = field("attn_logit_softcapping")
+        hf["final_logit_softcapping"] = field("final_logit_softcapping")
+    return hf
+
+
+def _check_rotary_width(rotary: int | None, head_dim: int) -> None:
+    if rotary not in (None, head_dim):
+        raise ValueError(
+            f"rotary embeddings of {rotary} of {head_dim} dimensions are not supported"
+        )
+
+
+def _rope_scaling(
+    field: Any, hf: Mapping[str, Any], stored: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    if _ROPE_FACTORS in stored:
+        return _llama3_scaling(stored[_ROPE_FACTORS].data, hf)
+    kind = field("rope.scaling.type", "none")
+    factor = field("rope.scaling.factor", 1.0)
+    if kind == "none" or factor == 1.0:
+        return None
+    if kind != "linear":
+        raise ValueError(f"rotary scaling {kind!r} is not supported in GGUF")
+    return {"rope_type": "linear", "factor": float(factor)}
+
+
+def _llama3_scaling(factors: np.ndarray, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling of Llama 3.1 whose frequency divisors are `factors`.
+
+    The file has only the divisors. The largest is the factor; the other settings are
+    taken to be those of all Llama 3 models, which must give the divisors back.
+    """
+    scaling = {
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    theta, head_dim = hf["rope_theta"], hf["head_dim"]
+    plain = inverse_frequencies(RopeConfig(theta=theta), head_dim=head_dim)
+    scaled = inverse_frequencies(
+        RopeConfig(theta=theta, kind="llama3", **scaling), head_dim=head_dim
+    )
+    if not np.allclose(plain / scaled, factors, rtol=1e-3):
+        raise ValueError(f"{_ROPE_FACTORS} are not those of a Llama 3 model")
+    return {"rope_type": "llama3", **scaling}

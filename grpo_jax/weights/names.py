@@ -1,0 +1,238 @@
+"""The one table between parameters and the tensors of checkpoint files.
+
+Each row names a parameter by its path in the tree and the tensors that hold it, in the
+spelling of Hugging Face and of GGUF. Files store kernels as [out, in] and one tensor
+per layer; the tree holds them as [in, out] with the layers stacked on axis 0.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from flax import traverse_util
+from jaxtyping import PyTree
+
+from grpo_jax.models.config import ModelConfig
+
+
+class Tensor(Protocol):
+    """A tensor in a file, of which a part can be read without the rest."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in the file."""
+        ...
+
+    @property
+    def file(self) -> str:
+        """The file that holds it, for messages."""
+        ...
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The values in `index`, one slice with bounds per axis."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One parameter of the tree and the tensors it is made of."""
+
+    path: str  # keys joined by "/"
+    shape: tuple[int, ...]  # with the axis of layers, if stacked
+    stacked: bool  # one tensor per layer, instead of one tensor
+    transposed: bool  # the file holds [out, in]
+    names: tuple[str, ...]  # Hugging Face names
+    gguf_names: tuple[str, ...]
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """The shape of each of its tensors in a file."""
+        shape = self.shape[1:] if self.stacked else self.shape
+        return shape[::-1] if self.transposed else shape
+
+
+def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
+    """Every parameter of a model of this configuration, with its tensors."""
+    vocab, width = config.vocab_size, config.hidden_size
+    rows = [
+        _whole("embed/embedding", "model.embed_tokens", "token_embd", (vocab, width)),
+        *(_stacked(config.num_layers, *row) for row in _layer_rows(config)),
+        _whole("final_norm/scale", "model.norm", "output_norm", (width,)),
+    ]
+    if not config.tie_embeddings:
+        rows.append(_whole("lm_head/kernel", "lm_head", "output", (width, vocab)))
+    return tuple(rows)
+
+
+def check_tensors(
+    table: Sequence[Parameter], tensors: Mapping[str, Tensor], *, source: str
+) -> None:
+    """Checks that the tensors of a file or folder are those that the table asks for.
+
+    A head beside tied embeddings repeats them, and rotary frequencies are computed from
+    the configuration; both are accepted and left unread.
+
+    Raises:
+        ValueError: listing every missing, unexpected and misshaped tensor, by file.
+    """
+    shapes = {name: row.file_shape for row in table for name in row.names}
+    missing = sorted(shapes.keys() - tensors.keys())
+    unexpected = [
+        f"{name} in {tensor.file}"
+        for name, tensor in tensors.items()
+        if name not in shapes and not _is_redundant(name)
+    ]
+    misshaped = [
+        f"{name}: {list(tensors[name].shape)} in {tensors[name].file}, the "
+        f"configuration needs {list(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if missing or unexpected or misshaped:
+        parts = (
+            f"{len(found)} {kind}" + (f" ({'; '.join(found)})" if found else "")
+            for kind, found in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("misshaped", misshaped),
+            )
+        )
+        raise ValueError(
+            f"cannot load {source}: {', '.join(parts)}. The tensors must be those of "
+            "the model's configuration; is config.json from the same revision?"
+        )
+
+
+def read_parameter(
+    parameter: Parameter,
+    tensors: Mapping[str, Tensor],
+    index: tuple[slice, ...],
+    *,
+    dtype: np.dtype,
+) -> np.ndarray:
+    """The part of a parameter in `index`, reading only that part of its tensors."""
+    bounds = tuple(
+        slice(*part.indices(size)[:2])
+        for part, size in zip(index, parameter.shape, strict=True)
+    )
+    layers, own = (bounds[0], bounds[1:]) if parameter.stacked else (slice(1), bounds)
+    values = np.empty([part.stop - part.start for part in bounds], dtype)
+    pieces = values if parameter.stacked else values[None]
+    for piece, name in zip(pieces, parameter.names[layers], strict=True):
+        if parameter.transposed:
+            piece[...] = tensors[name].read(own[::-1]).T
+        else:
+            piece[...] = tensors[name].read(own)
+    return values
+
+
+def parameter_tensors(
+    config: ModelConfig, params: PyTree, *, dtype: Any = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The Hugging Face names and values of a tree, one at a time, C-contiguous.
+
+    `dtype` None keeps that of the parameters. One parameter at a time is on the host.
+
+    Raises:
+        ValueError: the tree is not one of this configuration.
+    """
+    flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
+    table = parameter_table(config)
+    given = {path: tuple(values.shape) for path, values in flat.items()}
+    needed = {row.path: row.shape for row in table}
+    if given != needed:
+        wrong = sorted(
+            f"{path}: given {given.get(path)}, the configuration needs "
+            f"{needed.get(path)}"
+            for path in given.keys() | needed.keys()
+            if given.get(path) != needed.get(path)
+        )
+        raise ValueError(f"params do not fit the configuration: {'; '.join(wrong)}")
+    for row in table:
+        values = np.asarray(flat[row.path])
+        for piece, name in zip(
+            values if row.stacked else values[None], row.names, strict=True
+        ):
+            piece = piece.T if row.transposed else piece
+            # safetensors writes a transposed view as if it were not transposed.
+            yield name, np.ascontiguousarray(piece, dtype=dtype or piece.dtype)
+
+
+def _layer_rows(
+    config: ModelConfig,
+) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
+    """Path, names within a layer, and shape of one layer's parameters."""
+    width, hidden, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_heads * head, config.num_kv_heads * head
+    # Where the MLP's input norm is Llama's only norm after attention, Hugging Face
+    # names it by that place.
+    mlp_norm = "pre_feedforward" if config.sandwich_norm else "post_attention"
+    yield "attn_norm/scale", "input_layernorm", "attn_norm", (width,)
+    yield "mlp_norm/scale", f"{mlp_norm}_layernorm", "ffn_norm", (width,)
+    if config.sandwich_norm:
+        yield (
+            "post_attn_norm/scale",
+            "post_attention_layernorm",
+            "post_attention_norm",
+            (width,),
+        )
+        yield (
+            "post_mlp_norm/scale",
+            "post_feedforward_layernorm",
+            "post_ffw_norm",
+            (width,),
+        )
+    if config.qk_norm:
+        yield "attn/q_norm/scale", "self_attn.q_norm", "attn_q_norm", (head,)
+        yield "attn/k_norm/scale", "self_attn.k_norm", "attn_k_norm", (head,)
+    for path, hf, gguf, shape, bias in (
+        ("attn/q", "self_attn.q_proj", "attn_q", (width, queries), "attention"),
+        ("attn/k", "self_attn.k_proj", "attn_k", (width, keys), "attention"),
+        ("attn/v", "self_attn.v_proj", "attn_v", (width, keys), "attention"),
+        ("attn/o", "self_attn.o_proj", "attn_output", (queries, width), "output"),
+        ("mlp/gate", "mlp.gate_proj", "ffn_gate", (width, hidden), "mlp"),
+        ("mlp/up", "mlp.up_proj", "ffn_up", (width, hidden), "mlp"),
+        ("mlp/down", "mlp.down_proj", "ffn_down", (hidden, width), "mlp"),
+    ):
+        yield f"{path}/kernel", hf, gguf, shape
+        if bias in _biases(config):
+            yield f"{path}/bias", hf, gguf, shape[1:]
+
+
+def _biases(config: ModelConfig) -> set[str]:
+    kinds = {
+        "attention": config.attention_bias,
+        "output": config.output_bias,
+        "mlp": config.mlp_bias,
+    }
+    return {kind for kind, present in kinds.items() if present}
+
+
+def _whole(path: str, hf: str, gguf: str, shape: tuple[int, ...]) -> Parameter:
+    return Parameter(
+        path=path,
+        shape=shape,
+        stacked=False,
+        transposed=path.endswith("/kernel"),
+        names=(f"{hf}.weight",),
+        gguf_names=(f"{gguf}.weight",),
+    )
+
+
+def _stacked(
+    num_layers: int, path: str, hf: str, gguf: str, shape: tuple[int, ...]
+) -> Parameter:
+    kind = "bias" if path.endswith("/bias") else "weight"
+    return Parameter(
+        path=f"layers/{path}",
+        shape=(num_layers, *shape),
+        stacked=True,
+        transposed=path.endswith("/kernel"),
+        names=tuple(f"model.layers.{i}.{hf}.{kind}" for i in range(num_layers)),
+        gguf_names=tuple(f"blk.{i}.{gguf}.{kind}" for i in range(num_layers)),
+    )
+
+
+def _is_redundant(name: str) -> bool:
+    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")

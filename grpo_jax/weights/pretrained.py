@@ -1,0 +1,251 @@
+"""Models with their parameters and tokenizer, from files or the hub and back.
+
+Files are Hugging Face's: config.json, safetensors, tokenizer.json, a chat template. A
+GGUF file is read too. Parameters are read tensor by tensor into their places, and where
+shardings are given, each device's part by itself.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from importlib import resources
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import PyTree
+
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.weights import safetensors
+from grpo_jax.weights.folder import replaced_folder
+from grpo_jax.weights.gguf import GgufModel, open_gguf
+from grpo_jax.weights.gguf_tokenizer import build_tokenizer
+from grpo_jax.weights.names import (
+    Parameter,
+    Tensor,
+    check_tensors,
+    parameter_table,
+    parameter_tensors,
+    read_parameter,
+)
+from grpo_jax.weights.tokenizer import Tokenizer
+
+EMBEDDED = "embedded"
+
+Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+Shardings = Placement | Mapping[str, Any]
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A language model: module, parameters, tokenizer and configuration."""
+
+    model: Decoder
+    params: PyTree
+    tokenizer: Tokenizer
+    config: ModelConfig
+
+
+def load_pretrained(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    sharding: Shardings | None = None,
+) -> Pretrained:
+    """The model in a folder, a GGUF file, on the Hugging Face hub, or "embedded".
+
+    "embedded" is the small arithmetic model that comes with the package.
+
+    Args:
+        revision: branch, tag or commit on the hub.
+        dtype: of the parameters; that of compute is the configuration's.
+        sharding: where each parameter is born, as a tree like the parameters or a
+            function of path ("layers/attn/q/kernel") and shape. Only the parts of this
+            process's devices are read. None is the default device.
+
+    Raises:
+        ValueError: naming the file or name: not found, incomplete, damaged, of a kind
+            that is not supported, or whose parts do not fit each other.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
+    path = _find(str(name_or_path), revision)
+    if path.is_file():
+        gguf_model = open_gguf(path)
+        config, tensors = gguf_model.config, gguf_model.tensors
+        tokenizer = _gguf_tokenizer(path, gguf_model)
+    else:
+        config = _read_config(path)
+        tensors = safetensors.open_folder(path)
+        tokenizer = Tokenizer.from_folder(path, config)
+    check_tensors(parameter_table(config), tensors, source=str(path))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, the model has "
+            f"{config.vocab_size} embeddings; they are not from the same model, or the "
+            "model was not resized after tokens were added"
+        )
+    params = _read_params(config, tensors, np.dtype(jnp.dtype(dtype)), sharding)
+    return Pretrained(Decoder(config), params, tokenizer, config)
+
+
+def save_pretrained(
+    folder: str | os.PathLike[str],
+    pretrained: Pretrained,
+    *,
+    dtype: str | None = None,
+) -> None:
+    """Writes a Hugging Face folder, whole or not at all.
+
+    It is written beside its place and moved there when complete. An earlier export in
+    `folder` is replaced. Parameters must be addressable by this process.
+
+    Args:
+        dtype: of the stored weights; None keeps that of the parameters.
+
+    Raises:
+        ValueError: the folder holds other files, or params do not fit the config.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {_DTYPES} or None, got {dtype!r}")
+    config, tokenizer = pretrained.config, pretrained.tokenizer
+    stored = None if dtype is None else jnp.dtype(dtype)
+    first = jax.tree.leaves(pretrained.params)[0]
+    hf = {**config.to_hf(), "torch_dtype": dtype or first.dtype.name}
+    with replaced_folder(pathlib.Path(folder)) as place:
+        tensors = parameter_tensors(config, pretrained.params, dtype=stored)
+        safetensors.write_folder(place, tensors)
+        tokenizer.save(place)
+        _write_json(place / "config.json", hf)
+        _write_json(place / "generation_config.json", _generation(config, tokenizer))
+
+
+def _find(name: str, revision: str | None) -> pathlib.Path:
+    path = pathlib.Path(name).expanduser()
+    if name == EMBEDDED:
+        path = pathlib.Path(str(resources.files("grpo_jax") / "assets/arithmetic-1m"))
+    if path.exists():
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} is for models on the hub; {path} is local"
+            )
+        return path
+    if path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name):
+        raise ValueError(f"{name}: no such file or folder")
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> pathlib.Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=list(_HUB_FILES)
+        )
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ValueError(
+            f"{name} is no local folder, and it could not be had from the Hugging Face "
+            f"hub{at}: {error}. Check the name and the network; with HF_HUB_OFFLINE=1 "
+            "only models that were downloaded before can be loaded"
+        ) from error
+    return pathlib.Path(folder)
+
+
+def _read_config(folder: pathlib.Path) -> ModelConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no config.json, so it is not a Hugging Face model folder"
+        )
+    try:
+        hf = json.loads(path.read_text())
+        if not isinstance(hf, Mapping):
+            raise ValueError("it is not a JSON object")
+        return ModelConfig.from_hf(hf)
+    except ValueError as error:
+        raise ValueError(f"cannot load {path}: {error}") from error
+
+
+def _gguf_tokenizer(path: pathlib.Path, model: GgufModel) -> Tokenizer:
+    try:
+        return build_tokenizer(model.fields, file=str(path))
+    except ValueError:
+        if not (path.parent / "tokenizer.json").is_file():
+            raise
+        return Tokenizer.from_folder(path.parent, model.config)
+
+
+def _read_params(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: np.dtype,
+    sharding: Shardings | None,
+) -> PyTree:
+    table = parameter_table(config)
+    if sharding is None:
+        flat = {
+            row.path: jnp.asarray(
+                read_parameter(
+                    row, tensors, (slice(None),) * len(row.shape), dtype=dtype
+                )
+            )
+            for row in table
+        }
+    else:
+        place = _placement(sharding)
+        flat = {
+            row.path: _read_sharded(row, tensors, dtype, place(row.path, row.shape))
+            for row in table
+        }
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _placement(sharding: Shardings) -> Placement:
+    if not isinstance(sharding, Mapping):
+        return sharding
+    flat: dict[str, Any] = dict(traverse_util.flatten_dict(sharding, sep="/"))
+    return lambda path, shape: flat[path]
+
+
+def _read_sharded(
+    parameter: Parameter,
+    tensors: Mapping[str, Tensor],
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding,
+) -> jax.Array:
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None, "jax passes an index to every call"
+        # Devices that hold copies of the same part share one reading.
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in parts:
+            parts[key] = read_parameter(parameter, tensors, index, dtype=dtype)
+        return parts[key]
+
+    return jax.make_array_from_callback(parameter.shape, sharding, part)
+
+
+def _generation(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

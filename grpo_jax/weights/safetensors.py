@@ -1,0 +1,159 @@
+"""Folders of safetensors files: one `model.safetensors`, or shards with an index.
+
+Reading opens the files and reads values only when a part of a tensor is asked for.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from grpo_jax.weights.names import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+
+_DTYPES = ("F32", "F16", "BF16")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class _FileTensor:
+    """A tensor of an open safetensors file."""
+
+    handle: Any
+    name: str
+    shape: tuple[int, ...]
+    file: str
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self.handle.get_slice(self.name)[index]
+
+
+def open_folder(folder: pathlib.Path) -> Mapping[str, Tensor]:
+    """The tensors of a folder by name, unread.
+
+    Raises:
+        ValueError: naming the file that is missing, damaged, of another format, or
+            whose tensors are not those of the index or not floating point.
+    """
+    if (folder / SINGLE).is_file():
+        return _open_file(folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return _open_shards(folder)
+    pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
+    if pickles:
+        raise ValueError(
+            f"{folder} holds pickled weights only ({', '.join(pickles)}), which run "
+            "code when they are read. Convert them once, where they are trusted: load "
+            "with transformers, then save_pretrained(..., safe_serialization=True)"
+        )
+    raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def write_folder(
+    folder: pathlib.Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes named C-contiguous arrays: one file, or shards with an index if larger.
+
+    At most one shard is held at a time.
+    """
+    shards: list[tuple[pathlib.Path, list[str]]] = []
+    pending: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        path = folder / f"shard-{len(shards)}.part"
+        # transformers refuses files that do not say which framework wrote them.
+        safetensors.numpy.save_file(pending, path, metadata={"format": "pt"})
+        # It makes files that only the owner can read; the folder says who should.
+        path.chmod(folder.stat().st_mode & 0o666)
+        shards.append((path, list(pending)))
+        pending.clear()
+
+    for name, values in tensors:
+        held = sum(array.nbytes for array in pending.values())
+        if pending and held + values.nbytes > max_shard_bytes:
+            flush()
+        pending[name] = values
+        total += values.nbytes
+    flush()
+    _name_shards(folder, shards, total)
+
+
+def _name_shards(
+    folder: pathlib.Path, shards: list[tuple[pathlib.Path, list[str]]], total: int
+) -> None:
+    if len(shards) == 1:
+        shards[0][0].rename(folder / SINGLE)
+        return
+    weight_map = {}
+    for number, (path, names) in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
+    try:
+        handle = safetensors.safe_open(path, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}); download or copy it "
+            "again"
+        ) from error
+    tensors: dict[str, Tensor] = {}
+    for name in handle.keys():
+        part = handle.get_slice(name)
+        if part.get_dtype() not in _DTYPES:
+            raise ValueError(
+                f"{name} in {path} is stored as {part.get_dtype()}; supported are "
+                f"{', '.join(_DTYPES)}. Use a checkpoint that is not quantized"
+            )
+        tensors[name] = _FileTensor(handle, name, tuple(part.get_shape()), str(path))
+    return tensors
+
+
+def _open_shards(folder: pathlib.Path) -> dict[str, Tensor]:
+    weight_map = _read_index(folder / INDEX)
+    files = sorted(set(weight_map.values()))
+    lost = [file for file in files if not (folder / file).is_file()]
+    if lost:
+        raise ValueError(f"{folder / INDEX} lists shards that are lost: {lost}")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        shard = _open_file(folder / file)
+        listed = {name for name, place in weight_map.items() if place == file}
+        if shard.keys() != listed:
+            raise ValueError(
+                f"{folder / file} and {folder / INDEX} disagree about these tensors: "
+                f"{sorted(shard.keys() ^ listed)}"
+            )
+        tensors.update(shard)
+    return tensors
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not an index of shards: it must be JSON with a weight_map of "
+            "tensor names to files"
+        ) from error
+    outside = [file for file in files.values() if pathlib.PurePath(file).name != file]
+    if outside:
+        raise ValueError(f"{path} points outside its folder: {sorted(set(outside))}")
+    return files

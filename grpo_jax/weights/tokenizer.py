@@ -1,0 +1,146 @@
+"""Text to token ids and back, with the model's chat template and stop tokens.
+
+A thin wrapper over a `transformers` fast tokenizer, which is imported on first use.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from grpo_jax.models.config import ModelConfig
+
+Message = Mapping[str, Any]
+
+# The text-only Gemma 3 models ship the image placeholder of their multimodal siblings,
+# one id past the embedding. Text never encodes to it.
+_PLACEHOLDERS = ("<image_soft_token>",)
+
+
+class Tokenizer:
+    """The tokenizer of one model.
+
+    Attributes:
+        stop_ids: ids that end a completion, at least one for a model that can stop.
+        pad_id: the id that fills unused positions; masks never depend on it.
+        vocab_size: one more than the largest id that text can encode to.
+        has_chat_template: whether message lists can be encoded.
+    """
+
+    def __init__(self, fast: Any, *, stop_ids: Iterable[int | None] = ()):
+        """Wraps a PreTrainedTokenizerFast; its own end of sequence also stops."""
+        self._fast = fast
+        stops = dict.fromkeys([*stop_ids, fast.eos_token_id])
+        self.stop_ids: tuple[int, ...] = tuple(i for i in stops if i is not None)
+        vocabulary = fast.get_vocab()
+        self.vocab_size: int = 1 + max(
+            index for token, index in vocabulary.items() if token not in _PLACEHOLDERS
+        )
+        pads = (fast.pad_token_id, fast.eos_token_id, *self.stop_ids, 0)
+        self.pad_id: int = next(index for index in pads if index is not None)
+        self.has_chat_template: bool = bool(fast.chat_template)
+
+    @classmethod
+    def from_folder(cls, folder: pathlib.Path, config: ModelConfig) -> "Tokenizer":
+        """The tokenizer of a Hugging Face folder.
+
+        A completion stops at the end tokens of generation_config.json, of the model's
+        configuration and of the tokenizer itself.
+
+        Raises:
+            ValueError: no tokenizer.json, or a damaged one.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} has no tokenizer.json. If it has another tokenizer format, "
+                "convert it once with transformers: "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
+        fast_class = import_fast_tokenizer()
+        try:
+            fast = fast_class.from_pretrained(str(folder), trust_remote_code=False)
+        except Exception as error:
+            # The Rust parser raises bare Exception; this only adds the file's name.
+            raise ValueError(f"cannot read the tokenizer {path}: {error}") from error
+        stops = [*_generation_stops(folder), *config.eos_token_ids]
+        return cls(fast, stop_ids=stops)
+
+    def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+        """The token ids of a prompt.
+
+        A string is encoded as it is, with the special tokens that the tokenizer adds by
+        itself. A list of messages goes through the chat template: a last message of the
+        assistant is continued, otherwise the assistant's turn is opened after it.
+
+        Raises:
+            ValueError: messages without a chat template, or malformed messages.
+        """
+        if isinstance(prompt, str):
+            return list(self._fast.encode(prompt))
+        return self._encode_messages(prompt)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self._fast.decode(
+            [int(index) for index in ids], skip_special_tokens=True
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the tokenizer and its chat template in Hugging Face format."""
+        folder = pathlib.Path(folder)
+        self._fast.save_pretrained(str(folder))
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text())
+        # transformers 5 writes a class name that 4 does not know; both know this one.
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+    def _encode_messages(self, messages: Sequence[Message]) -> list[int]:
+        if not self.has_chat_template:
+            raise ValueError(
+                "prompt is a list of messages, but the tokenizer has no chat template; "
+                "give prompts as strings, or use an instruction-tuned model"
+            )
+        if not messages:
+            raise ValueError("prompt is an empty list of messages; add one")
+        for message in messages:
+            if not isinstance(message, Mapping) or not {"role", "content"} <= set(
+                message
+            ):
+                raise ValueError(
+                    "every message of a prompt must be a dict with role and content, "
+                    f"got {message!r}"
+                )
+        continued = messages[-1]["role"] == "assistant"
+        return self._fast.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=not continued,
+            continue_final_message=continued,
+            return_dict=False,
+        )
+
+
+def import_fast_tokenizer() -> Any:
+    """The class PreTrainedTokenizerFast, from a transformers that does not chatter."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast
+
+
+def _generation_stops(folder: pathlib.Path) -> list[int]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return []
+    try:
+        stops = json.loads(path.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not a JSON object: {error}") from error
+    if stops is None:
+        return []
+    stops = stops if isinstance(stops, list) else [stops]
+    if not all(isinstance(index, int) for index in stops):
+        raise ValueError(f"eos_token_id in {path} must be ids, got {stops}")
+    return stops

@@ -1,0 +1,168 @@
+"""Tiny models of every kind, and the committed references of transformers."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, init_params
+from grpo_jax.models.rope import RopeConfig
+from grpo_jax.weights.names import parameter_table
+
+REFERENCES = pathlib.Path(__file__).parent / "references"
+CASES = sorted(path.stem for path in REFERENCES.glob("*.npz"))
+
+PLAIN = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    norm_eps=1e-5,
+    rope=(RopeConfig(theta=1000.0),),
+    layer_rope=(0, 0),
+    layer_window=(None, None),
+    tie_embeddings=True,
+    attention_bias=False,
+    output_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    sandwich_norm=False,
+    norm_offset=0.0,
+    activation="silu",
+    attention_scale=8**-0.5,
+    embedding_scale=1.0,
+    attention_softcap=None,
+    logit_softcap=None,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+    pad_token_id=None,
+)
+# Every option at once: two rotary bases and a layer without, windows, caps, biases.
+FULL = dataclasses.replace(
+    PLAIN,
+    num_layers=3,
+    rope=(RopeConfig(theta=1000.0, kind="linear", factor=2.0), RopeConfig(theta=50.0)),
+    layer_rope=(1, 0, None),
+    layer_window=(3, None, 5),
+    tie_embeddings=False,
+    attention_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    qk_norm=True,
+    sandwich_norm=True,
+    norm_offset=1.0,
+    activation="gelu_tanh",
+    attention_scale=0.4,
+    embedding_scale=32**0.5,
+    attention_softcap=2.0,
+    logit_softcap=5.0,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """A model with parameters of which none is trivially 0 or 1, and ragged inputs."""
+
+    model: Decoder
+    params: dict
+    prompts: jax.Array
+    lengths: jax.Array
+    completions: jax.Array
+
+    @property
+    def variables(self):
+        return {"params": self.params}
+
+
+def make_tiny(config):
+    model = Decoder(config)
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    random = np.random.default_rng(0)
+    leaves = [
+        leaf + 0.2 * random.standard_normal(leaf.shape).astype(np.float32)
+        for leaf in leaves
+    ]
+    draw = lambda shape: jnp.asarray(random.integers(0, 64, shape))  # noqa: E731
+    return Tiny(
+        model=model,
+        params=jax.tree.unflatten(tree, leaves),
+        prompts=draw((3, 6)),
+        lengths=jnp.array([6, 3, 1]),
+        completions=draw((3, 2, 5)),
+    )
+
+
+@pytest.fixture(scope="session", params=[PLAIN, FULL], ids=["plain", "full"])
+def tiny(request):
+    return make_tiny(request.param)
+
+
+@pytest.fixture(scope="session")
+def plain():
+    return make_tiny(PLAIN)
+
+
+@pytest.fixture(scope="session")
+def full():
+    return make_tiny(FULL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What transformers says about one tiny model."""
+
+    hf: dict
+    tokens: np.ndarray
+    lengths: np.ndarray
+    logits: np.ndarray
+    weights: dict[str, np.ndarray]
+
+    def params(self, config):
+        flat = {}
+        for row in parameter_table(config):
+            parts = [self.weights[name].astype(np.float32) for name in row.names]
+            parts = [part.T for part in parts] if row.transposed else parts
+            flat[row.path] = np.stack(parts) if row.stacked else parts[0]
+        assert {n for row in parameter_table(config) for n in row.names} == {
+            *self.weights
+        }
+        return nested(flat)
+
+
+def nested(flat):
+    tree = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = jnp.asarray(leaf)
+    return tree
+
+
+@pytest.fixture(scope="session", params=CASES)
+def reference(request):
+    with np.load(REFERENCES / f"{request.param}.npz") as data:
+        weights = {
+            name.removeprefix("weights/"): data[name]
+            for name in data.files
+            if name.startswith("weights/")
+        }
+        return Reference(
+            hf=json.loads(str(data["config"])),
+            tokens=data["tokens"],
+            lengths=data["lengths"],
+            logits=data["logits"],
+            weights=weights,
+        )

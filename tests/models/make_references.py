@@ -1,0 +1,149 @@
+"""Writes references/*.npz: tiny random models of every family, run by transformers.
+
+Needs torch and transformers 5: `python tests/models/make_references.py`. Each file
+holds `config` (config.json as text), `tokens` [B, S] right-padded with junk, `lengths`,
+`logits` [B, S, V] of the real tokens, and the state dict under `weights/`. Weights are
+float16 numbers, so that the files stay small and lose nothing.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import torch
+import transformers
+
+FOLDER = pathlib.Path(__file__).parent / "references"
+LENGTHS = (14, 9, 1)
+SHARED = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 300.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
+CASES = {
+    "llama2": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-2}),
+    "llama3": (
+        "Llama",
+        {
+            "rope_parameters": LLAMA3_ROPE,
+            "head_dim": 16,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "smollm2": ("Llama", {"rope_parameters": LINEAR_ROPE, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": 5}),
+    "qwen2": (
+        "Qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+            "eos_token_id": [7, 8],
+        },
+    ),
+    "qwen3": (
+        "Qwen3",
+        {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True},
+    ),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 5,
+            "sliding_window": 4,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 12,
+            "attention_bias": True,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention"] * 2
+            + ["full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": LINEAR_ROPE,
+            },
+        },
+    ),
+    "smollm3": (
+        "SmolLM3",
+        {
+            "num_hidden_layers": 4,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "mlp_bias": True,
+            "pad_token_id": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 200.0},
+        },
+    ),
+}
+
+
+def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """Gives every parameter values of which none is trivially 0 or 1."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                value = parameter + 0.3 * noise
+            elif parameter.ndim == 1:
+                value = 0.5 * noise
+            else:
+                value = noise * (1.0 if "embed" in name else 0.3)
+            parameter.copy_(value.half().float())
+
+
+def reference(kind: str, options: dict, seed: int) -> dict[str, np.ndarray]:
+    """The content of one file."""
+    generator = torch.Generator().manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**{**SHARED, **options})
+    name = kind.removesuffix("Text") + "ForCausalLM"
+    config.architectures = [name]
+    config._attn_implementation = "eager"
+    model = getattr(transformers, name)(config).eval().float()
+    randomize(model, generator)
+    shape = (len(LENGTHS), max(LENGTHS))
+    tokens = torch.randint(0, SHARED["vocab_size"], shape, generator=generator)
+    logits = np.zeros((*shape, SHARED["vocab_size"]), np.float32)
+    for row, length in enumerate(LENGTHS):
+        with torch.no_grad():
+            logits[row, :length] = model(tokens[row : row + 1, :length]).logits[0]
+    weights = {
+        f"weights/{key}": value.half().numpy()
+        for key, value in model.state_dict().items()
+        if not (key == "lm_head.weight" and config.tie_word_embeddings)
+    }
+    return {
+        "config": np.array(json.dumps(config.to_dict())),
+        "tokens": tokens.numpy().astype(np.int32),
+        "lengths": np.array(LENGTHS, np.int32),
+        "logits": logits,
+        **weights,
+    }
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for seed, (case, (kind, options)) in enumerate(CASES.items()):
+        np.savez_compressed(FOLDER / f"{case}.npz", **reference(kind, options, seed))

@@ -1,0 +1,351 @@
+"""config.json to ModelConfig and back, in both spellings, and what is refused."""
+
+import dataclasses
+
+import pytest
+import transformers
+
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.hf_config import read
+from grpo_jax.models.rope import RopeConfig
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def variant(architecture, model_type, **options):
+    return {
+        **LLAMA,
+        "architectures": [architecture],
+        "model_type": model_type,
+        **options,
+    }
+
+
+QWEN2 = variant("Qwen2ForCausalLM", "qwen2")
+GEMMA2 = variant("Gemma2ForCausalLM", "gemma2")
+GEMMA3 = variant("Gemma3ForCausalLM", "gemma3_text")
+
+
+def test_to_hf_is_read_back_as_the_same_model(reference):
+    config = ModelConfig.from_hf(reference.hf)
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_transformers_reads_to_hf_back_as_the_same_model(reference):
+    """Through the class of transformers, which writes the newer spelling."""
+    config = ModelConfig.from_hf(reference.hf)
+    hf = config.to_hf()
+    theirs = transformers.CONFIG_MAPPING[hf["model_type"]].from_dict(hf).to_dict()
+    assert "rope_parameters" in theirs
+    assert ModelConfig.from_hf(theirs) == config
+    # And it is the model that the reference was made with, not merely ours.
+    for key in ("layer_types", "no_rope_layers", "rope_parameters", "head_dim"):
+        assert theirs.get(key) == reference.hf.get(key), key
+
+
+def test_run_options_are_kept_out_of_config_json():
+    config = dataclasses.replace(
+        ModelConfig.from_hf(LLAMA), dtype="bfloat16", remat="layer", lora_scale=2.0
+    )
+    assert config.to_hf() == ModelConfig.from_hf(LLAMA).to_hf()
+
+
+def test_the_published_llama_3_2_file_is_read():
+    config = ModelConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009],
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.45.0.dev0",
+            "use_cache": True,
+            "vocab_size": 128256,
+        }
+    )
+    assert config.rope == (
+        RopeConfig(
+            theta=500000.0,
+            kind="llama3",
+            factor=32.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        ),
+    )
+    assert config.layer_rope == (0,) * 16
+    assert config.eos_token_ids == (128001, 128008, 128009)
+    assert config.tie_embeddings
+    assert config.num_kv_heads == 8
+    assert config.attention_scale == 0.125  # 1 / sqrt(64)
+
+
+def test_the_published_gemma_3_file_is_read():
+    config = ModelConfig.from_hf(
+        {
+            "architectures": ["Gemma3ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "attn_logit_softcapping": None,
+            "bos_token_id": 2,
+            "cache_implementation": "hybrid",
+            "eos_token_id": [1, 106],
+            "final_logit_softcapping": None,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 1152,
+            "initializer_range": 0.02,
+            "intermediate_size": 6912,
+            "max_position_embeddings": 32768,
+            "model_type": "gemma3_text",
+            "num_attention_heads": 4,
+            "num_hidden_layers": 26,
+            "num_key_value_heads": 1,
+            "pad_token_id": 0,
+            "query_pre_attn_scalar": 256,
+            "rms_norm_eps": 1e-06,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.50.0.dev0",
+            "use_cache": True,
+            "vocab_size": 262144,
+        }
+    )
+    # Five local layers, then a global one, and so on.
+    assert config.layer_window == (512, 512, 512, 512, 512, None) * 4 + (512, 512)
+    assert config.layer_rope == (1, 1, 1, 1, 1, 0) * 4 + (1, 1)
+    assert [rope.theta for rope in config.rope] == [1e6, 1e4]
+    assert config.tie_embeddings
+    assert config.embedding_scale == 1152**0.5
+
+
+def test_both_spellings_of_rotary_settings_give_one_model():
+    numbers = {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    old = {"rope_theta": 7.0, "rope_scaling": {"type": "llama3", **numbers}}
+    new = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 7.0, **numbers}}
+    config = ModelConfig.from_hf({**LLAMA, **old})
+    assert config == ModelConfig.from_hf({**LLAMA, **new})
+    # Without the trained length, the longest position stands in for it.
+    assert config.rope[0].original_max_position_embeddings == 2048
+
+    linear = {"rope_type": "linear", "factor": 8.0}
+    old = {"rope_theta": 9.0, "rope_local_base_freq": 5.0, "rope_scaling": linear}
+    new = {
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 9.0, **linear},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5.0},
+        }
+    }
+    config = ModelConfig.from_hf({**GEMMA3, **old})
+    assert config == ModelConfig.from_hf({**GEMMA3, **new})
+    assert config.rope == (
+        RopeConfig(theta=9.0, kind="linear", factor=8.0),
+        RopeConfig(theta=5.0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("hf", "expected"),
+    [
+        (LLAMA, (None, None, None)),
+        (variant("MistralForCausalLM", "mistral", sliding_window=5), (5, 5, 5)),
+        (variant("MistralForCausalLM", "mistral", sliding_window=None), (None,) * 3),
+        # The window is stated but not in use.
+        ({**QWEN2, "sliding_window": 5, "max_window_layers": 1}, (None,) * 3),
+        (
+            {
+                **QWEN2,
+                "use_sliding_window": True,
+                "sliding_window": 5,
+                "max_window_layers": 1,
+            },
+            (None, 5, 5),
+        ),
+        ({**GEMMA2, "sliding_window": 5}, (5, None, 5)),
+        ({**GEMMA3, "sliding_window": 5, "sliding_window_pattern": 3}, (5, 5, None)),
+        (
+            {
+                **GEMMA3,
+                "sliding_window": 5,
+                "layer_types": ["full_attention"] * 2 + ["sliding_attention"],
+            },
+            (None, None, 5),
+        ),
+    ],
+)
+def test_windows_are_per_layer(hf, expected):
+    config = ModelConfig.from_hf(hf)
+    assert config.layer_window == expected
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_a_one_in_no_rope_layers_means_that_the_layer_rotates():
+    hf = variant("SmolLM3ForCausalLM", "smollm3")
+    listed = ModelConfig.from_hf({**hf, "no_rope_layers": [1, 0, 1]})
+    assert listed.layer_rope == (0, None, 0)
+    every_third = ModelConfig.from_hf({**hf, "no_rope_layer_interval": 3})
+    assert every_third.layer_rope == (0, 0, None)
+
+
+def test_biases_follow_the_family():
+    qwen2 = ModelConfig.from_hf(QWEN2)
+    assert (qwen2.attention_bias, qwen2.output_bias) == (True, False)
+    llama = ModelConfig.from_hf({**LLAMA, "attention_bias": True})
+    assert (llama.attention_bias, llama.output_bias) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
+        ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
+        ({"model_type": "qwen2"}, "model_type 'qwen2'"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"pretraining_tp": 2}, "pretraining_tp=2"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_interleaved": True}, "rope_interleaved=True"),
+        ({"residual_multiplier": 0.2}, "residual_multiplier=0.2"),
+        ({"sliding_window": 5}, "sliding_window=5"),
+        ({"num_local_experts": 8}, "num_local_experts=8"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, "positive factor"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}},
+            "beta_fast",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}},
+            "one flat entry",
+        ),
+        ({"num_key_value_heads": 3}, "multiple of num_kv_heads"),
+        ({"hidden_size": 12}, "head_dim must be even"),
+    ],
+)
+def test_what_the_decoder_does_not_honor_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf({**LLAMA, **change})
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        (
+            {**GEMMA3, "use_bidirectional_attention": True},
+            "use_bidirectional_attention",
+        ),
+        (
+            {**GEMMA3, "rope_parameters": {"rope_theta": 5.0}},
+            "one entry per layer type",
+        ),
+        ({**GEMMA3, "layer_types": ["chunked_attention"] * 3}, "layer_types"),
+        ({**GEMMA3, "layer_types": ["full_attention"] * 2}, "layer_types"),
+        ({**QWEN2, "layer_types": ["sliding_attention"] * 3}, "sliding_window"),
+        (
+            variant("SmolLM3ForCausalLM", "smollm3", no_rope_layers=[1, 0]),
+            "no_rope_layers has 2 entries",
+        ),
+    ],
+)
+def test_what_other_families_cannot_do_is_refused_by_name(hf, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(hf)
+
+
+def test_all_missing_and_unsupported_keys_are_named_at_once():
+    hf = {**LLAMA, "logits_scaling": 2.0, "embedding_multiplier": 3.0}
+    del hf["vocab_size"]
+    with pytest.raises(ValueError) as error:
+        ModelConfig.from_hf(hf)
+    for name in ("vocab_size", "logits_scaling", "embedding_multiplier"):
+        assert name in str(error.value)
+
+
+def test_keys_that_change_nothing_are_accepted():
+    harmless = {
+        "attention_dropout": 0.1,
+        "use_cache": False,
+        "torch_dtype": "bfloat16",
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "transformers.js_config": {"dtype": "q4"},
+        "quantization_config": None,
+        "some_future_switch": False,
+    }
+    assert ModelConfig.from_hf({**LLAMA, **harmless}) == ModelConfig.from_hf(LLAMA)
+
+
+def test_a_field_that_config_json_cannot_express_is_refused_by_name():
+    config = dataclasses.replace(ModelConfig.from_hf(LLAMA), qk_norm=True)
+    with pytest.raises(ValueError, match="qk_norm=True"):
+        config.to_hf()
+    two_windows = dataclasses.replace(
+        ModelConfig.from_hf(GEMMA2), layer_window=(3, 4, None)
+    )
+    with pytest.raises(ValueError, match="layer_window"):
+        two_windows.to_hf()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"remat": "all"}, "remat must be one of"),
+        ({"layer_rope": (0,)}, "layer_rope needs num_layers=3"),
+        ({"layer_rope": (0, 1, 0)}, "layer_rope must index"),
+        ({"layer_window": (None, 0, None)}, "layer_window must be positive"),
+        ({"lora_scale": 0.0}, "lora_scale must be positive"),
+        ({"num_layers": 0}, "num_layers must be positive"),
+    ],
+)
+def test_invalid_fields_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(ModelConfig.from_hf(LLAMA), **change)
+
+
+def test_reading_does_not_change_the_file():
+    hf = {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    before = repr(hf)
+    read(hf)
+    assert repr(hf) == before

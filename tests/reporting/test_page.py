@@ -1,0 +1,237 @@
+import base64
+import hashlib
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from grpo_jax.reporting import metrics
+from grpo_jax.reporting.page import write_report
+from grpo_jax.reporting.text import visible
+from grpo_jax.reporting.trackers import JsonlTracker
+
+VOID = {"meta", "input", "br", "img", "link"}
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, text by element, and whether every tag is closed in order."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.attributes, self.open, self.text = [], [], [], {}
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        tag = self.open[-1] if self.open else ""
+        self.text.setdefault(tag, []).append(data)
+
+    @property
+    def data(self):
+        return json.loads(self.text["script"][0])
+
+
+def _hostile_run(run_dir, synthetic):
+    rows = [
+        {
+            "step": 1,
+            "prompt": [{"role": "user", "content": text}],
+            "completion": text,
+            "rewards": {text: 1.0},
+            "reward": float(index),
+            "advantage": 0.0,
+            "length": 3,
+            "finished": True,
+        }
+        for index, text in enumerate(synthetic.HOSTILE[-4:])
+    ]
+    tracker = JsonlTracker(run_dir)
+    tracker.log({"reward": 1.0, synthetic.HOSTILE[3]: 2.0}, 1)
+    tracker.log_completions(rows, 1)
+    tracker.close()
+    (run_dir / "config.yaml").write_text(f"task: {synthetic.HOSTILE[4]!r}\n")
+    manifest = {
+        "status": synthetic.HOSTILE[3],
+        synthetic.HOSTILE[4]: [synthetic.HOSTILE[3], {"a": synthetic.HOSTILE[2]}],
+    }
+    (run_dir / "manifest.json").write_text(json.dumps(manifest))
+    return run_dir
+
+
+def test_hostile_text_stays_text(tmp_path, synthetic):
+    page = Page(write_report(_hostile_run(tmp_path / "run", synthetic)))
+    assert page.tags.count("script") == 2 and "img" not in page.tags
+    shown = {row["completion"] for row in page.data["rows"]}
+    assert shown == {visible(text) for text in synthetic.HOSTILE[-4:]}
+    assert f"user: {visible(synthetic.HOSTILE[3])}" in {
+        row["prompt"] for row in page.data["rows"]
+    }
+    source = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert not re.search(
+        "[\x00-\x09\x0b-\x1f\u2028\u2029\u202a-\u202e\u2066-\u2069]", source
+    )
+
+
+def test_page_asks_nothing_of_the_network_and_runs_no_script_but_its_own(
+    tmp_path, synthetic
+):
+    page = Page(write_report(synthetic.write_run(tmp_path / "run", steps=20)))
+    names = {name for name, _ in page.attributes}
+    assert names.isdisjoint({"src", "href", "action", "srcset", "onload", "onclick"})
+    policy = dict(page.attributes)["content"]
+    contents = [value for name, value in page.attributes if name == "content"]
+    policy = next(value for value in contents if "default-src" in value)
+    assert policy.startswith("default-src 'none';")
+    digest = hashlib.sha256(page.text["script"][1].encode()).digest()
+    assert f"script-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
+    assert (
+        "@import" not in page.text["style"][0] and "url(" not in page.text["style"][0]
+    )
+
+
+def test_page_holds_curves_and_the_best_and_worst_of_each_step(tmp_path, synthetic):
+    run = synthetic.write_run(tmp_path / "run", steps=40)
+    data = Page(write_report(run)).data
+    history = metrics.read_metrics(run)
+    assert [line["reward"] for line in history[1:]] == data["series"]["reward"][1]
+    assert data["series"]["eval/accuracy"][0] == [0, 20, 40]
+    for step in (10, 20, 30, 40):
+        rewards = sorted(row["reward"] for row in metrics.read_completions(run, step))
+        shown = [row for row in data["rows"] if row["step"] == step]
+        ranks = {"best": rewards[:-3:-1], "worst": rewards[1::-1]}
+        for rank, expected in ranks.items():
+            got = [row["reward"] for row in shown if row["rank"] == rank]
+            assert got == expected
+
+
+def test_summary_and_tables_show_what_the_run_directory_says(tmp_path, synthetic):
+    page = Page(write_report(synthetic.write_run(tmp_path / "run", steps=40)))
+    assert page.text["strong"][0] == "10.0% → 85.0%"
+    assert page.text["strong"][2:4] == ["40", "3m23s"]
+    assert "kl_coef: 0.04" in page.text["pre"][0]
+    assert "0.10.2" in page.text["td"]
+
+
+def test_run_without_evaluations_completions_or_other_files_has_a_page(
+    tmp_path, synthetic
+):
+    run = synthetic.write_run(
+        tmp_path / "run", steps=1, evaluations=False, completions=False
+    )
+    for name in ("config.yaml", "manifest.json", "summary.json"):
+        (run / name).unlink()
+    page = Page(write_report(run, tmp_path / "elsewhere" / "page.html"))
+    assert page.data["rows"] == [] and "eval/accuracy" not in page.data["series"]
+    assert "running" in page.text["span"]
+
+
+def test_completions_without_reward_are_left_out_and_none_is_shown_twice(tmp_path):
+    base = {"step": 1, "prompt": "p", "rewards": {}, "length": 1, "finished": True}
+    rows = [
+        base | {"completion": text, "reward": reward, "advantage": 0.0}
+        for text, reward in [("a", 1.0), ("b", None), ("c", 2.0), ("d", 0.0)]
+    ]
+    tracker = JsonlTracker(tmp_path)
+    tracker.log({"reward": 1.0}, 1)
+    tracker.log_completions(rows, 1)
+    tracker.close()
+    shown = Page(write_report(tmp_path)).data["rows"]
+    assert [(row["completion"], row["rank"]) for row in shown] == [
+        ("c", "best"),
+        ("a", "best"),
+        ("d", "worst"),
+    ]
+
+
+def test_long_runs_and_texts_are_thinned_and_say_so(tmp_path):
+    row = {"prompt": "p", "rewards": {}, "length": 1, "finished": True, "reward": 1.0}
+    tracker = JsonlTracker(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(1, 5001):
+            file.write(f'{{"step": {step}, "kl": {step / 2}}}\n')
+    for step in range(1, 301):
+        text = "x" * 9000 if step == 1 else "y"
+        path = metrics.completions_file(tmp_path, step)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(row | {"step": step, "completion": text}) + "\n")
+    tracker.close()
+    page = Page(write_report(tmp_path))
+    steps, values = page.data["series"]["kl"]
+    assert len(steps) == 2000 and steps[0] == 1 and steps[-1] == 5000
+    assert values == [step / 2 for step in steps]
+    kept = [row["step"] for row in page.data["rows"]]
+    assert len(kept) == 250 and kept[0] == 1 and kept[-1] == 300
+    assert page.data["rows"][0]["completion"].endswith("x\n... [1000 more characters]")
+    assert any("of 300 written" in text for text in page.text["p"])
+
+
+# Reports into the page's title, so that one start of the browser answers it all.
+_CHECKS = """
+const field = (name, value) => {
+  filters.elements[name].value = value;
+  filters.dispatchEvent(new Event("input"));
+  return [...document.querySelectorAll(".row")].map((row) =>
+    row.querySelector("b").textContent.match(/step (\\d+) . (\\w+) . reward (\\S+)/));
+};
+const said = {};
+said.charts = document.querySelectorAll("#curves svg path.trend").length;
+said.all = chosen.length;
+said.steps = field("from", "20").map((m) => Number(m[1]));
+field("from", "");
+said.best = field("rank", "best").map((m) => m[2]);
+said.rising = field("sort", "reward").map((m) => Number(m[3]));
+field("rank", "");
+said.low = field("low", "1").map((m) => Number(m[3]));
+field("low", "");
+said.found = field("text", "<SCRIPT>").length;
+said.text = document.querySelector("pre.completion").textContent;
+field("text", "no such text");
+said.none = count.textContent;
+document.title = "checked " + JSON.stringify(said);
+"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_page_in_a_browser_draws_filters_and_runs_nothing_hostile(tmp_path, synthetic):
+    path = write_report(synthetic.write_run(tmp_path / "run", steps=40))
+    source = path.read_text(encoding="utf-8")
+    # The checks become part of the page's one script, which the policy then names.
+    script = re.findall("<script>(.*?)</script>", source, re.DOTALL)[0]
+    checked = script + _CHECKS
+    digests = [
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (script, checked)
+    ]
+    source = source.replace(script, checked).replace(*digests)
+    path.write_text(source, encoding="utf-8")
+    options = "--headless --no-sandbox --disable-gpu --no-first-run"
+    options += " --disable-background-networking --disable-component-update"
+    options += f" --disable-sync --user-data-dir={tmp_path / 'browser'}"
+    command = ["chromium", *options.split(), "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+    dom = done.stdout.decode("utf-8")
+    title = re.search("<title>(.*?)</title>", dom)[1]
+    assert title.startswith("checked "), title
+    said = json.loads(html.unescape(title.removeprefix("checked ")))
+    assert said["charts"] == 7
+    assert said["all"] == 16  # two best and two worst at steps 10, 20, 30, 40
+    assert set(said["steps"]) == {20, 30, 40}
+    assert set(said["best"]) == {"best"} and len(said["best"]) == 8
+    assert said["rising"] == sorted(said["rising"])
+    assert said["low"] and min(said["low"]) >= 1
+    assert said["found"] == 1
+    assert said["text"] == synthetic.HOSTILE[3]
+    assert said["none"] == "0 of 16"

@@ -1,0 +1,90 @@
+"""Rows are checked before anything runs, and the first bad one is named."""
+
+import dataclasses
+
+import datasets
+import pytest
+
+from grpo_jax.tasks import Task, task_from_rows
+from grpo_jax.tasks.base import completion_text, is_conversational
+
+CHAT = [{"role": "user", "content": "2+2?"}]
+GOOD = {"prompt": "a"}
+
+
+def reward(completions, **kwargs):
+    return [0.0 for _ in completions]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("text", "is a str; expected a mapping"),
+        ({"question": "q", "id": 1}, "no 'prompt' column; its columns are id, quest"),
+        ({"prompt": ""}, "has an empty prompt"),
+        ({"prompt": []}, "has an empty list of messages"),
+        ({"prompt": None}, "has a prompt of type NoneType"),
+        ({"prompt": 3}, "has a prompt of type int"),
+        ({"prompt": ["hi"]}, "bad message"),
+        ({"prompt": [{"role": "user"}]}, "bad message"),
+        ({"prompt": [{"role": "user", "content": ["image"]}]}, "bad message"),
+        ({"prompt": "a", "trainer_state": 1}, "'trainer_state', a name reserved"),
+        ({"prompt": CHAT}, "mixes string prompts and chat messages"),
+        ({"prompt": "a", "extra": 1}, "has the columns extra, prompt, row 0 has pro"),
+    ],
+)
+def test_the_first_bad_row_is_named_with_what_is_wrong(row, problem):
+    with pytest.raises(ValueError, match=rf"row 2 \(counting from 0\) {problem}|row 2"):
+        task_from_rows([GOOD, GOOD, row, row], [reward])
+    with pytest.raises(ValueError, match=problem):
+        task_from_rows([GOOD, GOOD, row, row], [reward])
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([], "are empty"),
+        ((row for row in [GOOD]), "with a length, got a generator"),
+        (GOOD, "got a dict"),
+        ("rows", "got a str"),
+    ],
+)
+def test_what_is_not_rows_is_refused(rows, problem):
+    with pytest.raises(ValueError, match=problem):
+        task_from_rows(rows, [reward])
+
+
+def test_held_out_rows_are_checked_like_the_others():
+    with pytest.raises(ValueError, match="held-out dataset rows: row 1"):
+        task_from_rows([GOOD], [reward], eval_rows=[GOOD, {"prompt": ""}])
+    with pytest.raises(ValueError, match="prompts of two kinds"):
+        task_from_rows([GOOD], [reward], eval_rows=[{"prompt": CHAT}])
+
+
+def test_a_datasets_dataset_is_used_as_it_is():
+    rows = datasets.Dataset.from_list([{"prompt": CHAT, "answer": "4"}] * 3)
+    task = task_from_rows(rows, reward)
+    assert task.train is rows
+    assert task.train[1]["answer"] == "4"
+    assert is_conversational(task.train)
+    assert task.rewards == (reward,)
+
+
+def test_rewards_must_be_functions_and_weights_must_fit():
+    with pytest.raises(ValueError, match="no reward function"):
+        task_from_rows([GOOD], [])
+    with pytest.raises(ValueError, match="must be functions, got 'accuracy'"):
+        task_from_rows([GOOD], ["accuracy"])
+    task = task_from_rows([GOOD], [reward])
+    with pytest.raises(ValueError, match="2 entries for 1 reward functions"):
+        dataclasses.replace(task, reward_weights=(1.0, 2.0))
+
+
+def test_a_task_made_directly_is_checked_too():
+    with pytest.raises(ValueError, match="row 0"):
+        Task(name="mine", train=[{"text": "a"}], rewards=(reward,))
+
+
+def test_the_text_of_a_completion_of_either_kind():
+    assert completion_text("4") == "4"
+    assert completion_text([{"role": "assistant", "content": "4"}]) == "4"

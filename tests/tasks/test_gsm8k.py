@@ -1,0 +1,100 @@
+"""GSM8K rows from files; the gold answer and the completion are read alike."""
+
+import json
+import sys
+
+import pytest
+
+from grpo_jax.tasks import load_task
+from grpo_jax.tasks.gsm8k import (
+    accuracy_reward,
+    format_reward,
+    is_correct,
+    is_correct_lenient,
+)
+
+LINES = [
+    {"question": "How many?", "answer": "2 * 500 = 1000\n#### 1,000"},
+    {"question": "How few?", "answer": "3 - 6 = -3\n#### -3"},
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rows_hold_a_user_message_and_the_gold_number(tmp_path):
+    write(tmp_path / "train.jsonl", LINES)
+    write(tmp_path / "test.jsonl", LINES[1:])
+    task = load_task("gsm8k", data=str(tmp_path))
+    (message,) = task.train[0]["prompt"]
+    assert message["role"] == "user"
+    assert message["content"].startswith("How many?") and "####" in message["content"]
+    assert [row["answer"] for row in task.train] == ["1000", "-3"]
+    assert task.train[0]["question"] == "How many?"
+    assert [row["answer"] for row in task.test] == ["-3"]
+    assert task.rewards == (accuracy_reward, format_reward)
+    assert task.reward_weights == (1.0, 0.1)
+
+
+def test_every_gold_solution_earns_both_rewards(tmp_path):
+    write(tmp_path / "train.jsonl", LINES * 10)
+    task = load_task("gsm8k", data=str(tmp_path / "train.jsonl"))
+    solutions = {line["question"]: line["answer"] for line in LINES}
+    completions = [
+        [{"role": "assistant", "content": solutions[row["question"]]}]
+        for row in task.train
+    ]
+    gold = [row["answer"] for row in task.train]
+    assert len(task.train) == 18 and len(task.test) == 2  # a tenth is held out
+    assert accuracy_reward([], completions, answer=gold) == [1.0] * 18
+    assert format_reward([], completions) == [1.0] * 18
+
+
+def test_accuracy_needs_the_mark_and_format_does_not_need_the_truth():
+    completions = ["#### 18.00", "18", "#### 19", "#### eighteen"]
+    assert accuracy_reward([], completions, answer=["18"] * 4) == [1.0, 0.0, 0.0, 0.0]
+    assert format_reward([], completions) == [1.0, 0.0, 1.0, 0.0]
+    row = {"answer": "18"}
+    assert [is_correct(text, row) for text in completions] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert is_correct_lenient("It is 18", row) and not is_correct_lenient("19", row)
+
+
+def test_a_gold_answer_without_a_number_never_equals_a_missing_answer():
+    assert accuracy_reward([], ["no idea"], answer=["unknown"]) == [0.0]
+    assert not is_correct("no idea", {"answer": "unknown"})
+    assert not is_correct_lenient("no idea", {"answer": "unknown"})
+
+
+def test_rows_of_another_shape_are_named(tmp_path):
+    file = write(tmp_path / "train.jsonl", [LINES[0], {"prompt": "a", "label": "b"}])
+    with pytest.raises(ValueError, match=r"row 1 .*'question'.*are label, prompt"):
+        load_task("gsm8k", data=str(file))
+    file = write(tmp_path / "train.jsonl", [{"question": "q", "answer": "seven"}])
+    with pytest.raises(ValueError, match="row 0 .*no number after '####'"):
+        load_task("gsm8k", data=str(file))
+
+
+def test_without_data_the_hub_is_asked_and_its_absence_explained(monkeypatch):
+    import datasets
+
+    def refuse(name, subset):
+        assert (name, subset) == ("openai/gsm8k", "main")
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ConnectionError, match=r"offline.*--data DIR"):
+        load_task("gsm8k")
+    splits = {"train": datasets.Dataset.from_list(LINES), "test": LINES[:1]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset: splits)
+    task = load_task("gsm8k")
+    assert [row["answer"] for row in task.train] == ["1000", "-3"]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"grpo-jax\[hub\]"):
+        load_task("gsm8k")

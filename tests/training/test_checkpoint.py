@@ -1,0 +1,580 @@
+"""Checkpoints come back bit for bit, or a step that does; nothing is lost silently."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1 as ocp
+
+from grpo_jax.config import CheckpointConfig, MeshConfig
+from grpo_jax.parallel import mesh as meshes
+from grpo_jax.training.checkpoint import Checkpoints
+from grpo_jax.training.digest import named_leaves
+from grpo_jax.training.state import TrainState, make_train_state
+
+# Reads that Orbax has under way when another one fails end in a closed event loop.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+TX = optax.adamw(1e-2)
+SPECS = {"embed": P("tensor", "fsdp"), "mlp": {"kernel": P("fsdp", "tensor")}}
+
+
+def make_params(seed: int = 0, *, rows: int = 64) -> dict:
+    one, two = jax.random.split(jax.random.key(seed))
+    return {
+        "embed": jax.random.normal(one, (rows, 32)),
+        "mlp": {
+            "kernel": jax.random.normal(two, (32, rows)),
+            "scale": jnp.arange(16, dtype=jnp.bfloat16),
+        },
+        "on": jnp.array([True, False]),
+        "ids": jnp.arange(5, dtype=jnp.uint32),
+    }
+
+
+@jax.jit
+def train_step(state: TrainState) -> TrainState:
+    grads = jax.tree.map(
+        lambda p: jnp.sin(p) if jnp.issubdtype(p.dtype, jnp.floating) else p * 0,
+        trained(state.params),
+    )
+    updates, opt_state = TX.update(grads, state.opt_state, trained(state.params))
+    params = state.params | optax.apply_updates(trained(state.params), updates)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+
+
+def trained(params: dict) -> dict:
+    return {name: params[name] for name in ("embed", "mlp")}
+
+
+def make_state(seed: int = 0, *, updates: int = 2, rows: int = 64) -> TrainState:
+    params = make_params(seed, rows=rows)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, opt_state=TX.init(trained(params))
+    )
+    for _ in range(updates):
+        state = train_step(state)
+    return state
+
+
+def spread(state: TrainState, data: int, fsdp: int, tensor: int) -> TrainState:
+    """The state on a mesh of the first devices; moments lie as their parameters do."""
+    mesh = meshes.make_mesh(
+        MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
+        devices=jax.devices()[: data * fsdp * tensor],
+    )
+
+    def place(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = P()
+        if name.endswith("embed"):
+            spec = SPECS["embed"]
+        elif name.endswith("mlp/kernel"):
+            spec = SPECS["mlp"]["kernel"]
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def assert_same_bits(one, two) -> None:
+    one, two = named_leaves(one), named_leaves(two)
+    assert one.keys() == two.keys()
+    for name, leaf in one.items():
+        assert leaf.dtype == two[name].dtype, name
+        assert np.asarray(leaf).tobytes() == np.asarray(two[name]).tobytes(), name
+
+
+def open_checkpoints(path: Path, **config) -> tuple[Checkpoints, list[str]]:
+    reports: list[str] = []
+    return Checkpoints(path, CheckpointConfig(**config), report=reports.append), reports
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory) -> tuple[Path, dict[int, TrainState]]:
+    """A folder with steps 10, 20 and 30."""
+    path = tmp_path_factory.mktemp("checkpoints")
+    states = {step: make_state(step) for step in (10, 20, 30)}
+    checkpoints, _ = open_checkpoints(path)
+    for step, state in states.items():
+        checkpoints.save(step, state, {"position": step, "name": "x"})
+    checkpoints.close()
+    return path, states
+
+
+@pytest.fixture
+def copy(three_steps, tmp_path) -> tuple[Path, dict[int, TrainState]]:
+    shutil.copytree(three_steps[0], tmp_path / "copy")
+    return tmp_path / "copy", three_steps[1]
+
+
+# Values
+
+
+def test_a_state_comes_back_bit_for_bit_on_any_mesh(tmp_path):
+    state = make_state()
+    checkpoints, reports = open_checkpoints(tmp_path)
+    layouts = [(1, 4, 2), (1, 2, 2), (2, 2, 2), (1, 1, 1), (1, 8, 1)]
+    current = spread(state, 1, 8, 1)
+    for step, layout in enumerate(layouts):
+        checkpoints.save(step, current, {"layout": layout})
+        like = spread(jax.tree.map(jnp.zeros_like, state), *layout)
+        found, current, meta = checkpoints.restore(like)
+        assert (found, meta) == (step, {"layout": list(layout)})
+        assert_same_bits(current, state)
+        for leaf, wanted in zip(
+            jax.tree.leaves(current), jax.tree.leaves(like), strict=True
+        ):
+            assert leaf.sharding == wanted.sharding
+    # Moments lie as their parameters do, on the last mesh too.
+    mu = current.opt_state[0].mu
+    assert mu["embed"].sharding == current.params["embed"].sharding
+    assert reports == []
+
+
+@pytest.mark.parametrize("where", ["no mesh", "mesh", "mesh, scalars on one device"])
+def test_training_goes_on_as_if_nothing_had_happened(tmp_path, where):
+    state = make_state()
+    if where != "no mesh":
+        state = spread(state, 1, 4, 2)
+    checkpoints, _ = open_checkpoints(tmp_path)
+    checkpoints.save(2, state, {})
+    like = state
+    if where == "mesh, scalars on one device":
+        # As `tx.init` leaves the count: on the default device, beside a mesh.
+        like = jax.tree.map(
+            lambda leaf: jnp.zeros_like(leaf, device=None) if leaf.ndim == 0 else leaf,
+            like,
+        )
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=leaf.sharding
+            ),
+            like,
+        )
+    _, restored, _ = checkpoints.restore(like)
+    assert_same_bits(train_step(train_step(restored)), train_step(train_step(state)))
+
+
+def test_a_state_made_from_scratch_is_a_good_target(tmp_path):
+    # The loop restores into what `make_train_state` returns: a count without a mesh.
+    mesh = meshes.make_mesh(MeshConfig(fsdp=8))
+    params = jax.device_put({"w": jnp.ones((8, 4))}, NamedSharding(mesh, P("fsdp")))
+    state = make_train_state(params, TX)
+    checkpoints, _ = open_checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    _, restored, _ = checkpoints.restore(state)
+
+    @jax.jit
+    def step(state):
+        _, opt_state = TX.update(state.params, state.opt_state, state.params)
+        return opt_state
+
+    assert_same_bits(step(restored), step(state))
+
+
+def test_without_a_mesh_arrays_stay_free_to_join_any(tmp_path):
+    state = make_state()
+    checkpoints, _ = open_checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    _, restored, _ = checkpoints.restore(state)
+    assert not any(leaf.committed for leaf in jax.tree.leaves(restored))
+    _, params, _ = checkpoints.restore_params(like=jax.eval_shape(make_params))
+    assert_same_bits(params, state.params)
+
+
+def test_a_state_may_be_donated_once_save_returns(tmp_path):
+    overwrite = jax.jit(
+        lambda state: jax.tree.map(jnp.zeros_like, state), donate_argnums=0
+    )
+    checkpoints, _ = open_checkpoints(tmp_path)
+    big = {"w": jnp.arange(1 << 22, dtype=jnp.float32)}
+    for step in range(3):
+        state = make_train_state(jax.tree.map(lambda x: x + 0, big), TX)
+        checkpoints.save(step, state, {})
+        state = overwrite(state)
+        jax.block_until_ready(state)
+        _, restored, _ = checkpoints.restore(state)
+        np.testing.assert_array_equal(restored.params["w"], big["w"])
+
+
+def test_adapters_are_saved_without_their_base(tmp_path):
+    base = {"w": jnp.ones((256, 256))}
+    state = make_train_state(
+        {"a": jnp.ones((4, 2)), "b": jnp.zeros((2, 4))}, TX, base=base
+    )
+    checkpoints, _ = open_checkpoints(tmp_path)
+    checkpoints.save(1, state, {}, wait=True)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 256 * 256
+    _, restored, _ = checkpoints.restore(state)
+    assert restored.base is base
+    assert_same_bits(restored, state)
+
+
+def test_parameters_alone_need_neither_devices_nor_a_target(tmp_path):
+    state = spread(make_state(), 2, 2, 2)
+    checkpoints, _ = open_checkpoints(tmp_path)
+    checkpoints.save(7, state, {"epoch": 1}, wait=True)
+    shutil.rmtree(tmp_path / "7" / "optimizer")
+    step, params, meta = checkpoints.restore_params()
+    assert (step, meta) == (7, {"epoch": 1})
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
+    assert_same_bits(params, state.params)
+
+
+def test_the_layout_is_plain_orbax(three_steps):
+    path, states = three_steps
+    meta = ocp.load_checkpointables(path / "10", {"meta": None})["meta"]
+    assert meta["schema"] == 1
+    assert meta["run"] == {"position": 10, "name": "x"}
+    assert meta["arrays"]["params/mlp/kernel"]["shape"] == [32, 64]
+    assert meta["arrays"]["optimizer/opt_state/0/count"]["dtype"] == "int32"
+    like = {"params": states[10].params}
+    assert_same_bits(ocp.load_checkpointables(path / "10", like), like)
+
+
+# Which steps there are
+
+
+def test_the_newest_steps_and_every_nth_are_kept(tmp_path):
+    state = make_state(updates=0)
+    checkpoints, _ = open_checkpoints(tmp_path, keep=2, keep_every=4)
+    for step in range(1, 11):
+        checkpoints.save(step, state, {})
+    checkpoints.close()
+    assert checkpoints.steps() == [4, 8, 9, 10]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "4", "8", "9"]
+
+
+def test_a_step_can_be_asked_for_and_must_exist(three_steps):
+    path, states = three_steps
+    checkpoints, _ = open_checkpoints(path)
+    step, state, meta = checkpoints.restore(states[30], step=20)
+    assert (step, meta["position"]) == (20, 20)
+    assert_same_bits(state, states[20])
+    with pytest.raises(ValueError, match=r"no checkpoint 25 .*\[10, 20, 30\]"):
+        checkpoints.restore(states[30], step=25)
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
+    checkpoints, _ = open_checkpoints(tmp_path / "new")
+    assert checkpoints.restore(make_state()) is None
+    assert checkpoints.steps() == []
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        checkpoints.restore_params()
+
+
+def test_a_step_that_exists_is_replaced(tmp_path):
+    checkpoints, _ = open_checkpoints(tmp_path)
+    checkpoints.save(5, make_state(1), {})
+    checkpoints.save(5, make_state(2), {})
+    _, restored, _ = checkpoints.restore(make_state(0))
+    assert_same_bits(restored, make_state(2))
+
+
+# Damage
+
+
+def data_file(step: Path) -> Path:
+    """The largest file of the parameters: their values."""
+    return largest_file(step / "params")
+
+
+def largest_file(folder: Path) -> Path:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(
+        byte ^ 0xFF for byte in content[middle : middle + 64]
+    )
+    path.write_bytes(bytes(content))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change_json(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def empty(step: Path) -> None:
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+DAMAGES = {
+    "flipped data": lambda step: flip(data_file(step)),
+    "truncated data": lambda step: truncate(data_file(step)),
+    "no data": lambda step: data_file(step).unlink(),
+    "flipped moments": lambda step: flip(largest_file(step / "optimizer")),
+    "flipped index": lambda step: flip(largest_file(step / "params" / "d")),
+    "flipped index of moments": lambda step: flip(largest_file(step / "optimizer/d")),
+    "truncated manifest": lambda step: truncate(step / "params" / "manifest.ocdbt"),
+    "no manifest": lambda step: (step / "params" / "manifest.ocdbt").unlink(),
+    "flipped manifest": lambda step: flip(step / "params" / "manifest.ocdbt"),
+    "no _METADATA": lambda step: (step / "params" / "_METADATA").unlink(),
+    "empty _METADATA": lambda step: (step / "params" / "_METADATA").write_bytes(b""),
+    "no _CHECKPOINT_METADATA": lambda step: (step / "_CHECKPOINT_METADATA").unlink(),
+    "truncated meta": lambda step: truncate(step / "meta" / "data.json"),
+    "binary meta": lambda step: flip(step / "meta" / "data.json"),
+    "meta changed": lambda step: change_json(
+        step / "meta" / "data.json", lambda meta: meta["run"].update(position=31)
+    ),
+    "shape changed": lambda step: change_json(
+        step / "meta" / "data.json",
+        lambda meta: meta["arrays"]["params/embed"].update(shape=[1, 2]),
+    ),
+    "no meta": lambda step: (step / "meta" / "data.json").unlink(),
+    "no meta folder": lambda step: shutil.rmtree(step / "meta"),
+    "no params folder": lambda step: shutil.rmtree(step / "params"),
+    "no optimizer folder": lambda step: shutil.rmtree(step / "optimizer"),
+    "empty step": empty,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_step_gives_way_to_the_one_before(copy, damage):
+    path, states = copy
+    DAMAGES[damage](path / "30")
+    checkpoints, reports = open_checkpoints(path)
+    step, state, meta = checkpoints.restore(states[30])
+    assert (step, meta["position"]) == (20, 20)
+    assert_same_bits(state, states[20])
+    assert checkpoints.steps() == [10, 20]
+    assert (path / "30.damaged").is_dir()
+    (report,) = reports
+    assert "30" in report and "step 20" in report
+
+
+HARMLESS = {
+    "flipped _CHECKPOINT_METADATA": lambda step: flip(step / "_CHECKPOINT_METADATA"),
+    "no _sharding": lambda step: (step / "params" / "_sharding").unlink(),
+    "no array metadata": lambda step: shutil.rmtree(
+        step / "params" / "array_metadatas"
+    ),
+    "no commit marker": lambda step: [
+        path.unlink() for path in step.rglob("commit_success.txt")
+    ],
+}
+
+
+@pytest.mark.parametrize("loss", HARMLESS)
+def test_files_that_hold_no_values_may_be_lost(copy, loss):
+    path, states = copy
+    HARMLESS[loss](path / "30")
+    checkpoints, reports = open_checkpoints(path)
+    step, state, _ = checkpoints.restore(states[30])
+    assert step == 30
+    assert_same_bits(state, states[30])
+    assert reports == []
+
+
+def test_two_damaged_steps_are_both_set_aside_and_can_be_saved_again(copy):
+    path, states = copy
+    flip(data_file(path / "30"))
+    truncate(path / "20" / "meta" / "data.json")
+    (path / "30.damaged").mkdir()
+    checkpoints, reports = open_checkpoints(path)
+    assert checkpoints.restore(states[30])[0] == 10
+    assert len(reports) == 2
+    assert (path / "30.damaged-2").is_dir() and (path / "20.damaged").is_dir()
+    # Steps that Orbax has seen before must not be dropped.
+    for step in (20, 30):
+        checkpoints.save(step, states[step], {"again": step})
+    step, state, meta = checkpoints.restore(states[10])
+    assert (step, meta) == (30, {"again": 30})
+    assert_same_bits(state, states[30])
+
+
+def test_if_all_steps_are_damaged_none_is_touched_and_the_run_stops(copy):
+    path, states = copy
+    for step in (10, 20, 30):
+        flip(data_file(path / str(step)))
+    checkpoints, reports = open_checkpoints(path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no good checkpoint.*30: changed values"):
+            checkpoints.restore(states[30])
+    assert checkpoints.steps() == [10, 20, 30]
+    assert reports == []
+
+
+def test_a_damaged_step_that_was_asked_for_is_an_error(copy):
+    path, states = copy
+    flip(data_file(path / "20"))
+    checkpoints, _ = open_checkpoints(path)
+    with pytest.raises(ValueError, match=r"20: changed values.*\[10, 30\]"):
+        checkpoints.restore(states[30], step=20)
+    with pytest.raises(ValueError, match="params/embed|params/mlp"):
+        checkpoints.restore_params(20)
+    assert checkpoints.steps() == [10, 20, 30]
+
+
+# What is not damage
+
+
+def test_another_shape_dtype_or_tree_is_an_error_that_touches_nothing(three_steps):
+    path, states = three_steps
+    checkpoints, reports = open_checkpoints(path)
+    params = states[30].params
+    with pytest.raises(ValueError, match=r"params/embed: float32 \(64, 32\) in the"):
+        checkpoints.restore(make_state(rows=8, updates=0))
+    with pytest.raises(ValueError, match="params/on: bool .* here"):
+        checkpoints.restore_params(like=params | {"on": params["embed"]})
+    with pytest.raises(ValueError, match="params/ids: uint32 .*absent here"):
+        checkpoints.restore_params(like={k: params[k] for k in params if k != "ids"})
+    with pytest.raises(ValueError, match="params/extra: absent in the checkpoint"):
+        checkpoints.restore_params(like=params | {"extra": params["on"]})
+    with pytest.raises(ValueError, match="optimizer/opt_state"):
+        checkpoints.restore(states[30].replace(opt_state=optax.sgd(1).init(params)))
+    assert checkpoints.steps() == [10, 20, 30] and reports == []
+
+
+def test_a_mesh_that_does_not_divide_an_array_is_an_error(three_steps):
+    path, states = three_steps
+    mesh = meshes.make_mesh(MeshConfig(fsdp=8))
+    like = states[30].params | {
+        "ids": jax.ShapeDtypeStruct(
+            (5,), jnp.uint32, sharding=NamedSharding(mesh, P("fsdp"))
+        )
+    }
+    checkpoints, _ = open_checkpoints(path)
+    with pytest.raises(ValueError, match="params/ids does not fit its mesh"):
+        checkpoints.restore_params(like=like)
+    assert checkpoints.steps() == [10, 20, 30]
+
+
+def test_a_newer_schema_is_refused_not_damaged(copy):
+    path, states = copy
+    change_json(path / "30" / "meta" / "data.json", lambda meta: meta.update(schema=2))
+    checkpoints, _ = open_checkpoints(path)
+    with pytest.raises(ValueError, match="30 has schema 2.*reads schema 1"):
+        checkpoints.restore(states[30])
+    assert checkpoints.steps() == [10, 20, 30]
+
+
+def test_a_bug_or_lack_of_memory_sets_nothing_aside(copy, monkeypatch):
+    path, states = copy
+    checkpoints, _ = open_checkpoints(path)
+    for error in (MemoryError("full"), PermissionError("no"), TypeError("bug")):
+
+        def fail(*_, error=error):
+            raise KeyError("wrapped, as Orbax does") from error
+
+        monkeypatch.setattr(ocp, "load_checkpointables", fail)
+        with pytest.raises(KeyError, match="wrapped"):
+            checkpoints.restore(states[30])
+    assert checkpoints.steps() == [10, 20, 30]
+
+
+# Accidents, each in a process of its own
+
+CHILD = """
+import resource, signal, sys, os
+from pathlib import Path
+import jax, jax.numpy as jnp, optax
+from grpo_jax.config import CheckpointConfig
+from grpo_jax.training.checkpoint import Checkpoints
+from grpo_jax.training.state import make_train_state
+
+path = Path(sys.argv[1])
+reports = []
+checkpoints = Checkpoints(path, CheckpointConfig(keep=2), report=reports.append)
+params = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
+state = make_train_state(params, optax.adamw(1e-3))
+"""
+
+DISK_FULL = (
+    CHILD
+    + """
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+checkpoints.save(1, state, {}, wait=True)
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+checkpoints.save(2, state, {})  # fails in the background
+checkpoints.save(3, state, {}, wait=True)  # fails too
+assert checkpoints.failed_saves == 2, checkpoints.failed_saves
+assert checkpoints.steps() == [1]
+assert [name.name for name in path.iterdir()] == ["1"]
+assert "checkpoint 2 could not be saved" in reports[0], reports
+assert "checkpoint 3 could not be saved" in reports[1], reports
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+checkpoints.save(4, state, {}, wait=True)
+assert checkpoints.steps() == [1, 4] and checkpoints.failed_saves == 2
+assert checkpoints.restore(state)[0] == 4
+"""
+)
+
+SAVE_FOREVER = (
+    CHILD
+    + """
+step = 0
+while True:
+    step += 1
+    checkpoints.save(step, state, {"step": step})
+    print(step, flush=True)
+"""
+)
+
+
+def child(code: str, *arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def test_a_full_disk_costs_the_save_and_nothing_else(tmp_path):
+    process = child(DISK_FULL, tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+
+
+def test_a_process_killed_while_it_saves_leaves_a_good_checkpoint(tmp_path):
+    process = child(SAVE_FOREVER, tmp_path)
+    try:
+        for line in process.stdout:
+            if int(line) == 3:
+                break
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*orbax-checkpoint-tmp*")):
+            assert time.monotonic() < deadline and process.poll() is None
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    checkpoints, reports = open_checkpoints(tmp_path, keep=2)
+    params = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
+    like = make_train_state(params, optax.adamw(1e-3))
+    step, state, meta = checkpoints.restore(like)
+    assert step >= 2 and meta == {"step": step} and reports == []
+    assert_same_bits(state, like)
+    # The next save clears what the killed one left.
+    checkpoints.save(step + 1, state, {}, wait=True)
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        str(s) for s in range(step + 2)
+    }

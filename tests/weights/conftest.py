@@ -1,0 +1,213 @@
+"""Tiny models, a tiny tokenizer, GGUF files, and the references of transformers."""
+
+import json
+import pathlib
+import string
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, init_params
+from grpo_jax.weights import Pretrained, Tokenizer
+from grpo_jax.weights.names import parameter_table, parameter_tensors
+from grpo_jax.weights.tokenizer import import_fast_tokenizer
+
+REFERENCES = pathlib.Path(__file__).parents[1] / "models" / "references"
+FAMILIES = sorted(path.stem for path in REFERENCES.glob("*.npz"))
+
+TOKENS = ["<s>", "</s>", "<|im_end|>", *string.ascii_lowercase, *string.digits, "Ġ"]
+TOKENS += ["th", "the", "12"]  # 43 of 48 ids
+MERGES = [("t", "h"), ("th", "e"), ("1", "2")]
+TEMPLATE = (
+    "{% for message in messages %}<s>{{ message['role'] }} {{ message['content'] }}"
+    "</s>{% endfor %}{% if add_generation_prompt %}<s>assistant {% endif %}"
+)
+HF = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 48,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+
+def make_fast(*, template=TEMPLATE):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    vocab = {token: index for index, token in enumerate(TOKENS)}
+    backend = Backend(models.BPE(vocab=vocab, merges=MERGES))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return import_fast_tokenizer()(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def random_params(config, *, dtype=np.float32):
+    """Parameters of which none is trivially 0 or 1."""
+    random = np.random.default_rng(0)
+    model = Decoder(config)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    draw = lambda leaf: (0.3 * random.standard_normal(leaf.shape)).astype(dtype)  # noqa: E731
+    return jax.tree.map(draw, shapes)
+
+
+def make_pretrained(*, dtype=np.float32, **options):
+    config = ModelConfig.from_hf({**HF, **options})
+    params = jax.tree.map(jax.numpy.asarray, random_params(config, dtype=dtype))
+    tokenizer = Tokenizer(make_fast(), stop_ids=[1, 2])
+    return Pretrained(Decoder(config), params, tokenizer, config)
+
+
+def flatten(params):
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def assert_same_bits(given, expected):
+    given, expected = flatten(given), flatten(expected)
+    assert given.keys() == expected.keys()
+    for path, values in expected.items():
+        assert given[path].dtype == values.dtype, path
+        assert np.asarray(given[path]).tobytes() == np.asarray(values).tobytes(), path
+
+
+def make_logits(pretrained):
+    model, tokens = pretrained.model, np.arange(40, dtype=np.int32).reshape(2, 20)
+
+    def logits(params):
+        variables, lengths = {"params": params}, np.array([20, 20])
+        hidden = model.apply(variables, tokens, lengths, method=model.forward)
+        return hidden @ model.apply(variables, method=model.head)
+
+    return jax.jit(logits)(pretrained.params)
+
+
+def gguf_pair_rows(values, heads):
+    """Rows of a head from (first or second, pair) to (pair, first or second)."""
+    halves = values.reshape(heads, 2, -1, *values.shape[1:])
+    return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(values.shape)
+
+
+def gguf_fields(config, arch):
+    fields = {
+        f"{arch}.context_length": config.max_position_embeddings,
+        f"{arch}.embedding_length": config.hidden_size,
+        f"{arch}.block_count": config.num_layers,
+        f"{arch}.feed_forward_length": config.intermediate_size,
+        f"{arch}.attention.head_count": config.num_heads,
+        f"{arch}.attention.head_count_kv": config.num_kv_heads,
+        f"{arch}.attention.key_length": config.head_dim,
+        f"{arch}.attention.layer_norm_rms_epsilon": config.norm_eps,
+        f"{arch}.rope.freq_base": config.rope[0].theta,
+    }
+    return fields | {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": TOKENS,
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(TOKENS) - 3),
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in MERGES],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.chat_template": TEMPLATE,
+    }
+
+
+def write_gguf(path, pretrained, *, arch="llama", kind=lambda name: "F32", **extra):
+    """A GGUF file as llama.cpp's converter makes it; `extra` adds or removes fields."""
+    import gguf
+
+    config = pretrained.config
+    writer = gguf.GGUFWriter(path, arch)
+    fields = gguf_fields(config, arch) | extra.pop("fields", {})
+    for key, value in fields.items():
+        add_field(writer, key, value)
+    names = {
+        name: gguf_name
+        for row in parameter_table(config)
+        for name, gguf_name in zip(row.names, row.gguf_names, strict=True)
+    }
+    for name, values in parameter_tensors(config, pretrained.params):
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = config.num_heads if "q_proj" in name else config.num_kv_heads
+            values = gguf_pair_rows(values, heads)
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + np.float32(1)
+        quantization = gguf.GGMLQuantizationType[kind(name)]
+        raw = gguf.quantize(values, quantization)
+        writer.add_tensor(names[name], raw, raw_dtype=quantization)
+    for name, values in extra.items():
+        writer.add_tensor(name.replace("__", "."), values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_field(writer, key, value):
+    if isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        writer.add_uint32(key, value)
+
+
+def write_reference(folder, family):
+    """A Hugging Face folder with the reference of a family, and what it contains."""
+    import safetensors.numpy
+
+    content = dict(np.load(REFERENCES / f"{family}.npz"))
+    weights = {
+        name.removeprefix("weights/"): values
+        for name, values in content.items()
+        if name.startswith("weights/")
+    }
+    safetensors.numpy.save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(str(content["config"]))
+    make_fast().save_pretrained(folder)
+    return content, weights
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture(scope="session")
+def tied():
+    return make_pretrained(tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def untied():
+    return make_pretrained(attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture(scope="session")
+def tools():
+    """The functions of this file, for tests that build their own inputs."""
+    import sys
+
+    return sys.modules[__name__]

@@ -1,0 +1,146 @@
+"""Encoding prompts, decoding completions, stop tokens, and the files of a tokenizer."""
+
+import json
+
+import pytest
+
+from grpo_jax.weights import Tokenizer
+
+# Ids of TOKENS in conftest.py: specials 0-2, a-z from 3, digits from 29, "Ġ" 39,
+# then "th", "the" and "12".
+SPACE, THE = 39, 41
+
+
+def letters(text):
+    return [3 + ord(letter) - ord("a") for letter in text]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tools):
+    return Tokenizer(tools.make_fast(), stop_ids=[2, None, 1])
+
+
+@pytest.fixture
+def folder(tmp_path, tools):
+    tools.make_fast().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_string_is_encoded_as_it_is(tokenizer):
+    assert tokenizer.encode_prompt("the cat") == [THE, SPACE, *letters("cat")]
+
+
+def test_a_string_gets_the_special_tokens_that_the_tokenizer_adds(tools):
+    from tokenizers.processors import TemplateProcessing
+
+    fast = tools.make_fast()
+    fast.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    assert Tokenizer(fast).encode_prompt("the") == [0, THE]
+
+
+def test_messages_go_through_the_template_and_open_the_turn_of_the_assistant(tokenizer):
+    # <s>user the</s><s>assistant_
+    user, assistant = letters("user"), letters("assistant")
+    expected = [0, *user, SPACE, THE, 1, 0, *assistant, SPACE]
+    assert tokenizer.encode_prompt([{"role": "user", "content": "the"}]) == expected
+
+
+def test_a_last_message_of_the_assistant_is_continued(tokenizer):
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "the"},
+    ]
+    assistant = letters("assistant")
+    expected = [0, *letters("user"), SPACE, *letters("a"), 1, 0, *assistant, SPACE, THE]
+    assert tokenizer.encode_prompt(messages) == expected
+
+
+def test_messages_need_a_template(tools):
+    tokenizer = Tokenizer(tools.make_fast(template=None))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(ValueError, match="no chat template; give prompts as strings"):
+        tokenizer.encode_prompt([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize("messages", [[], ["hello"], [{"role": "user"}]])
+def test_malformed_messages_are_refused(tokenizer, messages):
+    with pytest.raises(ValueError, match="message"):
+        tokenizer.encode_prompt(messages)
+
+
+def test_decoding_leaves_out_special_tokens(tokenizer):
+    assert tokenizer.decode([0, THE, SPACE, *letters("cat"), 1]) == "the cat"
+
+
+def test_stop_ids_are_those_given_and_the_tokenizers_own_without_repeats(tokenizer):
+    assert tokenizer.stop_ids == (2, 1)
+
+
+def test_padding_falls_back_to_the_end_of_sequence(tools, tokenizer):
+    assert tokenizer.pad_id == 1
+    fast = tools.make_fast()
+    fast.pad_token = "z"
+    assert Tokenizer(fast).pad_id == letters("z")[0]
+
+
+def test_the_vocabulary_ends_after_the_largest_id(tools):
+    fast = tools.make_fast()
+    assert Tokenizer(fast).vocab_size == 43
+    fast.add_tokens(["<think>"])
+    assert Tokenizer(fast).vocab_size == 44
+
+
+def test_an_image_placeholder_beyond_the_embedding_does_not_count(tools):
+    fast = tools.make_fast()
+    fast.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    assert Tokenizer(fast).vocab_size == 43
+
+
+def test_stop_ids_come_from_every_file_that_names_them(folder, untied):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [40, 1]}')
+    assert untied.config.eos_token_ids == (1,)
+    assert Tokenizer.from_folder(folder, untied.config).stop_ids == (40, 1)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 40}')
+    assert Tokenizer.from_folder(folder, untied.config).stop_ids == (40, 1)
+
+
+def test_a_saved_tokenizer_is_the_same(folder, tokenizer, untied, tmp_path):
+    tokenizer.save(tmp_path / "again")
+    again = Tokenizer.from_folder(tmp_path / "again", untied.config)
+    messages = [{"role": "user", "content": "the cat 12"}]
+    assert again.encode_prompt(messages) == tokenizer.encode_prompt(messages)
+    assert again.encode_prompt("the 12") == tokenizer.encode_prompt("the 12")
+    assert again.decode([THE, 1]) == "the"
+    assert (again.pad_id, again.vocab_size) == (1, 43)
+
+
+def test_transformers_4_and_5_know_the_class_that_is_saved(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer.save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    auto = AutoTokenizer.from_pretrained(str(tmp_path), trust_remote_code=False)
+    assert auto.encode("the cat") == tokenizer.encode_prompt("the cat")
+    assert auto.chat_template == tokenizer._fast.chat_template
+
+
+def test_a_folder_without_a_fast_tokenizer_is_refused(tmp_path, untied):
+    with pytest.raises(ValueError, match="no tokenizer.json.*AutoTokenizer"):
+        Tokenizer.from_folder(tmp_path, untied.config)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"version": "1.0"}'])
+def test_a_damaged_tokenizer_is_refused_by_name(folder, untied, text):
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="cannot read the tokenizer .*tokenizer.json"):
+        Tokenizer.from_folder(folder, untied.config)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"eos_token_id": ["</s>"]}'])
+def test_a_damaged_generation_config_is_refused_by_name(folder, untied, text):
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match="generation_config.json"):
+        Tokenizer.from_folder(folder, untied.config)

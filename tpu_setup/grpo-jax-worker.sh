@@ -1,0 +1,194 @@
+#!/usr/bin/env bash
+# Runs on a worker of a TPU: unpacks the code, installs, and starts, stops and reports the
+# one run of this machine. The other scripts send it along and call it over ssh.
+#
+# ~/grpo-jax/: code (replaced by each sync), venv, work (current folder of the run), logs,
+# cache (compiled programs), run (lock, pid, command, rc). A run is alive while anything it
+# started holds the lock, so leftovers count and a pid reused after a reboot does not.
+set -euo pipefail
+export LC_ALL=C
+umask 077 # whoever can write the compilation cache can run code here
+
+BASE=$HOME/grpo-jax
+RUN=$BASE/run
+ARCHIVE=$HOME/grpo-jax-code.tar.gz
+SELF=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")
+GRACE=300 # seconds that a stopped run has for its last checkpoint
+
+say() { printf '[%s] %s\n' "$(hostname)" "$*"; }
+
+fail() { # fail CODE MESSAGE
+  say "$2" >&2
+  exit "$1"
+}
+
+alive() { ! (exec 9>>"$RUN/lock" && flock -n 9); }
+
+read_file() { [[ ! -f $1 ]] || cat "$1"; }
+
+refuse_while_alive() {
+  ! alive || fail 1 "a run is alive here ($(read_file "$RUN/command")); run.sh --stop ends it"
+}
+
+unpack() { # keeps the code that is there when nothing was sent
+  [[ -f $ARCHIVE ]] || return 0
+  rm -rf "$BASE/code.new"
+  mkdir "$BASE/code.new"
+  tar -xzf "$ARCHIVE" -C "$BASE/code.new"
+  rm -rf "$BASE/code"
+  mv "$BASE/code.new" "$BASE/code"
+  rm -f "$ARCHIVE"
+}
+
+cmd_unpack() {
+  refuse_while_alive
+  unpack
+  say "code at revision $(read_file "$BASE/code/REVISION")"
+}
+
+find_uv() {
+  if ! command -v uv; then
+    # Newer system Pythons refuse user installs without this; older pips ignore it.
+    [[ -x $HOME/.local/bin/uv ]] || PIP_BREAK_SYSTEM_PACKAGES=1 \
+      python3 -m pip install --user --quiet --upgrade uv >&2
+    printf '%s\n' "$HOME/.local/bin/uv"
+  fi
+}
+
+# The system Python of the TPU images is too old: pip would silently choose an old JAX.
+cmd_install() { # install EXTRAS
+  local uv
+  refuse_while_alive
+  unpack
+  [[ -d $BASE/code ]] || fail 1 "no code here; sync.sh sends it"
+  uv=$(find_uv)
+  [[ -x $BASE/venv/bin/python ]] || "$uv" venv --quiet --python 3.12 "$BASE/venv"
+  "$uv" pip install --quiet --python "$BASE/venv/bin/python" --editable "$BASE/code[$1]"
+  touch "$BASE/installed"
+  say "installed revision $(read_file "$BASE/code/REVISION")"
+}
+
+activate() { # with both platforms named, JAX fails where it finds no TPU: no CPU fallback
+  export PATH="$BASE/venv/bin:$PATH" VIRTUAL_ENV="$BASE/venv" PYTHONUNBUFFERED=1
+  export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
+  export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$BASE/cache}"
+  cd "$BASE/work"
+}
+
+cmd_check() { # check ARGUMENT...: arguments of check_devices.py
+  refuse_while_alive
+  activate
+  python "$BASE/code/tpu_setup/check_devices.py" "$@"
+}
+
+cmd_start() { # start COMMAND...
+  local line log
+  printf -v line '%q ' "$@"
+  exec 9>>"$RUN/lock"
+  if ! flock -n 9; then
+    [[ $(read_file "$RUN/command") == "$line" ]] ||
+      fail 3 "another run is alive here: $(read_file "$RUN/command"); run.sh --stop ends it"
+    say "already running: $line"
+    return
+  fi
+  [[ -f $BASE/installed ]] || fail 1 "nothing is installed here; install.sh does it"
+  unpack
+  rm -f "$RUN/rc" "$RUN/stopped" "$RUN/terminated"
+  printf '%s\n' "$line" >"$RUN/command"
+  log=$(date -u +%Y%m%dT%H%M%SZ).log
+  # The child inherits the lock with descriptor 9.
+  setsid nohup bash "$SELF" supervise "$@" </dev/null >>"$BASE/logs/$log" 2>&1 &
+  echo "$!" >"$RUN/pid"
+  ln -sfn "$log" "$BASE/logs/latest.log"
+  say "started revision $(read_file "$BASE/code/REVISION"), log ~/grpo-jax/logs/$log"
+}
+
+cmd_supervise() { # supervise COMMAND...: called by start only
+  local rc=0
+  trap 'touch "$RUN/terminated"' TERM # bash waits for the command, then runs this
+  say "command: $(read_file "$RUN/command")"
+  say "revision: $(read_file "$BASE/code/REVISION")"
+  say "started: $(date -u +%Y-%m-%dT%H:%M:%SZ)"
+  activate
+  "$@" || rc=$?
+  say "ended: $(date -u +%Y-%m-%dT%H:%M:%SZ), exit code $rc"
+  echo "$rc" >"$RUN/rc.new"
+  mv "$RUN/rc.new" "$RUN/rc"
+}
+
+cmd_stop() {
+  local group waited=0
+  group=$(read_file "$RUN/pid")
+  if ! alive || [[ -z $group ]]; then
+    say "nothing is running"
+    return
+  fi
+  touch "$RUN/stopped"
+  kill -TERM -- "-$group" || true # it may have just ended
+  while alive; do
+    ((waited++ < GRACE * 5)) || break
+    sleep 0.2
+  done
+  if alive; then
+    kill -KILL -- "-$group" || true
+    fail 1 "killed after $GRACE s without an end"
+  fi
+  say "stopped"
+}
+
+run_state() {
+  local rc
+  rc=$(read_file "$RUN/rc")
+  if [[ ! -f $BASE/installed ]]; then
+    echo absent
+  elif [[ ! -f $RUN/command ]]; then
+    echo idle
+  elif [[ -z $rc ]] && alive; then
+    echo running
+  elif [[ -f $RUN/stopped ]]; then
+    echo stopped
+  elif [[ -z $rc || -f $RUN/terminated ]]; then
+    echo interrupted # a reboot, a kill, or a save on SIGTERM
+  elif [[ $rc == 0 ]]; then
+    echo finished
+  else
+    echo failed
+  fi
+}
+
+cmd_state() {
+  local rc revision
+  rc=$(read_file "$RUN/rc")
+  revision=$(read_file "$BASE/code/REVISION")
+  printf 'grpo-jax-state host=%s state=%s rc=%s revision=%s command=%s\n' "$(hostname)" \
+    "$(run_state)" "${rc:--}" "${revision:--}" "$(read_file "$RUN/command")"
+}
+
+cmd_log() { # log LINES|follow
+  local log=$BASE/logs/latest.log
+  [[ -f $log ]] || fail 1 "no log yet"
+  if [[ $1 == follow ]]; then
+    exec tail -n 20 -F "$log"
+  fi
+  tail -n "$1" "$log" | sed "s/^/[$(hostname)] /"
+}
+
+main() {
+  local verb=$1
+  shift
+  mkdir -p "$RUN" "$BASE/logs" "$BASE/work" "$BASE/cache"
+  case $verb in
+    unpack) cmd_unpack ;;
+    install) cmd_install "$@" ;;
+    check) cmd_check "$@" ;;
+    start) cmd_start "$@" ;;
+    supervise) cmd_supervise "$@" ;;
+    stop) cmd_stop ;;
+    state) cmd_state ;;
+    log) cmd_log "$@" ;;
+    *) fail 2 "unknown verb $verb" ;;
+  esac
+}
+
+# On one line: a newer copy may replace this file while a run is supervised from it.
+main "$@"; exit

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Starts the same command on all workers of a TPU, detached, or stops it.
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+usage() {
+  cat <<EOF
+Usage: run.sh --name NAME --project PROJECT --zone ZONE [flags] [-- COMMAND...]
+       run.sh --name NAME --project PROJECT --zone ZONE --stop
+
+Sends the code and starts COMMAND (default: grpo-jax train) on every worker. It goes on
+when the connection ends; status.sh shows the state and the logs. Each log begins with the
+command and the exact revision. A command that already runs is left alone; another one is
+refused until --stop. Starting a training command again resumes it from its run folder.
+
+  --stop           send SIGTERM (a training run saves, then ends), after 300 s SIGKILL
+  --no-sync        start the code that is already there
+  --archive FILE   send this code, not the tree (babysit.sh uses it)
+
+$(common_usage)
+EOF
+}
+
+script_flag() {
+  TAKEN=1
+  case $1 in
+    --stop) stop=1 ;;
+    --no-sync) sync=0 ;;
+    --archive) need_value "$@" && TAKEN=2 && archive=$2 ;;
+    *) TAKEN=0 ;;
+  esac
+}
+
+load_env
+stop=0
+sync=1
+archive=
+parse_flags "$@"
+validate_common
+[[ -z $archive ]] || check_archive "$archive"
+if ((stop)); then
+  refuse_command
+  remote all stop
+  exit
+fi
+((${#COMMAND[@]} > 0)) || COMMAND=(grpo-jax train)
+[[ ${COMMAND[0]} != -* ]] || usage_error "after -- comes a whole command: -- grpo-jax train ${COMMAND[0]} ..."
+((!sync)) || send_code "$archive"
+remote all start "${COMMAND[@]}"
