@@ -1,22 +1,36 @@
 """The command line: `grpo-jax train | eval | sample | export | plot | report`.
 
-Flags are made from the configuration's fields by tyro. Nothing heavy is imported before
-a command is chosen: the worker process that scores rewards imports this module again.
+Flags are made by tyro from the configuration's fields and the commands' arguments.
+Heavy modules are imported by the command that needs them: the worker process that
+scores rewards imports this file again.
 """
 
 import argparse
 import dataclasses
 import json
-import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
 
 import tyro
-from tyro.conf import arg
 
-from grpo_jax.config import EMBEDDED, PRESETS, ObjectiveConfig, TrainConfig
+from grpo_jax.config import (
+    EMBEDDED,
+    PRESETS,
+    ObjectiveConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+
+_TRAIN_HELP = f"""Train a model by GRPO, or resume the run in --run-dir.
+
+Without arguments: the embedded model on arithmetic. Two more flags set many fields at
+once, and every other flag overrides them:
+
+  --config FILE              a YAML file of fields, such as a run's own config.yaml
+  --objective.preset NAME    the objective of a paper: {", ".join(PRESETS)}
+"""
 
 
 def main() -> None:
@@ -24,19 +38,20 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         _dispatch(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
-def _dispatch(arguments: list[str]) -> None:
+def _dispatch(arguments: Sequence[str]) -> None:
     if arguments[:1] == ["train"]:
-        return _train(arguments[1:])
+        config = train_config(arguments[1:])
+        from grpo_jax.training.loop import train
+
+        train(config)
+        return
     commands = {
-        "train": train,
+        "train": _train_help,
         "eval": evaluate,
         "sample": sample,
         "export": export,
@@ -44,6 +59,197 @@ def _dispatch(arguments: list[str]) -> None:
         "report": report,
     }
     tyro.extras.subcommand_cli_from_dict(
-        commands, prog="grpo-jax", description=__doc__, args=arguments
+        commands,
+        prog="grpo-jax",
+        description="GRPO post-training of language models in JAX.",
+        args=arguments,
     )
-    return None
+
+
+def train_config(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration that the flags of `grpo-jax train` describe.
+
+    `--config` sets the base, then `--model` picks the defaults that suit it, then
+    `--objective.preset` replaces the objective; the other flags have the last word.
+
+    Raises:
+      ValueError: for a file that cannot be read or values that cannot be.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    first.add_argument("--objective.preset", dest="preset")
+    first.add_argument("--model")
+    chosen, rest = first.parse_known_args(arguments)
+    if chosen.config is not None:
+        from grpo_jax.training.run_dir import load_config
+
+        base = load_config(chosen.config)
+        base = dataclasses.replace(base, model=chosen.model or base.model)
+    else:
+        base = TrainConfig(model=chosen.model or EMBEDDED)
+    if chosen.preset is not None:
+        objective = ObjectiveConfig.preset(chosen.preset)
+        base = dataclasses.replace(base, objective=objective)
+    return tyro.cli(
+        TrainConfig,
+        default=base,
+        args=list(rest),
+        prog="grpo-jax train",
+        description=_TRAIN_HELP,
+    )
+
+
+def _train_help() -> None:
+    """Train a model by GRPO, or resume a run."""
+
+
+def evaluate(
+    *,
+    run_dir: Path | None = None,
+    model: str | None = None,
+    task: str = "arithmetic",
+    data: str | None = None,
+    step: int | None = None,
+    prompts: int | None = None,
+    samples: int = 1,
+    temperature: float | None = None,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+) -> None:
+    """Measure accuracy on held-out prompts, as JSON.
+
+    Args:
+      run_dir: the run whose policy is measured, with its own task and limits.
+      model: or a model by name, folder or file.
+      task: the task, for a model.
+      data: local file or folder with the task's rows.
+      step: the checkpoint; the newest by default.
+      prompts: how many held-out prompts; all by default.
+      samples: completions per prompt; from two on, pass@k and majority are told too.
+      temperature: of sampling; 0 (greedy) for one sample, else 1.
+      max_new_tokens: completions are cut at this length.
+      seed: of the sampling.
+      out: also write the JSON to this file.
+    """
+    from grpo_jax.tasks import load_task
+    from grpo_jax.training.evaluate import evaluate as measure
+    from grpo_jax.training.policy import open_policy
+
+    policy = open_policy(run_dir=run_dir, model=model, step=step)
+    config = policy.config
+    if run_dir is not None:
+        task, data = config.task, config.data
+    if temperature is None:
+        temperature = 0.0 if samples == 1 else config.sampling.temperature
+    result = measure(
+        policy.model,
+        policy.params,
+        policy.tokenizer,
+        load_task(task, data=data, seed=config.seed),
+        prompts=prompts,
+        samples=samples,
+        sampling=dataclasses.replace(config.sampling, temperature=temperature),
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_new_tokens=max_new_tokens or config.max_new_tokens,
+        seed=seed,
+    )
+    summary = {"task": task, "step": policy.step, "seed": seed} | result.summary()
+    text = json.dumps(summary, indent=2)
+    if out is not None:
+        out.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def sample(
+    *,
+    prompt: str,
+    model: str = EMBEDDED,
+    run_dir: Path | None = None,
+    step: int | None = None,
+    samples: int = 1,
+    temperature: float = 0.0,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> None:
+    """Print completions of a prompt.
+
+    Args:
+      prompt: the text; a chat model sees it as the message of a user.
+      model: hub name, folder, .gguf file, or the embedded model.
+      run_dir: or a run, whose policy is used.
+      step: the checkpoint of the run; the newest by default.
+      samples: how many completions.
+      temperature: of sampling; 0 takes the likeliest token.
+      max_new_tokens: completions are cut at this length.
+      seed: of the sampling.
+    """
+    from grpo_jax.reporting.text import visible
+    from grpo_jax.training.evaluate import complete
+    from grpo_jax.training.policy import open_policy
+
+    policy = open_policy(
+        run_dir=run_dir, model=None if run_dir is not None else model, step=step
+    )
+    texts = complete(
+        policy.model,
+        policy.params,
+        policy.tokenizer,
+        [prompt],
+        samples=samples,
+        sampling=SamplingConfig(temperature=temperature),
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    for text in texts[0]:
+        print(visible(text))
+
+
+def export(*, run_dir: Path, out: Path | None = None, step: int | None = None) -> None:
+    """Write a checkpoint of a run as a Hugging Face folder.
+
+    Args:
+      run_dir: the run.
+      out: the folder; RUN_DIR/export by default.
+      step: the checkpoint; the newest by default.
+    """
+    from grpo_jax.training.policy import open_policy
+    from grpo_jax.weights.pretrained import Pretrained, save_pretrained
+
+    policy = open_policy(run_dir=run_dir, step=step)
+    folder = out or run_dir / "export"
+    model = policy.model
+    exported = Pretrained(model, policy.params, policy.tokenizer, model.config)
+    save_pretrained(folder, exported)
+    print(f"step {policy.step} written to {folder}")
+
+
+def plot(
+    runs: tyro.conf.Positional[tuple[Path, ...]] = (),
+    *,
+    run_dir: tuple[Path, ...] = (),
+    out: Path = Path("metrics.png"),
+) -> None:
+    """Draw the curves of one or more runs into one picture.
+
+    Args:
+      runs: directories of runs.
+      run_dir: the same, as a flag.
+      out: the PNG file.
+    """
+    from grpo_jax.reporting.plots import plot_runs
+
+    plot_runs([*runs, *run_dir], out)
+    print(f"written to {out}")
+
+
+def report(run: tyro.conf.Positional[Path], *, out: Path | None = None) -> None:
+    """Write one HTML page with the curves and completions of a run.
+
+    Args:
+      run: the directory of the run.
+      out: the file; RUN/report.html by default.
+    """
+    from grpo_jax.reporting.page import write_report
+
+    print(f"written to {write_report(run, out)}")

@@ -78,15 +78,15 @@ def parameter_shardings(axes: PyTree, shapes: PyTree, mesh: Mesh) -> PyTree:
     """The sharding of each parameter, from its logical axes.
 
     Args:
-      axes: tree of `PartitionSpec` of logical names, one entry per array axis.
+      axes: tree of tuples of logical names (or None), one per axis of the array.
       shapes: the same tree of arrays or `ShapeDtypeStruct`.
 
     Raises:
       ValueError: for a parameter whose axis a mesh axis does not divide, naming it.
     """
 
-    def place(path: tuple, logical: P, leaf: Any) -> NamedSharding:
-        spec = nn.logical_to_mesh_axes(tuple(logical), RULES)
+    def place(path: tuple, logical: tuple, leaf: Any) -> NamedSharding:
+        spec = nn.logical_to_mesh_axes(logical, RULES)
         sharding = NamedSharding(mesh, spec or P())
         _check_divides(
             jax.tree_util.keystr(path, simple=True, separator="/"), leaf, sharding
@@ -94,7 +94,7 @@ def parameter_shardings(axes: PyTree, shapes: PyTree, mesh: Mesh) -> PyTree:
         return sharding
 
     return jax.tree_util.tree_map_with_path(
-        place, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, P)
+        place, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple)
     )
 
 

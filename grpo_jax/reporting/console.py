@@ -123,13 +123,17 @@ class Console:
             logs.LOGGER.warning(text)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Show the end of the run, a line per value; the live display stops here."""
+        """Show the end of the run, a line per value that is not None.
+
+        The live display stops here.
+        """
         if not self._enabled:
             return
         if self._live is not None:
             self._live.stop()
-        width = max(map(len, values), default=0)
-        for name, value in values.items():
+        known = {name: value for name, value in values.items() if value is not None}
+        width = max(map(len, known), default=0)
+        for name, value in known.items():
             logs.LOGGER.info(f"{name:<{width}}  {_summary_text(name, value)}")
 
     def show(self, record: logging.LogRecord) -> None:

@@ -25,14 +25,19 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from grpo_jax.config import CheckpointConfig
-from grpo_jax.training.damage import DamageError, damage_of
+from grpo_jax.training.damage import DamageError, damage_of, no_good_one
 from grpo_jax.training.inventory import (
     check_digests,
     check_fits,
     check_inventory,
     make_inventory,
 )
-from grpo_jax.training.placement import host_targets, restore_targets
+from grpo_jax.training.placement import (
+    host_targets,
+    restore_targets,
+    savable,
+    state_items,
+)
 from grpo_jax.training.state import TrainState
 from grpo_jax.training.step_folders import StepFolders
 
@@ -86,7 +91,7 @@ class Checkpoints:
           wait: return only when the checkpoint is complete.
         """
         self._finish()
-        items = _items(state)
+        items = jax.tree.map(savable, state_items(state))
         inventory = make_inventory(items, meta)
         try:
             if jax.process_index() == 0:
@@ -127,7 +132,7 @@ class Checkpoints:
             or do not divide over its mesh, or if a newer version wrote them. Nothing
             is renamed then.
         """
-        found = self._find(step, _items(like))
+        found = self._find(step, state_items(like))
         if found is None:
             return None
         step, items, meta = found
@@ -156,8 +161,6 @@ class Checkpoints:
         """Waits for the save that still runs."""
         self._finish()
 
-    # Saving
-
     def _finish(self) -> None:
         """Wait for the running save, then remove steps that are no longer kept."""
         if self._running is None:
@@ -170,9 +173,8 @@ class Checkpoints:
             self._count_failure(step, error)
         else:
             if jax.process_index() == 0:
-                self._folders.remove_old(
-                    keep=self._config.keep, keep_every=self._config.keep_every
-                )
+                keep, keep_every = self._config.keep, self._config.keep_every
+                self._folders.remove_old(keep=keep, keep_every=keep_every)
 
     def _count_failure(self, step: int, error: Exception) -> None:
         self.failed_saves += 1
@@ -184,13 +186,13 @@ class Checkpoints:
             f"({self.failed_saves} failed so far; the run goes on)"
         )
 
-    # Restoring
-
     def _find(
         self, step: int | None, like: dict[str, PyTree] | None
     ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
+        self._finish()
+        _wait_for_all("old checkpoints are removed")
         damaged: dict[int, str] = {}
-        for candidate in self._candidates(step):
+        for candidate in self._folders.candidates(step):
             try:
                 items, inventory = self._load(candidate, like)
             except DamageError as error:
@@ -200,27 +202,12 @@ class Checkpoints:
                 self._set_aside(bad, reason, instead=candidate)
             return candidate, items, inventory["run"]
         if damaged:
-            raise ValueError(self._all_damaged(damaged))
-        return None
-
-    def _all_damaged(self, damaged: dict[int, str]) -> str:
-        reasons = "; ".join(f"{step}: {why}" for step, why in damaged.items())
-        others = [step for step in self.steps() if step not in damaged]
-        remedy = "bring the files back, or start over in another directory"
-        if others:
-            remedy = f"steps that exist besides: {others}"
-        return f"no good checkpoint in {self._folders.directory} ({reasons}); {remedy}."
-
-    def _candidates(self, step: int | None) -> list[int]:
-        steps = self.steps()
-        if step is None:
-            return steps[::-1]
-        if step not in steps:
+            others = [other for other in self.steps() if other not in damaged]
             raise ValueError(
-                f"there is no checkpoint {step} in {self._folders.directory}; "
-                f"steps that exist: {steps}."
+                f"no good checkpoint in {self._folders.directory}: "
+                + no_good_one(damaged, others)
             )
-        return [step]
+        return None
 
     def _load(
         self, step: int, like: dict[str, PyTree] | None
@@ -245,20 +232,16 @@ class Checkpoints:
         name = f"{step}.damaged"
         if jax.process_index() == 0:
             name = self._folders.set_aside(step)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
+        _wait_for_all(f"checkpoint {step} is set aside")
         self._report(
             f"checkpoint {step} is damaged ({reason}); it was set aside as {name}, "
             f"step {instead} is used"
         )
 
 
-def _items(state: TrainState) -> dict[str, PyTree]:
-    """What is saved of a state, by the name of its folder."""
-    return {
-        "params": state.params,
-        "optimizer": {"step": state.step, "opt_state": state.opt_state},
-    }
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def _handlers(*, alone: bool = False) -> ocp.Context:

@@ -49,3 +49,12 @@ def damage_of(error: BaseException) -> str | None:
         broken |= text.startswith(_LOST_BYTES)
         broken |= any(words in text for words in _CONTRADICTIONS)
     return f"{type(error).__name__}: {text[:200]}" if broken else None
+
+
+def no_good_one(damaged: dict[int, str], others: list[int]) -> str:
+    """What is wrong with each damaged step and what to do; `others` were not tried."""
+    reasons = "; ".join(f"{step} is damaged ({why})" for step, why in damaged.items())
+    remedy = "Bring the files back, or start over in another directory"
+    if others:
+        remedy = f"Steps that exist besides: {others}"
+    return f"{reasons}. {remedy}."

@@ -4,19 +4,20 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, PyTree
 
-from grpo_jax.config import SamplingConfig
+from grpo_jax.config import MeshConfig, SamplingConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout import prompts as texts
 from grpo_jax.rollout.collect import unpadded, with_stop_ids
 from grpo_jax.rollout.generate import generate
-from grpo_jax.tasks.base import Row
+from grpo_jax.tasks.base import Row, Task
 from grpo_jax.weights.tokenizer import Tokenizer
 
 GREEDY = SamplingConfig(temperature=0.0)
@@ -78,6 +79,99 @@ class Evaluation:
             winner = votes.most_common(1)[0][0] if votes else None
             right.append(winner is not None and bool(verdicts[answers.index(winner)]))
         return float(np.mean(right))
+
+    def summary(self) -> dict[str, float | int]:
+        """Accuracy with its standard error, pass@k and majority, as plain numbers."""
+        prompts, samples = self.correct.shape
+        values: dict[str, float | int] = {
+            "prompts": prompts,
+            "samples": samples,
+            "accuracy": self.accuracy,
+            "standard_error": self.standard_error,
+        }
+        if samples > 1:
+            powers = [1 << i for i in range(samples.bit_length()) if 1 << i <= samples]
+            values |= {f"pass@{k}": self.pass_at(k) for k in powers}
+            values[f"majority@{samples}"] = self.majority()
+        return values
+
+
+def evaluate(
+    model: Decoder,
+    params: PyTree,
+    tokenizer: Tokenizer,
+    task: Task,
+    *,
+    prompts: int | None = None,
+    samples: int = 1,
+    sampling: SamplingConfig = GREEDY,
+    max_prompt_tokens: int = 512,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> Evaluation:
+    """How often a model is right on a task's held-out prompts.
+
+    Args:
+      prompts: how many of them, from the first on; all by default.
+      samples: completions per prompt.
+      sampling: how tokens are drawn; greedy by default.
+      mesh: over which the prompts are split; one device by default.
+
+    Raises:
+      ValueError: if the task has no held-out prompts or cannot tell right from wrong.
+    """
+    if task.is_correct is None or not len(task.test):
+        raise ValueError(
+            f"task {task.name!r} has no held-out prompts with known answers; accuracy "
+            "cannot be measured on it."
+        )
+    count = len(task.test) if prompts is None else min(prompts, len(task.test))
+    rows = [task.test[i] for i in range(count)]
+    evaluator = Evaluator(
+        model,
+        tokenizer,
+        rows,
+        mesh or one_device(),
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        samples=samples,
+        sampling=sampling,
+        seed=seed,
+    )
+    completed = evaluator.complete({"params": params})
+    return judge(completed.texts, rows, task.is_correct)
+
+
+def complete(
+    model: Decoder,
+    params: PyTree,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Any],
+    *,
+    samples: int = 1,
+    sampling: SamplingConfig = GREEDY,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+) -> list[list[str]]:
+    """The texts of `samples` completions for each prompt (a string or messages)."""
+    evaluator = Evaluator(
+        model,
+        tokenizer,
+        [{"prompt": prompt} for prompt in prompts],
+        one_device(),
+        max_prompt_tokens=model.config.max_position_embeddings,
+        max_new_tokens=max_new_tokens,
+        samples=samples,
+        sampling=sampling,
+        seed=seed,
+    )
+    return evaluator.complete({"params": params}).texts
+
+
+def one_device() -> Mesh:
+    """A mesh of the default device alone."""
+    return meshes.make_mesh(MeshConfig(), devices=jax.devices()[:1])
 
 
 def judge(

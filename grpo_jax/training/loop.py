@@ -32,7 +32,8 @@ from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.base import RewardFunction, Row, Task
 from grpo_jax.training import run_dir as directories
-from grpo_jax.training.checkpoint import Checkpoints, params_sha256
+from grpo_jax.training.checkpoint import Checkpoints
+from grpo_jax.training.digest import params_sha256
 from grpo_jax.training.evaluate import Completed, Evaluator, judge
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.policy import load_policy

@@ -1,4 +1,4 @@
-"""Where the arrays of a checkpoint go when it is read.
+"""What of a state is saved, and where its arrays go when they are read.
 
 A target is what Orbax restores into: a `ShapeDtypeStruct` with a sharding, or a NumPy
 array for values that stay on the host.
@@ -15,6 +15,24 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from grpo_jax.training.digest import named_leaves
+from grpo_jax.training.state import TrainState
+
+
+def state_items(state: TrainState) -> dict[str, PyTree]:
+    """What is saved of a state, by the name of its folder; `base` is not."""
+    return {
+        "params": state.params,
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
+
+
+def savable(leaf: Array) -> Array | np.ndarray:
+    """The array, or its values where each of several processes holds it whole.
+
+    Such is the step count of a fresh optimizer state; Orbax writes it only as values.
+    """
+    local = jax.process_count() > 1 and leaf.is_fully_addressable
+    return np.asarray(leaf) if local else leaf
 
 
 def restore_targets(like: dict[str, PyTree]) -> dict[str, PyTree]:

@@ -52,13 +52,13 @@ class Policy:
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """A policy as a run left it at a step."""
+    """A policy as a run left it at a step; None where there is no run."""
 
     params: PyTree
     model: Decoder
     config: TrainConfig
     tokenizer: Tokenizer
-    step: int
+    step: int | None
 
 
 def load_policy(config: TrainConfig, mesh: Mesh) -> Policy:
@@ -74,11 +74,12 @@ def load_policy(config: TrainConfig, mesh: Mesh) -> Policy:
             param_axes(model), abstract_params(model), mesh
         )
 
-    loaded = load_pretrained(config.model, sharding=place)
+    loaded = load_pretrained(config.model)
+    params = jax.device_put(loaded.params, place(loaded.model))
     return Policy(
         model=Decoder(for_run(loaded.config, config)),
         tokenizer=loaded.tokenizer,
-        trained=loaded.params,
+        trained=params,
     )
 
 
@@ -122,6 +123,29 @@ def restore(
         config=config,
         tokenizer=loaded.tokenizer,
         step=found,
+    )
+
+
+def open_policy(
+    *, run_dir: Path | None = None, model: str | None = None, step: int | None = None
+) -> Restored:
+    """The policy of a run, or of a model that was not trained here.
+
+    Raises:
+      ValueError: unless exactly one of `run_dir` and `model` is given.
+    """
+    if (run_dir is None) == (model is None):
+        raise ValueError("give either --run-dir or --model.")
+    if run_dir is not None:
+        return restore(run_dir, step)
+    config = TrainConfig(model=str(model))
+    loaded = load_pretrained(config.model)
+    return Restored(
+        params=loaded.params,
+        model=Decoder(for_run(loaded.config, config)),
+        config=config,
+        tokenizer=loaded.tokenizer,
+        step=None,
     )
 
 

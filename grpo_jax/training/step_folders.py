@@ -28,6 +28,22 @@ class StepFolders:
         names = [path.name for path in self.directory.iterdir() if path.is_dir()]
         return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
+    def candidates(self, step: int | None) -> list[int]:
+        """The steps to try, best first: this one, or all from the newest on.
+
+        Raises:
+          ValueError: if `step` does not exist.
+        """
+        steps = self.steps()
+        if step is None:
+            return steps[::-1]
+        if step in steps:
+            return [step]
+        raise ValueError(
+            f"there is no checkpoint {step} in {self.directory}; steps that exist: "
+            f"{steps}."
+        )
+
     def remove_old(self, *, keep: int, keep_every: int | None) -> None:
         """Removes all but the newest `keep` steps and those `keep_every` divides."""
         for step in self.steps()[:-keep]:

@@ -179,13 +179,19 @@ def _hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
     if name == "llama":
         hf["attention_bias"] = "blk.0.attn_q.bias" in stored
         hf["mlp_bias"] = "blk.0.ffn_gate.bias" in stored
-    if name.startswith("gemma"):
+    if name in _WIDE_GEMMA_LAYERS:
         wide = field("block_count") == _WIDE_GEMMA_LAYERS[name]
-        hf["query_pre_attn_scalar"] = width // heads if wide else hf["head_dim"]
-        hf["sliding_window"] = field("attention.sliding_window")
-        hf["attn_logit_softcapping"] = field("attn_logit_softcapping")
-        hf["final_logit_softcapping"] = field("final_logit_softcapping")
+        hf |= _gemma_options(field, width // heads if wide else hf["head_dim"])
     return hf
+
+
+def _gemma_options(field: Any, attention_width: int) -> dict[str, Any]:
+    return {
+        "query_pre_attn_scalar": attention_width,
+        "sliding_window": field("attention.sliding_window"),
+        "attn_logit_softcapping": field("attn_logit_softcapping"),
+        "final_logit_softcapping": field("final_logit_softcapping"),
+    }
 
 
 def _check_rotary_width(rotary: int | None, head_dim: int) -> None:

@@ -132,9 +132,9 @@ def save_pretrained(
 
 
 def _find(name: str, revision: str | None) -> pathlib.Path:
-    path = pathlib.Path(name).expanduser()
     if name == EMBEDDED:
-        path = pathlib.Path(str(resources.files("grpo_jax") / "assets/arithmetic-1m"))
+        name = str(resources.files("grpo_jax") / "assets" / "arithmetic-1m")
+    path = pathlib.Path(name).expanduser()
     if path.exists():
         if revision is not None:
             raise ValueError(

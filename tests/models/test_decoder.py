@@ -116,10 +116,11 @@ def influence(config):
     respect to the row of an id is that with respect to the position. The prompt holds
     ids 0 to 3, of which 3 is padding; completion g holds ids 10 (g + 1) and on.
     """
-    model = Decoder(config)
-    params = init_params(model, jax.random.key(3))
-    # Gradients at initialization are tiny; scaled up, zero and not zero lie far apart.
-    params = jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim > 2 else leaf, params)
+    model, random = Decoder(config), np.random.default_rng(3)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.5 * random.standard_normal(leaf.shape)),
+        abstract_params(model),
+    )
     prompts, lengths = jnp.arange(4)[None], jnp.array([3])
     completions = jnp.stack([10 + jnp.arange(5), 20 + jnp.arange(5)])[None]
 
@@ -128,14 +129,14 @@ def influence(config):
         out = model.apply(bound, prompts, lengths, completions, method=model.score)
         return out[0] @ jax.random.normal(jax.random.key(4), out.shape[-1:])
 
-    table = 50 * params["embed"]["embedding"]
-    return np.abs(jax.jit(jax.jacrev(hidden))(table)).max(axis=-1)
+    gradient = jax.jit(jax.jacrev(hidden))(params["embed"]["embedding"])
+    return np.abs(gradient).max(axis=-1)
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_hidden_states_depend_on_the_visible_past_and_on_nothing_else(tiny, window):
+def test_hidden_states_depend_on_the_visible_past_and_on_nothing_else(full, window):
     config = dataclasses.replace(
-        tiny.model.config, num_layers=1, layer_rope=(0,), layer_window=(window,)
+        full.model.config, num_layers=1, layer_rope=(0,), layer_window=(window,)
     )
     moved = influence(config) > 1e-6
     for g in range(2):
@@ -146,16 +147,16 @@ def test_hidden_states_depend_on_the_visible_past_and_on_nothing_else(tiny, wind
             assert set(np.flatnonzero(moved[g, t])) == set(seen), (g, t)
 
 
-def test_remat_changes_what_is_stored_and_not_the_result(tiny):
+def test_remat_changes_what_is_stored_and_not_the_result(plain):
     results, stored = {}, {}
     for remat in ("none", "layer", "dots"):
-        config = dataclasses.replace(tiny.model.config, remat=remat)
-        other = dataclasses.replace(tiny, model=Decoder(config))
+        config = dataclasses.replace(plain.model.config, remat=remat)
+        other = dataclasses.replace(plain, model=Decoder(config))
         run = value_and_grad(lambda p, other=other: score(other, p))
-        results[remat] = run(tiny.params)
+        results[remat] = run(plain.params)
         # What a forward pass keeps for the backward one, as vjp shows it.
         _, pullback = jax.eval_shape(
-            lambda p, other=other: jax.vjp(lambda q: score(other, q), p), tiny.params
+            lambda p, other=other: jax.vjp(lambda q: score(other, q), p), plain.params
         )
         stored[remat] = sum(leaf.size for leaf in jax.tree.leaves(pullback))
     assert_trees_close(results["layer"], results["none"], 1e-5)
@@ -163,16 +164,16 @@ def test_remat_changes_what_is_stored_and_not_the_result(tiny):
     assert stored["layer"] < stored["dots"] < stored["none"]
 
 
-def test_scan_equals_an_explicit_loop_over_layers(tiny):
-    model, config, params = tiny.model, tiny.model.config, tiny.params
+def test_scan_equals_an_explicit_loop_over_layers(full):
+    model, config, params = full.model, full.model.config, full.params
 
     @jax.jit
     def loop(params):
         embed = Embedding(
             vocab_size=64, features=32, scale=config.embedding_scale, dtype="float32"
         )
-        x = embed.apply({"params": params["embed"]}, tiny.prompts)
-        n, s = tiny.prompts.shape
+        x = embed.apply({"params": params["embed"]}, full.prompts)
+        n, s = full.prompts.shape
         positions = jnp.broadcast_to(jnp.arange(s)[None], (n, s))
         tables = rotary_tables(config, positions)
         data = per_layer_data(config)
@@ -189,9 +190,11 @@ def test_scan_equals_an_explicit_loop_over_layers(tiny):
         norm = RMSNorm(eps=config.norm_eps, offset=config.norm_offset)
         return norm.apply({"params": params["final_norm"]}, x)
 
-    scanned = model.apply(
-        tiny.variables, tiny.prompts, tiny.lengths, method=model.forward
-    )
+    scanned = jax.jit(
+        lambda: model.apply(
+            full.variables, full.prompts, full.lengths, method=model.forward
+        )
+    )()
     np.testing.assert_allclose(loop(params), scanned, atol=1e-5)
 
 
@@ -224,7 +227,7 @@ def test_bfloat16_compute_follows_float32_and_keeps_parameters_float32(plain):
     config = dataclasses.replace(plain.model.config, dtype="bfloat16")
     low = dataclasses.replace(plain, model=Decoder(config))
     hidden = jax.jit(lambda p: score(low, p))(plain.params)
-    exact = score(plain, plain.params)
+    exact = jax.jit(lambda p: score(plain, p))(plain.params)
     assert hidden.dtype == jnp.bfloat16
     assert low.model.init_cache(1, 1, 1).keys.dtype == jnp.bfloat16
     # bfloat16 has 8 bits of mantissa; two layers add a few roundings of 2^-8.
@@ -249,7 +252,7 @@ def test_every_parameter_has_one_logical_axis_name_per_dimension(tiny):
 
 
 def test_fresh_parameters_are_the_identity_in_norms_and_zero_in_biases(full):
-    params = init_params(full.model, jax.random.key(7))
+    params = jax.jit(lambda key: init_params(full.model, key))(jax.random.key(7))
     layers = params["layers"]
     # Gemma-style norms add 1 to the stored scale.
     np.testing.assert_array_equal(layers["attn_norm"]["scale"], 0.0)

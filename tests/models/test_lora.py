@@ -39,7 +39,9 @@ def trained(adapters):
 def test_fresh_adapters_change_nothing(adapted, score):
     adapters = init_lora(adapted.model, jax.random.key(1), rank=2, targets=TARGETS)
     base = score(adapted.variables)
-    np.testing.assert_array_equal(score({**adapted.variables, "lora": adapters}), base)
+    # Up to the order of rounding, for it is another program.
+    with_adapters = score({**adapted.variables, "lora": adapters})
+    np.testing.assert_allclose(with_adapters, base, atol=1e-5)
 
 
 def test_merged_parameters_compute_what_adapters_did(adapted, score):

@@ -41,6 +41,11 @@ def test_an_empty_mean_is_zero_with_zero_gradient(mode):
     np.testing.assert_array_equal(grad, jnp.zeros((2, 3)))
 
 
+def test_the_gradient_of_an_empty_mean_is_zero_and_not_nan():
+    grad = jax.grad(lambda total: Mean(total, jnp.float32(0.0)).value())
+    assert grad(jnp.float32(0.0)) == 0.0
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_parts_add_up_to_the_whole(mode):
     values = jnp.arange(24.0).reshape(4, 6)

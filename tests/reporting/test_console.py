@@ -136,7 +136,6 @@ def test_sample_stays_long_enough_to_be_read(terminal):
 def test_records_of_other_modules_reach_the_console_and_the_log_file(tmp_path):
     stream = io.StringIO()
     logger = logging.getLogger("grpo_jax.training.checkpoint")
-    level = logging.getLogger("grpo_jax").level
     with attach_log_file(tmp_path) as path:
         with Console(5, ReportConfig(), stream=stream) as console:
             logger.warning("step %d was damaged and set aside", 4)
@@ -155,7 +154,7 @@ def test_records_of_other_modules_reach_the_console_and_the_log_file(tmp_path):
         "INFO step 5/5  reward 1.000",
         "INFO after the console",
     ]
-    assert logging.getLogger("grpo_jax").level == level
+    assert logging.getLogger("grpo_jax").level == logging.NOTSET
     assert logging.getLogger("grpo_jax").handlers == []
 
 
@@ -176,10 +175,17 @@ def test_resumed_run_appends_to_its_log_file(tmp_path):
     ]
 
 
-def test_summary_lines_up_its_values():
+def test_summary_lines_up_the_values_that_are_known():
     stream = io.StringIO()
     with Console(5, ReportConfig(), stream=stream) as console:
-        console.summary({"accuracy_after": 0.85, "steps": 5, "seconds": 203.5})
+        console.summary(
+            {
+                "accuracy_before_training": None,
+                "accuracy_after": 0.85,
+                "steps": 5,
+                "seconds": 203.5,
+            }
+        )
     assert stream.getvalue().splitlines() == [
         "accuracy_after  85.0%",
         "steps           5",

@@ -198,6 +198,7 @@ said.low = field("low", "1").map((m) => Number(m[3]));
 field("low", "");
 said.found = field("text", "<SCRIPT>").length;
 said.text = document.querySelector("pre.completion").textContent;
+said.prompts = field("text", "WHAT IS").length;
 field("text", "no such text");
 said.none = count.textContent;
 document.title = "checked " + JSON.stringify(said);
@@ -234,4 +235,5 @@ def test_page_in_a_browser_draws_filters_and_runs_nothing_hostile(tmp_path, synt
     assert said["low"] and min(said["low"]) >= 1
     assert said["found"] == 1
     assert said["text"] == synthetic.HOSTILE[3]
+    assert said["prompts"] == 16
     assert said["none"] == "0 of 16"

@@ -13,10 +13,10 @@ def _axes(figure, title):
 
 
 def test_trend_is_the_mean_of_the_last_values_by_hand():
-    # 75 values: a window of 3. Then entry 2 is (0+1+2)/3, entry 3 is (1+2+3)/3.
-    values = [float(i) for i in range(75)]
-    assert trend(values)[:4] == [0.0, 0.5, 1.0, 2.0]
-    assert trend(values)[-1] == 73.0
+    # 100 values: a window of 4. Then entry 3 is (0+1+2+3)/4, entry 4 is (1+2+3+4)/4.
+    values = [float(i) for i in range(100)]
+    assert trend(values)[:5] == [0.0, 0.5, 1.0, 1.5, 2.5]
+    assert trend(values)[-1] == 97.5
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=24))

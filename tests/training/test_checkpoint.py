@@ -1,12 +1,7 @@
 """Checkpoints come back bit for bit, or a step that does; nothing is lost silently."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -414,7 +409,9 @@ def test_if_all_steps_are_damaged_none_is_touched_and_the_run_stops(copy):
         flip(data_file(path / str(step)))
     checkpoints, reports = open_checkpoints(path)
     for _ in range(2):
-        with pytest.raises(ValueError, match="no good checkpoint.*30: changed values"):
+        with pytest.raises(
+            ValueError, match=r"no good checkpoint.*30 is damaged \(changed"
+        ):
             checkpoints.restore(states[30])
     assert checkpoints.steps() == [10, 20, 30]
     assert reports == []
@@ -424,7 +421,7 @@ def test_a_damaged_step_that_was_asked_for_is_an_error(copy):
     path, states = copy
     flip(data_file(path / "20"))
     checkpoints, _ = open_checkpoints(path)
-    with pytest.raises(ValueError, match=r"20: changed values.*\[10, 30\]"):
+    with pytest.raises(ValueError, match=r"20 is damaged \(changed.*\[10, 30\]"):
         checkpoints.restore(states[30], step=20)
     with pytest.raises(ValueError, match="params/embed|params/mlp"):
         checkpoints.restore_params(20)
@@ -486,95 +483,3 @@ def test_a_bug_or_lack_of_memory_sets_nothing_aside(copy, monkeypatch):
         with pytest.raises(KeyError, match="wrapped"):
             checkpoints.restore(states[30])
     assert checkpoints.steps() == [10, 20, 30]
-
-
-# Accidents, each in a process of its own
-
-CHILD = """
-import resource, signal, sys, os
-from pathlib import Path
-import jax, jax.numpy as jnp, optax
-from grpo_jax.config import CheckpointConfig
-from grpo_jax.training.checkpoint import Checkpoints
-from grpo_jax.training.state import make_train_state
-
-path = Path(sys.argv[1])
-reports = []
-checkpoints = Checkpoints(path, CheckpointConfig(keep=2), report=reports.append)
-params = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
-state = make_train_state(params, optax.adamw(1e-3))
-"""
-
-DISK_FULL = (
-    CHILD
-    + """
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-checkpoints.save(1, state, {}, wait=True)
-hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-checkpoints.save(2, state, {})  # fails in the background
-checkpoints.save(3, state, {}, wait=True)  # fails too
-assert checkpoints.failed_saves == 2, checkpoints.failed_saves
-assert checkpoints.steps() == [1]
-assert [name.name for name in path.iterdir()] == ["1"]
-assert "checkpoint 2 could not be saved" in reports[0], reports
-assert "checkpoint 3 could not be saved" in reports[1], reports
-resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-checkpoints.save(4, state, {}, wait=True)
-assert checkpoints.steps() == [1, 4] and checkpoints.failed_saves == 2
-assert checkpoints.restore(state)[0] == 4
-"""
-)
-
-SAVE_FOREVER = (
-    CHILD
-    + """
-step = 0
-while True:
-    step += 1
-    checkpoints.save(step, state, {"step": step})
-    print(step, flush=True)
-"""
-)
-
-
-def child(code: str, *arguments: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-
-
-def test_a_full_disk_costs_the_save_and_nothing_else(tmp_path):
-    process = child(DISK_FULL, tmp_path)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors[-3000:]
-
-
-def test_a_process_killed_while_it_saves_leaves_a_good_checkpoint(tmp_path):
-    process = child(SAVE_FOREVER, tmp_path)
-    try:
-        for line in process.stdout:
-            if int(line) == 3:
-                break
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("*orbax-checkpoint-tmp*")):
-            assert time.monotonic() < deadline and process.poll() is None
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    checkpoints, reports = open_checkpoints(tmp_path, keep=2)
-    params = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
-    like = make_train_state(params, optax.adamw(1e-3))
-    step, state, meta = checkpoints.restore(like)
-    assert step >= 2 and meta == {"step": step} and reports == []
-    assert_same_bits(state, like)
-    # The next save clears what the killed one left.
-    checkpoints.save(step + 1, state, {}, wait=True)
-    assert {path.name for path in tmp_path.iterdir()} <= {
-        str(s) for s in range(step + 2)
-    }

@@ -39,7 +39,7 @@ HF = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 1000.0,
     "bos_token_id": 0,
-    "eos_token_id": 1,
+    "eos_token_id": [1, 2],
     "pad_token_id": 1,
 }
 
@@ -126,6 +126,7 @@ def gguf_fields(config, arch):
         "tokenizer.ggml.merges": [" ".join(merge) for merge in MERGES],
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.padding_token_id": 1,
         "tokenizer.chat_template": TEMPLATE,
     }
 

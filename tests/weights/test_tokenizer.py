@@ -100,10 +100,10 @@ def test_an_image_placeholder_beyond_the_embedding_does_not_count(tools):
 
 def test_stop_ids_come_from_every_file_that_names_them(folder, untied):
     (folder / "generation_config.json").write_text('{"eos_token_id": [40, 1]}')
-    assert untied.config.eos_token_ids == (1,)
-    assert Tokenizer.from_folder(folder, untied.config).stop_ids == (40, 1)
+    assert untied.config.eos_token_ids == (1, 2)
+    assert Tokenizer.from_folder(folder, untied.config).stop_ids == (40, 1, 2)
     (folder / "generation_config.json").write_text('{"eos_token_id": 40}')
-    assert Tokenizer.from_folder(folder, untied.config).stop_ids == (40, 1)
+    assert Tokenizer.from_folder(folder, untied.config).stop_ids == (40, 1, 2)
 
 
 def test_a_saved_tokenizer_is_the_same(folder, tokenizer, untied, tmp_path):

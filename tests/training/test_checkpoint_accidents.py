@@ -1,0 +1,161 @@
+"""A full disk, a killed process and a damaged part cost one save, never the run."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from grpo_jax.config import CheckpointConfig
+from grpo_jax.training.checkpoint import Checkpoints
+from grpo_jax.training.state import make_train_state
+
+CHILD = """
+import resource, signal, sys, os
+from pathlib import Path
+import jax, jax.numpy as jnp, optax
+from grpo_jax.config import CheckpointConfig
+from grpo_jax.training.checkpoint import Checkpoints
+from grpo_jax.training.state import make_train_state
+
+path = Path(sys.argv[1])
+reports = []
+checkpoints = Checkpoints(path, CheckpointConfig(keep=2), report=reports.append)
+params = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
+state = make_train_state(params, optax.adamw(1e-3))
+"""
+
+DISK_FULL = (
+    CHILD
+    + """
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+checkpoints.save(1, state, {}, wait=True)
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+checkpoints.save(2, state, {})  # fails in the background
+checkpoints.save(3, state, {}, wait=True)  # fails too
+assert checkpoints.failed_saves == 2, checkpoints.failed_saves
+assert checkpoints.steps() == [1]
+assert [name.name for name in path.iterdir()] == ["1"]
+assert "checkpoint 2 could not be saved" in reports[0], reports
+assert "checkpoint 3 could not be saved" in reports[1], reports
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+checkpoints.save(4, state, {}, wait=True)
+assert checkpoints.steps() == [1, 4] and checkpoints.failed_saves == 2
+assert checkpoints.restore(state)[0] == 4
+"""
+)
+
+SAVE_FOREVER = (
+    CHILD
+    + """
+step = 0
+while True:
+    step += 1
+    checkpoints.save(step, state, {"step": step})
+    print(step, flush=True)
+"""
+)
+
+
+def child(code: str, *arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def test_a_full_disk_costs_the_save_and_nothing_else(tmp_path):
+    process = child(DISK_FULL, tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+
+
+def test_a_process_killed_while_it_saves_leaves_a_good_checkpoint(tmp_path):
+    process = child(SAVE_FOREVER, tmp_path)
+    try:
+        for line in process.stdout:
+            if int(line) == 3:
+                break
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*orbax-checkpoint-tmp*")):
+            assert time.monotonic() < deadline and process.poll() is None
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    reports = []
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2), report=reports.append)
+    params = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
+    like = make_train_state(params, optax.adamw(1e-3))
+    step, state, meta = checkpoints.restore(like)
+    assert step >= 2 and meta == {"step": step} and reports == []
+    for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
+        np.testing.assert_array_equal(leaf, wanted)
+    # The next save clears what the killed one left.
+    checkpoints.save(step + 1, state, {}, wait=True)
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        str(s) for s in range(step + 2)
+    }
+
+
+TWO_PROCESSES = """
+import os, sys
+from pathlib import Path
+import jax
+path, port, process = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"localhost:{port}", 2, process)
+import numpy as np, optax
+from jax.experimental.multihost_utils import sync_global_devices
+from jax.sharding import NamedSharding, PartitionSpec as P
+from grpo_jax.config import CheckpointConfig, MeshConfig
+from grpo_jax.parallel.mesh import make_mesh
+from grpo_jax.training.checkpoint import Checkpoints
+from grpo_jax.training.digest import params_sha256
+from grpo_jax.training.state import make_train_state
+
+sharding = NamedSharding(make_mesh(MeshConfig(fsdp=4)), P("fsdp"))
+make = jax.jit(
+    lambda: jax.random.normal(jax.random.key(0), (64, 512)), out_shardings=sharding
+)
+state = make_train_state({"w": make()}, optax.adamw(1e-3))
+reports = []
+checkpoints = Checkpoints(path, CheckpointConfig(keep=2), report=reports.append)
+for step in (1, 2, 3):
+    checkpoints.save(step, state, {"step": step})
+assert checkpoints.restore(state)[2] == {"step": 3}
+if process == 0:  # the part that only process 1 reads
+    files = (path / "3" / "params" / "ocdbt.process_1" / "d").iterdir()
+    largest = max(files, key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+sync_global_devices("damaged")
+step, restored, _ = checkpoints.restore(state)
+assert step == 2 and len(reports) == 1, (step, reports)
+checkpoints.save(3, restored, {"step": 33})
+step, restored, meta = checkpoints.restore(state)
+assert (step, meta, checkpoints.steps()) == (3, {"step": 33}, [2, 3])
+print(params_sha256(restored.params))
+print(params_sha256(state.params))
+"""
+
+
+def test_two_processes_save_together_and_agree_on_damage(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = [child(TWO_PROCESSES, tmp_path, port, i) for i in (0, 1)]
+    results = [process.communicate(timeout=120) for process in processes]
+    for process, (_, errors) in zip(processes, results, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    digests = [line for out, _ in results for line in out.split() if len(line) == 64]
+    assert len(digests) == 4 and len(set(digests)) == 1

@@ -1,0 +1,246 @@
+"""GGUF files: tensors, configuration, and what is refused."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.models.rope import RopeConfig, inverse_frequencies
+from grpo_jax.weights import load_pretrained, save_pretrained
+
+KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+
+
+@pytest.fixture(scope="module")
+def gguf_path(tmp_path_factory, untied, tools):
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    return tools.write_gguf(path, untied)
+
+
+def test_a_llama_file_gives_the_model_that_was_converted(gguf_path, untied, tools):
+    loaded = load_pretrained(gguf_path)
+    tools.assert_same_bits(loaded.params, untied.params)
+    assert loaded.config == untied.config
+    np.testing.assert_array_equal(tools.make_logits(loaded), tools.make_logits(untied))
+
+
+def test_rows_in_the_order_of_the_file_would_be_another_model(untied, tools):
+    # The test above cannot pass by chance: the reordering changes the logits.
+    layers = untied.params["layers"]
+    kernel = layers["attn"]["q"]["kernel"]
+    rows = tools.gguf_pair_rows(np.asarray(kernel[0]).T, 4).T
+    changed = jax.tree.map(lambda leaf: leaf, untied.params)
+    changed["layers"]["attn"]["q"]["kernel"] = kernel.at[0].set(jnp.asarray(rows))
+    other = tools.make_logits(type(untied)(untied.model, changed, None, None))
+    assert np.abs(other - tools.make_logits(untied)).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_are_what_their_quantization_keeps(tmp_path, tied, tools, kind):
+    import gguf
+
+    quantized = lambda name: "F32" if "norm" in name else kind  # noqa: E731
+    path = tools.write_gguf(tmp_path / "model.gguf", tied, kind=quantized)
+    given = tools.flatten(load_pretrained(path).params)
+    quantization = gguf.GGMLQuantizationType[kind]
+    for name, values in tools.flatten(tied.params).items():
+        if "norm" in name:
+            np.testing.assert_array_equal(given[name], values)
+            continue
+        stored = np.asarray(values)
+        stored = stored.swapaxes(-1, -2) if name.endswith("kernel") else stored
+        kept = gguf.dequantize(gguf.quantize(stored, quantization), quantization)
+        kept = kept.swapaxes(-1, -2) if name.endswith("kernel") else kept
+        np.testing.assert_array_equal(given[name], kept, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_qwen_files_are_not_reordered(tmp_path, tools, kind):
+    architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[kind]
+    model = tools.make_pretrained(architectures=[architecture], model_type=kind)
+    path = tools.write_gguf(tmp_path / "model.gguf", model, arch=kind)
+    loaded = load_pretrained(path)
+    tools.assert_same_bits(loaded.params, model.params)
+    assert loaded.config == model.config
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_gemma_norms_are_stored_with_one_added(tmp_path, tools, kind):
+    gemma3 = kind == "gemma3"
+    model = tools.make_pretrained(
+        architectures=["Gemma3ForCausalLM" if gemma3 else "Gemma2ForCausalLM"],
+        model_type="gemma3_text" if gemma3 else "gemma2",
+        tie_word_embeddings=True,
+        query_pre_attn_scalar=16,
+        sliding_window=8,
+        num_hidden_layers=7,
+        **({} if gemma3 else {"attn_logit_softcapping": 20.0}),
+    )
+    fields = {f"{kind}.attention.sliding_window": 8}
+    if not gemma3:
+        fields |= {
+            "gemma2.attn_logit_softcapping": 20.0,
+            "gemma2.final_logit_softcapping": 30.0,
+        }
+    path = tools.write_gguf(tmp_path / "m.gguf", model, arch=kind, fields=fields)
+    loaded = load_pretrained(path)
+    assert loaded.config == model.config
+    for name, values in tools.flatten(model.params).items():
+        given = tools.flatten(loaded.params)[name]
+        # 1 + w and back loses the last bits of w.
+        np.testing.assert_allclose(given, values, atol=2e-7, err_msg=name)
+
+
+def llama3_factors(factor, high=4.0):
+    settings = {
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": 8192,
+    }
+    scaled = RopeConfig(theta=500_000.0, kind="llama3", **settings)
+    plain = inverse_frequencies(RopeConfig(theta=500_000.0), head_dim=16)
+    return scaled, plain / inverse_frequencies(scaled, head_dim=16)
+
+
+def test_llama3_scaling_is_recovered_from_the_divisors(tmp_path, tools):
+    model = tools.make_pretrained(rope_theta=500_000.0)
+    rope, factors = llama3_factors(32.0)
+    path = tools.write_gguf(tmp_path / "m.gguf", model, rope_freqs__weight=factors)
+    assert load_pretrained(path).config.rope == (rope,)
+
+
+def test_other_divisors_are_refused(tmp_path, tools):
+    model = tools.make_pretrained(rope_theta=500_000.0)
+    _, factors = llama3_factors(32.0, high=16.0)
+    path = tools.write_gguf(tmp_path / "m.gguf", model, rope_freqs__weight=factors)
+    with pytest.raises(ValueError, match="m.gguf: rope_freqs.weight are not those"):
+        load_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"split.count": 3}, "is one part of 3.*gguf-split --merge"),
+        ({"llama.expert_count": 8}, "mixtures of experts"),
+        ({"llama.rope.dimension_count": 8}, "rotary embeddings of 8 of 16"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+            "rotary scaling 'yarn'",
+        ),
+    ],
+)
+def test_unsupported_models_are_refused_by_file(
+    tmp_path, untied, tools, fields, problem
+):
+    path = tools.write_gguf(tmp_path / "m.gguf", untied, fields=fields)
+    with pytest.raises(ValueError, match=rf"m\.gguf.*{problem}"):
+        load_pretrained(path)
+
+
+def test_linear_scaling_is_read(tmp_path, untied, tools):
+    fields = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    path = tools.write_gguf(tmp_path / "m.gguf", untied, fields=fields)
+    (rope,) = load_pretrained(path).config.rope
+    assert (rope.kind, rope.factor) == ("linear", 4.0)
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path, untied, tools):
+    path = tools.write_gguf(tmp_path / "m.gguf", untied, arch="mamba")
+    with pytest.raises(ValueError, match=r"m\.gguf: architecture 'mamba'"):
+        load_pretrained(path)
+
+
+def test_a_type_that_cannot_be_dequantized_is_refused_by_name(tmp_path, untied, tools):
+    path = tools.write_gguf(tmp_path / "m.gguf", untied)
+    import gguf
+
+    tensor = next(
+        t for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.ffn_up.weight"
+    )
+    content = bytearray(path.read_bytes())
+    # The type is the 32-bit number before the last field of the tensor's record.
+    at = tensor.field.offset + sum(part.nbytes for part in tensor.field.parts[:4])
+    content[at : at + 4] = int(gguf.GGMLQuantizationType.I32).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"blk.0.ffn_up.weight in .*m\.gguf has type I32"
+    ):
+        load_pretrained(path)
+
+
+def test_unknown_tensors_are_refused_with_the_file(tmp_path, untied, tools):
+    path = tools.write_gguf(
+        tmp_path / "m.gguf", untied, blk__0__extra=np.zeros(3, np.float32)
+    )
+    with pytest.raises(ValueError, match=r"1 unexpected \(blk.0.extra in .*m\.gguf\)"):
+        load_pretrained(path)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_refused_by_name(tmp_path, gguf_path, part):
+    content = gguf_path.read_bytes()
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(ValueError, match=r"cut\.gguf is not a complete GGUF file"):
+        load_pretrained(path)
+
+
+def test_a_file_of_another_format_is_refused_by_name(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"PK\x03\x04" * 100)
+    with pytest.raises(ValueError, match=r"model\.gguf is not a complete GGUF file"):
+        load_pretrained(path)
+
+
+def test_a_sharded_load_is_the_same(gguf_path, untied, tools):
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    place = lambda path, shape: jax.NamedSharding(  # noqa: E731
+        mesh, jax.P(*[None] * (len(shape) - 1), "fsdp")
+    )
+    loaded = load_pretrained(gguf_path, sharding=place)
+    tools.assert_same_bits(loaded.params, untied.params)
+
+
+def test_an_export_of_a_gguf_model_is_the_same_model(gguf_path, tmp_path, tools):
+    loaded = load_pretrained(gguf_path)
+    save_pretrained(tmp_path / "hf", loaded)
+    again = load_pretrained(tmp_path / "hf")
+    tools.assert_same_bits(again.params, loaded.params)
+    assert again.config == loaded.config
+    messages = [{"role": "user", "content": "the 12 cats"}]
+    ids = loaded.tokenizer.encode_prompt(messages)
+    assert again.tokenizer.encode_prompt(messages) == ids
+    assert again.tokenizer.stop_ids == loaded.tokenizer.stop_ids
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "GRPO_JAX_GGUF" not in os.environ,
+    reason="GRPO_JAX_GGUF names no SmolLM2-135M-Instruct file",
+)
+def test_smollm2_knows_the_capital_of_france():
+    loaded = load_pretrained(os.environ["GRPO_JAX_GGUF"])
+    model, tokenizer = loaded.model, loaded.tokenizer
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.encode_prompt(question)
+
+    @jax.jit
+    def next_token(params, tokens, length):
+        variables = {"params": params}
+        hidden = model.apply(variables, tokens, length, method=model.forward)
+        head = model.apply(variables, method=model.head)
+        return (hidden[0, length[0] - 1] @ head).argmax()
+
+    tokens, length = np.zeros((1, 64), np.int32), len(ids)
+    tokens[0, :length] = ids
+    while length < 64:
+        token = int(next_token(loaded.params, tokens, np.array([length])))
+        if token in tokenizer.stop_ids:
+            break
+        tokens[0, length] = token
+        length += 1
+    answer = tokenizer.decode(tokens[0, len(ids) : length])
+    assert answer == "The capital of France is Paris."

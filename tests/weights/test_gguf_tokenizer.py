@@ -1,0 +1,170 @@
+"""Tokenizers rebuilt from the fields of GGUF files."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_jax.weights import load_pretrained
+from grpo_jax.weights.gguf_tokenizer import build_tokenizer, stop_ids
+
+# Bytes of printable ASCII stand for themselves in byte-level BPE, the space is "Ġ".
+ALPHABET = [chr(code) for code in range(33, 127)] + ["Ġ"]
+BYTES = {token: 3 + index for index, token in enumerate(ALPHABET)}
+
+
+def gpt2_fields(pre, *, merges=(), **extra):
+    merged = [left + right for left, right in merges]
+    tokens = ["<unk>", "<s>", "</s>", *ALPHABET, *merged]
+    return {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3, 3] + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in merges],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    } | {f"tokenizer.ggml.{key}": value for key, value in extra.items()}
+
+
+def pieces(pre, text):
+    """How the pre-tokenizer cuts a text."""
+    fast = build_tokenizer(gpt2_fields(pre), file="x.gguf")._fast
+    cut = fast.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    return [piece for piece, _ in cut]
+
+
+TEXT = "It's 12345 o'clock, x=1.5!"
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("gpt-2", "It 's Ġ12345 Ġo ' clock , Ġx = 1 . 5 !"),
+        ("smollm", "It 's Ġ 1 2 3 4 5 Ġo ' clock , Ġx = 1 . 5 !"),
+        ("llama-bpe", "It 's Ġ 123 45 Ġo 'clock , Ġx = 1 . 5 !"),
+        ("qwen2", "It 's Ġ 1 2 3 4 5 Ġo 'clock , Ġx = 1 . 5 !"),
+        ("default", "It ' s Ġ 123 45 Ġo ' clock , Ġx = 1 . 5 !"),
+    ],
+)
+def test_text_is_cut_as_the_named_pre_tokenizer_cuts_it(pre, expected):
+    assert pieces(pre, TEXT) == expected.split(" ")
+
+
+@given(st.text(max_size=20))
+def test_smollm_cuts_as_the_tokenizer_of_hugging_face(text):
+    from tokenizers import pre_tokenizers
+
+    theirs = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    assert pieces("smollm", text) == [
+        piece for piece, _ in theirs.pre_tokenize_str(text)
+    ]
+
+
+def test_merges_apply_within_pieces_only():
+    fields = gpt2_fields("smollm", merges=[("1", "2"), ("a", "b")])
+    tokenizer = build_tokenizer(fields, file="x.gguf")
+    ab = fields["tokenizer.ggml.tokens"].index("ab")
+    assert tokenizer.encode_prompt("ab12") == [ab, BYTES["1"], BYTES["2"]]
+    assert tokenizer.decode([ab, BYTES["Ġ"], BYTES["1"], 2]) == "ab 1"
+
+
+def test_special_tokens_are_whole_and_left_out_of_text():
+    tokenizer = build_tokenizer(gpt2_fields("smollm"), file="x.gguf")
+    assert tokenizer.encode_prompt("</s>a") == [2, BYTES["a"]]
+    assert tokenizer.decode([1, BYTES["a"], 2]) == "a"
+
+
+@pytest.mark.parametrize(
+    ("pre", "extra", "expected"),
+    [
+        ("smollm", {}, []),
+        ("llama-bpe", {}, [1]),  # llama.cpp adds it where the file does not say
+        ("llama-bpe", {"add_bos_token": False}, []),
+        ("smollm", {"add_bos_token": True}, [1]),
+    ],
+)
+def test_the_first_token_is_added_as_the_file_says(pre, extra, expected):
+    tokenizer = build_tokenizer(gpt2_fields(pre, **extra), file="x.gguf")
+    assert tokenizer.encode_prompt("a") == [*expected, BYTES["a"]]
+
+
+def test_an_end_is_added_only_where_the_file_says_so():
+    tokenizer = build_tokenizer(gpt2_fields("smollm", add_eos_token=True), file="x")
+    assert tokenizer.encode_prompt("a") == [BYTES["a"], 2]
+
+
+def test_stop_ids_include_ends_of_turns():
+    fields = {
+        "tokenizer.ggml.tokens": ["a", "<|im_end|>", "</s>", "<|eot_id|>"],
+        "tokenizer.ggml.token_type": [1, 3, 3, 1],  # the last is ordinary text
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.eot_token_id": 2,
+    }
+    assert stop_ids(fields) == (2, 1)
+
+
+# Scores rank unions: "ab" before "bc" before "abc".
+PIECES = {"▁": -9, "a": -9, "b": -9, "c": -9, "ab": -1, "bc": -2, "▁ab": -3, "abc": -4}
+SPM_TOKENS = ["<unk>", "<s>", "</s>", "<0x0A>", *PIECES]
+SPM_FIELDS = {
+    "general.architecture": "llama",
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": SPM_TOKENS,
+    "tokenizer.ggml.scores": [0.0] * 4 + [float(score) for score in PIECES.values()],
+    "tokenizer.ggml.token_type": [2, 3, 3, 6] + [1] * len(PIECES),
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.unknown_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # "▁abc": "ab" is joined first, then "▁ab"; "c" is left.
+        ("abc", ["<s>", "▁ab", "c"]),
+        # "▁bca b": "bc" is the only union; after the space "▁" and "b" stay apart.
+        ("bca b", ["<s>", "▁", "bc", "a", "▁", "b"]),
+        # A byte without a piece of its own falls back to the byte's token.
+        ("a\nab", ["<s>", "▁", "a", "<0x0A>", "ab"]),
+    ],
+)
+def test_sentencepiece_joins_the_best_union_first(text, expected):
+    tokenizer = build_tokenizer(SPM_FIELDS, file="x.gguf")
+    ids = tokenizer.encode_prompt(text)
+    assert [SPM_TOKENS[index] for index in ids] == expected
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken'"),
+        ({"tokenizer.ggml.model": "t5"}, "tokenizer of kind 't5'"),
+    ],
+)
+def test_other_tokenizers_are_refused_with_the_way_out(changes, problem):
+    fields = gpt2_fields("smollm") | changes
+    with pytest.raises(ValueError, match=f"x.gguf: {problem}.*tokenizer.json"):
+        build_tokenizer(fields, file="x.gguf")
+
+
+def test_a_file_without_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="x.gguf holds no tokenizer"):
+        build_tokenizer({"general.architecture": "llama"}, file="x.gguf")
+
+
+def test_hugging_face_files_beside_the_gguf_file_stand_in(tmp_path, untied, tools):
+    fields = {"tokenizer.ggml.pre": "tekken"}
+    path = tools.write_gguf(tmp_path / "m.gguf", untied, fields=fields)
+    with pytest.raises(ValueError, match="pre-tokenizer 'tekken'"):
+        load_pretrained(path)
+    tools.make_fast().save_pretrained(tmp_path)
+    tokenizer = load_pretrained(path).tokenizer
+    assert tokenizer.encode_prompt("the") == untied.tokenizer.encode_prompt("the")

@@ -1,0 +1,252 @@
+"""Loading and saving whole models."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from grpo_jax.weights import load_pretrained, pretrained, save_pretrained
+from grpo_jax.weights import safetensors as our_safetensors
+from grpo_jax.weights.names import parameter_table
+
+MESSAGES = [{"role": "user", "content": "what is 12"}]
+
+
+@pytest.fixture(params=["tied", "untied"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def folder(tmp_path, untied):
+    save_pretrained(tmp_path / "model", untied)
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((2, 4), ("data", "fsdp"))
+
+
+@pytest.mark.parametrize("limit", [20_000, 10**9], ids=["sharded", "single"])
+def test_what_was_saved_is_loaded_bit_for_bit(
+    tmp_path, model, tools, monkeypatch, limit
+):
+    write = our_safetensors.write_folder
+    monkeypatch.setattr(
+        our_safetensors,
+        "write_folder",
+        lambda folder, tensors: write(folder, tensors, max_shard_bytes=limit),
+    )
+    save_pretrained(tmp_path / "model", model)
+    assert (tmp_path / "model" / "model.safetensors").exists() == (limit == 10**9)
+    loaded = load_pretrained(tmp_path / "model")
+    tools.assert_same_bits(loaded.params, model.params)
+    assert loaded.config == model.config
+    assert loaded.config.to_hf() == model.config.to_hf()
+    assert loaded.tokenizer.stop_ids == (1, 2)
+    assert loaded.tokenizer.encode_prompt(MESSAGES) == model.tokenizer.encode_prompt(
+        MESSAGES
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_parameters_of_half_precision_keep_their_bits(tmp_path, tools, dtype):
+    model = tools.make_pretrained(dtype=jax.numpy.dtype(dtype))
+    save_pretrained(tmp_path / "model", model)
+    loaded = load_pretrained(tmp_path / "model", dtype=dtype)
+    tools.assert_same_bits(loaded.params, model.params)
+    wide = load_pretrained(tmp_path / "model")
+    widened = jax.tree.map(lambda leaf: leaf.astype("float32"), model.params)
+    tools.assert_same_bits(wide.params, widened)
+
+
+def test_an_export_can_be_stored_in_bfloat16(tmp_path, untied, tools):
+    save_pretrained(tmp_path / "model", untied, dtype="bfloat16")
+    rounded = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), untied.params)
+    loaded = load_pretrained(tmp_path / "model", dtype="bfloat16")
+    tools.assert_same_bits(loaded.params, rounded)
+    config = (tmp_path / "model" / "config.json").read_text()
+    assert '"torch_dtype": "bfloat16"' in config
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8"])
+def test_other_dtypes_are_refused(folder, untied, dtype):
+    with pytest.raises(ValueError, match=f"dtype must be one of .*'{dtype}'"):
+        load_pretrained(folder, dtype=dtype)
+    with pytest.raises(ValueError, match=f"dtype must be one of .*'{dtype}'"):
+        save_pretrained(folder, untied, dtype=dtype)
+
+
+def test_every_family_is_exported_as_transformers_stores_it(tmp_path, tools, subtests):
+    # References hold float16 numbers, so a float16 export must give the same bits.
+    for family in tools.FAMILIES:
+        with subtests.test(family=family):
+            (tmp_path / family).mkdir()
+            _, weights = tools.write_reference(tmp_path / family, family)
+            loaded = load_pretrained(tmp_path / family)
+            out = tmp_path / f"{family}-out"
+            save_pretrained(out, loaded, dtype="float16")
+            exported = safetensors.numpy.load_file(out / "model.safetensors")
+            assert exported.keys() == weights.keys()
+            for name, values in weights.items():
+                assert exported[name].tobytes() == values.tobytes(), name
+            again = load_pretrained(out)
+            assert again.config == loaded.config
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3"])
+def test_loaded_models_give_the_logits_of_transformers(tmp_path, tools, family):
+    content, _ = tools.write_reference(tmp_path, family)
+    loaded = load_pretrained(tmp_path)
+    tokens, lengths = content["tokens"], content["lengths"]
+
+    def logits(params):
+        variables, model = {"params": params}, loaded.model
+        hidden = model.apply(variables, tokens, lengths, method=model.forward)
+        return hidden @ model.apply(variables, method=model.head)
+
+    ours = np.asarray(jax.jit(logits)(loaded.params))
+    for row, length in enumerate(lengths):
+        theirs = content["logits"][row, :length]
+        assert np.abs(ours[row, :length] - theirs).max() < 1e-4 * theirs.std()
+
+
+@pytest.mark.parity
+def test_transformers_gives_the_same_logits_from_an_export(tmp_path, model, tools):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    save_pretrained(tmp_path / "model", model)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        str(tmp_path / "model"), dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        expected = theirs(torch.arange(40).reshape(2, 20)).logits.numpy()
+    np.testing.assert_allclose(tools.make_logits(model), expected, atol=2e-4)
+
+
+def test_sharded_parameters_are_those_of_one_device(folder, untied, mesh, tools):
+    place = lambda path, shape: NamedSharding(  # noqa: E731
+        mesh, P(*[None] * (len(shape) - 1), "fsdp")
+    )
+    loaded = load_pretrained(folder, sharding=place)
+    tools.assert_same_bits(loaded.params, untied.params)
+    for path, leaf in tools.flatten(loaded.params).items():
+        assert leaf.sharding == place(path, leaf.shape), path
+    tree = jax.tree.map(lambda leaf: leaf.sharding, loaded.params)
+    from_tree = load_pretrained(folder, sharding=tree)
+    tools.assert_same_bits(from_tree.params, untied.params)
+
+
+@dataclasses.dataclass
+class CountingTensor:
+    """A tensor that notes how many elements each reading takes."""
+
+    tensor: object
+    readings: list
+
+    @property
+    def shape(self):
+        return self.tensor.shape
+
+    def read(self, index):
+        values = self.tensor.read(index)
+        self.readings.append(values.size)
+        return values
+
+
+def test_each_part_is_read_once_and_alone(folder, untied, mesh, monkeypatch, tools):
+    # Kernels are split four ways over their outputs and copied twice: every element
+    # is read once for all devices, and no reading takes more than a quarter.
+    readings = {}
+
+    def count(opened):
+        tensors = our_open(opened)
+        return {
+            name: CountingTensor(tensor, readings.setdefault(name, []))
+            for name, tensor in tensors.items()
+        }
+
+    our_open = our_safetensors.open_folder
+    monkeypatch.setattr(pretrained.safetensors, "open_folder", count)
+    load_pretrained(
+        folder,
+        sharding=lambda path, shape: NamedSharding(
+            mesh, P(*[None] * (len(shape) - 1), "fsdp")
+        ),
+    )
+    for row in parameter_table(untied.config):
+        size = int(np.prod(row.file_shape))
+        for name in row.names:
+            assert readings[name] == [size // 4] * 4, name
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no such file or folder"):
+        load_pretrained(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="model.gguf: no such file or folder"):
+        load_pretrained("model.gguf")
+
+
+def test_a_hub_name_offline_says_what_to_do():
+    with pytest.raises(ValueError, match="some-one/some-model.*HF_HUB_OFFLINE"):
+        load_pretrained("some-one/some-model", revision="main")
+
+
+def test_a_revision_of_a_local_folder_is_refused(folder):
+    with pytest.raises(ValueError, match="revision='main' is for models on the hub"):
+        load_pretrained(folder, revision="main")
+
+
+def test_a_folder_without_config_is_refused(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="has no config.json"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_a_damaged_config_is_refused_by_name(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="cannot load .*config.json"):
+        load_pretrained(folder)
+
+
+def test_a_config_of_another_size_is_refused_with_the_file(folder, tools):
+    tools.edit_json(folder / "config.json", intermediate_size=80)
+    expected = (
+        r"10 misshaped .*up_proj.weight: \[96, 64\] in .*model.safetensors.*\[80, "
+    )
+    with pytest.raises(ValueError, match=expected):
+        load_pretrained(folder)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder, tools):
+    fast = tools.make_fast()
+    fast.add_tokens([f"<extra-{i}>" for i in range(6)])  # 43 + 6 > 48
+    fast.save_pretrained(folder)
+    with pytest.raises(ValueError, match="has 49 tokens, the model has 48 embeddings"):
+        load_pretrained(folder)
+
+
+def test_a_tokenizer_may_be_smaller_than_the_embedding(folder):
+    assert load_pretrained(folder).tokenizer.vocab_size == 43
+
+
+def test_weights_of_pickles_only_are_refused(folder):
+    shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin"):
+        load_pretrained(folder)
+
+
+def test_a_failed_export_keeps_the_earlier_one(folder, untied, tools):
+    wrong = dataclasses.replace(untied, params={"embed": untied.params["embed"]})
+    with pytest.raises(ValueError, match="do not fit the configuration"):
+        save_pretrained(folder, wrong)
+    tools.assert_same_bits(load_pretrained(folder).params, untied.params)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
