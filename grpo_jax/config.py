@@ -314,10 +314,11 @@ class TrainConfig(Section):
                 f"minibatches {self.minibatches} must divide prompts_per_step {prompts}"
             )
         elif not self._microbatch_fits(prompts // self.minibatches * group):
+            sequences = prompts // self.minibatches * group
             yield (
                 f"microbatch_size {self.microbatch_size} must hold whole groups of "
-                f"{group} and divide the {prompts // self.minibatches * group} sequences "
-                f"of an update, or divide a group; {group} always does"
+                f"{group} and divide the {sequences} sequences of an update, or divide "
+                f"a group; {group} always does"
             )
         tail = self.objective.overlong_tokens
         if tail is not None and tail >= self.max_new_tokens:

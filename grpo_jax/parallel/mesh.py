@@ -6,6 +6,8 @@ splits single matrices. Names of array axes are mapped to them by one table, `RU
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -180,8 +182,8 @@ def initialize_processes(config: MeshConfig) -> None:
     """Join the other processes of a run, if there are any.
 
     Explicit settings come from the configuration or from ``GRPO_COORDINATOR``,
-    ``GRPO_NUM_PROCESSES`` and ``GRPO_PROCESS_ID``. Without them JAX asks the TPU pod,
-    SLURM, Open MPI or Kubernetes; where none of these is found the process is alone.
+    ``GRPO_NUM_PROCESSES`` and ``GRPO_PROCESS_ID``. Without them JAX asks the TPU,
+    SLURM, Open MPI or Kubernetes; where none is found the process is alone.
     A runtime that is already initialized is left as it is.
 
     Raises:
@@ -218,10 +220,16 @@ def _number(value: int | None, variable: str) -> int | None:
 
 
 def _in_cluster() -> bool:
-    """Whether the environment is one in which JAX finds the other processes itself."""
+    """Whether JAX can find the other processes, or that there are none, by itself."""
     env = os.environ
-    several_tpu_workers = "," in env.get("TPU_WORKER_HOSTNAMES", "")
     slurm = int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env
     open_mpi = int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
     kubernetes = "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env
-    return several_tpu_workers or slurm or open_mpi or kubernetes
+    return _on_tpu() or slurm or open_mpi or kubernetes
+
+
+def _on_tpu() -> bool:
+    """Whether JAX will use TPUs of this machine; asking it would start the backend."""
+    wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
+    chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return "tpu" in wanted and bool(chips) and find_spec("libtpu") is not None

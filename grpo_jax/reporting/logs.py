@@ -23,9 +23,14 @@ def attach_log_file(run_dir: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def attached(handler: logging.Handler) -> Iterator[None]:
-    """Gives the library's logger one more handler, and lets information through."""
-    level = LOGGER.level
+    """Gives the library's logger one more handler, and lets information through.
+
+    Other libraries put handlers on the root logger; what is shown here must not be
+    shown there again.
+    """
+    level, propagates = LOGGER.level, LOGGER.propagate
     LOGGER.addHandler(handler)
+    LOGGER.propagate = False
     if LOGGER.getEffectiveLevel() > logging.INFO:
         LOGGER.setLevel(logging.INFO)
     try:
@@ -33,6 +38,7 @@ def attached(handler: logging.Handler) -> Iterator[None]:
     finally:
         LOGGER.removeHandler(handler)
         LOGGER.setLevel(level)
+        LOGGER.propagate = propagates
 
 
 class _VisibleFormatter(logging.Formatter):

@@ -58,7 +58,7 @@ def params_sha256(params: PyTree) -> str:
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(named_leaves(params).items()):
-        values = np.ascontiguousarray(_on_host(leaf))
+        values = np.asarray(_on_host(leaf), order="C")
         digest.update(f"{path} {values.dtype} {values.shape}\n".encode())
         digest.update(values.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -152,8 +152,14 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """The commit of the code, with a mark if files differ from it; None outside git."""
+    """The commit of the code, with a mark if files differ from it; None if unknown.
+
+    Code that was copied without its history has it in a file `REVISION`.
+    """
     here = Path(__file__).parent
+    copied = here.parent.parent / "REVISION"
+    if copied.is_file():
+        return copied.read_text(encoding="utf-8").strip()
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

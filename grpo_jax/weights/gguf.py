@@ -155,7 +155,6 @@ def _hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
     if field("expert_count", 0):
         raise ValueError("mixtures of experts are not supported")
     heads, width = field("attention.head_count"), field("embedding_length")
-    ends = stop_ids(fields)
     hf = {
         "architectures": [_ARCHITECTURES[name]],
         "model_type": FAMILIES[_ARCHITECTURES[name]].model_type,
@@ -171,7 +170,7 @@ def _hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
         "rope_theta": field("rope.freq_base", 10_000.0),
         "tie_word_embeddings": "output.weight" not in stored,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": list(ends) if len(ends) > 1 else next(iter(ends), None),
+        "eos_token_id": list(stop_ids(fields)) or None,
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
     }
     _check_rotary_width(field("rope.dimension_count"), hf["head_dim"])

@@ -151,7 +151,7 @@ def test_training_goes_on_as_if_nothing_had_happened(tmp_path, where):
     if where == "mesh, scalars on one device":
         # As `tx.init` leaves the count: on the default device, beside a mesh.
         like = jax.tree.map(
-            lambda leaf: jnp.zeros_like(leaf, device=None) if leaf.ndim == 0 else leaf,
+            lambda leaf: jnp.zeros((), leaf.dtype) if leaf.ndim == 0 else leaf,
             like,
         )
         like = jax.tree.map(

@@ -51,7 +51,7 @@ def test_every_bit_of_an_element_counts():
 
 def test_the_order_counts():
     array = np.arange(24, dtype=np.float32).reshape(4, 6)
-    orders = [array, array[::-1], array[:, ::-1], array[[1, 0, 2, 3]], -(-array)]
+    orders = [array, array[::-1], array[:, ::-1], array[[1, 0, 2, 3]]]
     assert len({digest(one) for one in orders}) == 4
 
 

@@ -16,7 +16,6 @@ from grpo_jax.weights.names import parameter_table, parameter_tensors
 from grpo_jax.weights.tokenizer import import_fast_tokenizer
 
 REFERENCES = pathlib.Path(__file__).parents[1] / "models" / "references"
-FAMILIES = sorted(path.stem for path in REFERENCES.glob("*.npz"))
 
 TOKENS = ["<s>", "</s>", "<|im_end|>", *string.ascii_lowercase, *string.digits, "Ġ"]
 TOKENS += ["th", "the", "12"]  # 43 of 48 ids

@@ -1,0 +1,45 @@
+# Each target sets up what it needs, once: a virtual environment, the packages, the run.
+#   make train    the embedded model learns arithmetic (a few minutes on a CPU)
+#   make test     format, lint, types and tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+JOBS ?= auto
+
+.PHONY: train test check lint format types clean
+
+train: $(VENV)/.train
+	$(BIN)/grpo-jax train --run-dir runs/arithmetic $(ARGS)
+
+test: check
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+check: lint types
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.test
+	$(BIN)/pyright
+
+format: $(VENV)/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.test: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@ $(VENV)/.train
