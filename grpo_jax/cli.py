@@ -69,13 +69,16 @@ def _dispatch(arguments: Sequence[str]) -> None:
 def train_config(arguments: Sequence[str]) -> TrainConfig:
     """The configuration that the flags of `grpo-jax train` describe.
 
-    `--config` sets the base, then `--model` picks the defaults that suit it, then
+    `--config` sets the base, in which `--model` takes the place of the file's model;
+    what the file leaves out are the defaults that suit the model. Then
     `--objective.preset` replaces the objective; the other flags have the last word.
 
     Raises:
       ValueError: for a file that cannot be read or values that cannot be.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(
+        prog="grpo-jax train", add_help=False, allow_abbrev=False
+    )
     first.add_argument("--config", type=Path)
     first.add_argument("--objective.preset", dest="preset")
     first.add_argument("--model")
@@ -83,10 +86,9 @@ def train_config(arguments: Sequence[str]) -> TrainConfig:
     if chosen.config is not None:
         from grpo_jax.training.run_dir import load_config
 
-        base = load_config(chosen.config)
-        base = dataclasses.replace(base, model=chosen.model or base.model)
+        base = load_config(chosen.config, model=chosen.model)
     else:
-        base = TrainConfig(model=chosen.model or EMBEDDED)
+        base = TrainConfig(model=EMBEDDED if chosen.model is None else chosen.model)
     if chosen.preset is not None:
         objective = ObjectiveConfig.preset(chosen.preset)
         base = dataclasses.replace(base, objective=objective)
@@ -132,6 +134,7 @@ def evaluate(
       seed: of the sampling.
       out: also write the JSON to this file.
     """
+    _check_counts(prompts=prompts, samples=samples, max_new_tokens=max_new_tokens)
     from grpo_jax.tasks import load_task
     from grpo_jax.training.evaluate import evaluate as measure
     from grpo_jax.training.policy import open_policy
@@ -156,9 +159,10 @@ def evaluate(
     )
     summary = {"task": task, "step": policy.step, "seed": seed} | result.summary()
     text = json.dumps(summary, indent=2)
-    if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
     print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n", encoding="utf-8")
 
 
 def sample(
@@ -184,6 +188,7 @@ def sample(
       max_new_tokens: completions are cut at this length.
       seed: of the sampling.
     """
+    _check_counts(samples=samples, max_new_tokens=max_new_tokens)
     from grpo_jax.reporting.text import visible
     from grpo_jax.training.evaluate import complete
     from grpo_jax.training.policy import open_policy
@@ -253,3 +258,10 @@ def report(run: tyro.conf.Positional[Path], *, out: Path | None = None) -> None:
     from grpo_jax.reporting.page import write_report
 
     print(f"written to {write_report(run, out)}")
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be at least 1, got {count}.")

@@ -46,7 +46,7 @@ class ObjectiveConfig(Section):
     # One importance ratio per token, or one per sequence (GSPO).
     ratio_level: Literal["token", "sequence"] = "token"
     clip_low: Positive = 0.2  # the ratio is clipped below at 1 - clip_low
-    clip_high: Positive = 0.2  # and above at 1 + clip_high
+    clip_high: Positive = 0.2  # the ratio is clipped above at 1 + clip_high
     # Bounds the loss of bad completions at dual_clip * |advantage|; must exceed 1.
     dual_clip: AboveOne | None = None
     # Largest importance weight of the CISPO surrogate, as an absolute ratio.
@@ -175,7 +175,8 @@ class OptimizerConfig(Section):
 
     section: ClassVar[str] = "optimizer"
     learning_rate: Positive = 1e-6  # peak learning rate
-    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up
+    # The rate after the warm-up: it stays, or falls to 0 at the last update.
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: Size = 0  # updates over which the rate rises from 0
     b1: Decay = 0.9  # decay of the first moment
     b2: Decay = 0.999  # decay of the second moment
@@ -234,7 +235,8 @@ class MeshConfig(Section):
     # Devices over which parameters are split, and the batch with them.
     fsdp: AxisSize = -1
     tensor: AxisSize = 1  # devices over which single matrices are split
-    mode: Literal["jit", "pmap"] = "jit"  # pmap: plain data parallelism
+    # jit splits parameters and batch as the axes say; pmap is data parallelism alone.
+    mode: Literal["jit", "pmap"] = "jit"
     coordinator: str | None = None  # host:port of process 0; None finds it by itself
     num_processes: Count | None = None  # processes in all
     process_id: Size | None = None  # number of this process, from 0
@@ -282,8 +284,10 @@ class TrainConfig(Section):
     max_new_tokens: Count = UNSET  # completions are cut at this length
     eval_every: Size = UNSET  # steps between evaluations; 0: none
     eval_prompts: Size = UNSET  # held-out prompts of an evaluation; 0: none
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 off CPU
-    remat: Literal["auto", "none", "layer", "dots"] = "auto"  # what is recomputed
+    # Number type of the matrix products; auto: float32 on CPU, elsewhere bfloat16.
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # What the backward pass computes again to save memory; auto: layers, if need be.
+    remat: Literal["auto", "none", "layer", "dots"] = "auto"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     optimizer: OptimizerConfig = UNSET

@@ -123,6 +123,16 @@ def from_dict(cls: type, values: Mapping[str, Any], *, where: str = "") -> Any:
     return cls(**given)
 
 
+def overlay(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict `base` with `values` over it, section by section."""
+    both = {
+        name: overlay(base[name], value)
+        for name, value in values.items()
+        if isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
+    }
+    return {**base, **values, **both}
+
+
 def differences(one: Any, other: Any, *, ignore: tuple[str, ...] = ()) -> list[str]:
     """Lines naming the fields in which two configs differ, with both values.
 
@@ -167,9 +177,9 @@ def _broken(hint: Any, value: Any) -> str | None:
         return next((rule.words for rule in rules if not rule.holds(value)), None)
     if origin is tuple:
         if not isinstance(value, tuple):
-            return "be a list"
+            return "be a tuple (a list in YAML)"
         words = [_broken(arguments[0], item) for item in value]
-        return next((f"be a list whose items {w}" for w in words if w), None)
+        return next((f"be a tuple whose items {w}" for w in words if w), None)
     if isinstance(hint, type) and not isinstance(value, hint):
         return f"be a {hint.__name__}"
     return None

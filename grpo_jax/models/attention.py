@@ -27,8 +27,8 @@ Aux = TypeVar("Aux")
 
 def attention(
     queries: Float[Array, "N G T H h"],
-    keys: Float[Array, "N G S K h"],
-    values: Float[Array, "N G S K h"],
+    keys: Float[Array, "N K G S h"],
+    values: Float[Array, "N K G S h"],
     *,
     prefix: Prefix | None,
     offset: Int[Array, ""] | int,
@@ -46,13 +46,14 @@ def attention(
     https://arxiv.org/abs/2305.13245).
     """
     n, g, t, heads, width = queries.shape
-    kv_heads = keys.shape[3]
+    kv_heads = keys.shape[1]
     # One layout serves both products: with (N, K) as batch, all rows of a prompt's
     # sequences against its prefix; with (N, K, G), a sequence's rows against its own.
+    # Keys and values come in it, so that decoding need not rearrange its cache.
     folded = queries.reshape(n, g, t, kv_heads, heads // kv_heads, width)
     folded = folded.transpose(0, 3, 1, 2, 4, 5)
-    mask = _own_mask(t, keys.shape[2], offset=offset, window=window)
-    parts = [("nkgtrh,ngskh->nkgtrs", "nkgtrs,ngskh->nkgtrh", keys, values, mask)]
+    mask = _own_mask(t, keys.shape[3], offset=offset, window=window)
+    parts = [("nkgtrh,nkgsh->nkgtrs", "nkgtrs,nkgsh->nkgtrh", keys, values, mask)]
     if prefix is not None:
         mask = _prefix_mask(t, prefix, offset=offset, window=window)
         shared = (prefix.keys, prefix.values, mask)
@@ -74,6 +75,11 @@ def attention(
     out = functools.reduce(jnp.add, mixed) / functools.reduce(jnp.add, totals)
     out = out.astype(queries.dtype).transpose(0, 2, 3, 1, 4, 5)
     return out.reshape(n, g, t, heads, width)
+
+
+def head_major(x: Float[Array, "N G S K h"]) -> Float[Array, "N K G S h"]:
+    """Returns keys or values in the layout of `attention` and of the cache."""
+    return x.transpose(0, 3, 1, 2, 4)
 
 
 class SelfAttention(nn.Module):

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from grpo_jax.models import cache as caches
-from grpo_jax.models.attention import attention
+from grpo_jax.models.attention import attention, head_major
 from grpo_jax.models.block import Layer, PerLayer, per_layer_data, rotary_tables
 from grpo_jax.models.cache import Cache, Prefix
 from grpo_jax.models.config import ModelConfig
@@ -95,7 +95,8 @@ class Decoder(nn.Module):
             shared = Prefix(keys=keys, values=values, lengths=prefix.lengths)
 
             def attend(q, k, v):
-                q, k, v = (part[:, :, None] for part in (q, k, v))
+                q, *new = (part[:, :, None] for part in (q, k, v))
+                k, v = (head_major(part) for part in new)
                 written = caches.write(cache, k, v, layer=data.index, step=step)
                 k, v = caches.of_layer(written, data.index)
                 out = self._attention(q, k, v, data=data, prefix=shared, offset=step)
@@ -154,9 +155,8 @@ class Decoder(nn.Module):
     ) -> Cache:
         """Returns an empty cache for `max_new_tokens` own tokens of each sequence."""
         config = self.config
-        shape = (config.num_layers, num_prompts, group_size, max_new_tokens)
-        shape = (*shape, config.num_kv_heads, config.head_dim)
-        empty = jnp.zeros(shape, config.dtype)
+        shape = (config.num_layers, num_prompts, config.num_kv_heads, group_size)
+        empty = jnp.zeros((*shape, max_new_tokens, config.head_dim), config.dtype)
         return Cache(keys=empty, values=jnp.zeros_like(empty))
 
     def _prompt_pass(
@@ -169,8 +169,7 @@ class Decoder(nn.Module):
             data, _ = per_layer
 
             def attend(q, k, v):
-                rows = (part[:, None] for part in (q, k, v))
-                out = self._attention(*rows, data=data)[:, 0]
+                out = self._causal(q, k, v, data=data)
                 return out, (k, v) if keep else None
 
             return layer(x, tables, data, attend)
@@ -185,17 +184,30 @@ class Decoder(nn.Module):
         Each comes in two parts, the prompt's and that of the completions.
         """
         prompt, own = zip(*parts, strict=True)
-        out = self._attention(*(part[:, None] for part in prompt), data=data)[:, 0]
+        out = self._causal(*prompt, data=data)
         if own[0].size == 0:
             return out
         prefix = Prefix(keys=prompt[1], values=prompt[2], lengths=lengths)
-        return _join(out, self._attention(*own, data=data, prefix=prefix))
+        q, k, v = own[0], head_major(own[1]), head_major(own[2])
+        return _join(out, self._attention(q, k, v, data=data, prefix=prefix))
+
+    def _causal(
+        self,
+        q: Float[Array, "N S H h"],
+        k: Float[Array, "N S K h"],
+        v: Float[Array, "N S K h"],
+        *,
+        data: PerLayer,
+    ) -> Float[Array, "N S H h"]:
+        """Returns attention within rows, which is that of groups of one."""
+        q, *rest = (part[:, None] for part in (q, k, v))
+        return self._attention(q, *map(head_major, rest), data=data)[:, 0]
 
     def _attention(
         self,
         q: Float[Array, "N G T H h"],
-        k: Float[Array, "N G S K h"],
-        v: Float[Array, "N G S K h"],
+        k: Float[Array, "N K G S h"],
+        v: Float[Array, "N K G S h"],
         *,
         data: PerLayer,
         prefix: Prefix | None = None,

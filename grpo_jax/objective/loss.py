@@ -118,7 +118,7 @@ def grpo_loss(
         sampler_logp=sampler_correction_cap is not None,
     )
     logp = _unmasked(logp, mask)
-    advantages = _unmasked(advantages, jnp.any(mask, axis=-1))
+    advantages = jnp.asarray(advantages, jnp.float32)
     old_logp = lax.stop_gradient(
         logp if old_logp is None else _unmasked(old_logp, mask)
     )

@@ -74,12 +74,11 @@ def load_policy(config: TrainConfig, mesh: Mesh) -> Policy:
             param_axes(model), abstract_params(model), mesh
         )
 
-    loaded = load_pretrained(config.model)
-    params = jax.device_put(loaded.params, place(loaded.model))
+    loaded = load_pretrained(config.model, sharding=place)
     return Policy(
         model=Decoder(for_run(loaded.config, config)),
         tokenizer=loaded.tokenizer,
-        trained=params,
+        trained=loaded.params,
     )
 
 

@@ -11,9 +11,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ import yaml
 from jax.sharding import Mesh
 
 from grpo_jax import validation
-from grpo_jax.config import TrainConfig
+from grpo_jax.config import EMBEDDED, TrainConfig
 from grpo_jax.reporting.metrics import plain
 
 Status = Literal["running", "preempted", "failed", "finished"]
@@ -34,6 +35,17 @@ _PACKAGES = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64")
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML in which 1e-6 is a number, as in version 1.2, and not a text."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
 @contextlib.contextmanager
 def claim(path: Path) -> Iterator[None]:
     """Holds the lock of a run directory, which is made if need be.
@@ -43,7 +55,7 @@ def claim(path: Path) -> Iterator[None]:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / "run.lock", "a")  # noqa: SIM115
+        lock = open(path / "run.lock", "a")
     except OSError as error:
         raise ValueError(
             f"run_dir {path} cannot be written ({error.strerror}); choose another."
@@ -92,17 +104,28 @@ def read_config(path: Path) -> TrainConfig:
     return load_config(file)
 
 
-def load_config(file: Path) -> TrainConfig:
-    """The configuration in a YAML file; fields left out take their defaults.
+def load_config(file: Path, *, model: str | None = None) -> TrainConfig:
+    """The configuration in a YAML file; fields left out take the model's defaults.
+
+    Args:
+      model: stands in for the model that the file names.
 
     Raises:
       ValueError: for a file that is not YAML, an unknown field or a wrong value.
     """
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _Yaml)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read as YAML: {error}") from error
-    return validation.from_dict(TrainConfig, values or {})
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} cannot be read as YAML: {reason}") from error
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{file} must hold a mapping of fields, as config.yaml does.")
+    named = {"model": values.get("model", EMBEDDED) if model is None else model}
+    defaults = validation.to_dict(TrainConfig(**named))
+    return validation.from_dict(
+        TrainConfig, validation.overlay(defaults, {**values, **named})
+    )
 
 
 def write_manifest(path: Path, config: TrainConfig, mesh: Mesh, status: Status) -> None:

@@ -38,8 +38,8 @@ from grpo_jax.weights.tokenizer import Tokenizer
 
 EMBEDDED = "embedded"
 
-Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-Shardings = Placement | Mapping[str, Any]
+# A model -> the tree of its parameters' shardings.
+Placement = Callable[[Decoder], PyTree]
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
@@ -61,7 +61,7 @@ def load_pretrained(
     *,
     revision: str | None = None,
     dtype: str = "float32",
-    sharding: Shardings | None = None,
+    sharding: Placement | None = None,
 ) -> Pretrained:
     """The model in a folder, a GGUF file, on the Hugging Face hub, or "embedded".
 
@@ -70,9 +70,9 @@ def load_pretrained(
     Args:
         revision: branch, tag or commit on the hub.
         dtype: of the parameters; that of compute is the configuration's.
-        sharding: where each parameter is born, as a tree like the parameters or a
-            function of path ("layers/attn/q/kernel") and shape. Only the parts of this
-            process's devices are read. None is the default device.
+        sharding: gives the sharding with which each parameter is born, as a tree like
+            the parameters. Only the parts of this process's devices are read. None is
+            the default device.
 
     Raises:
         ValueError: naming the file or name: not found, incomplete, damaged, of a kind
@@ -192,7 +192,7 @@ def _read_params(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
     dtype: np.dtype,
-    sharding: Shardings | None,
+    sharding: Placement | None,
 ) -> PyTree:
     table = parameter_table(config)
     if sharding is None:
@@ -205,19 +205,13 @@ def _read_params(
             for row in table
         }
     else:
-        place = _placement(sharding)
+        tree = sharding(Decoder(config))
+        places: dict[str, Any] = dict(traverse_util.flatten_dict(tree, sep="/"))
         flat = {
-            row.path: _read_sharded(row, tensors, dtype, place(row.path, row.shape))
+            row.path: _read_sharded(row, tensors, dtype, places[row.path])
             for row in table
         }
     return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _placement(sharding: Shardings) -> Placement:
-    if not isinstance(sharding, Mapping):
-        return sharding
-    flat: dict[str, Any] = dict(traverse_util.flatten_dict(sharding, sep="/"))
-    return lambda path, shape: flat[path]
 
 
 def _read_sharded(

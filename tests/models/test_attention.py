@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.models.attention import attention
+from grpo_jax.models.attention import attention, head_major
 from grpo_jax.models.cache import Prefix
 
 N, G, T, P, H, K, WIDTH = 2, 3, 4, 5, 4, 2, 6
@@ -24,7 +24,12 @@ def inputs(num_queries=T):
         lengths=jnp.asarray(LENGTHS),
     )
     queries = draw(0, N, G, num_queries, H, WIDTH)
-    return jnp.asarray(queries), jnp.asarray(draw(1, *own)), draw(2, *own), prefix
+    return (
+        jnp.asarray(queries),
+        jnp.asarray(draw(1, *own)),
+        jnp.asarray(draw(2, *own)),
+        prefix,
+    )
 
 
 def plain_attention(queries, keys, values, prefix, *, offset, window, scale, softcap):
@@ -57,7 +62,9 @@ def test_attention_equals_a_softmax_over_the_visible_keys(window, softcap, with_
     queries, keys, values, prefix = inputs()
     prefix = prefix if with_prefix else None
     options = {"offset": 0, "window": window, "scale": 0.8, "softcap": softcap}
-    ours = attention(queries, keys, values, prefix=prefix, **options)
+    ours = attention(
+        queries, head_major(keys), head_major(values), prefix=prefix, **options
+    )
     plain = plain_attention(queries, keys, values, prefix, **options)
     np.testing.assert_allclose(ours, plain, atol=1e-5)
 
@@ -67,7 +74,9 @@ def test_attention_equals_a_softmax_over_the_visible_keys(window, softcap, with_
 def test_one_query_at_an_offset_sees_what_is_written_so_far(window, offset):
     queries, keys, values, prefix = inputs(num_queries=1)
     options = {"offset": offset, "window": window, "scale": 1.0, "softcap": None}
-    ours = attention(queries, keys, values, prefix=prefix, **options)
+    ours = attention(
+        queries, head_major(keys), head_major(values), prefix=prefix, **options
+    )
     plain = plain_attention(queries, keys, values, prefix, **options)
     np.testing.assert_allclose(ours, plain, atol=1e-5)
 
@@ -77,7 +86,9 @@ def test_enormous_scores_stay_finite_in_value_and_gradient():
     options = {"offset": 0, "window": None, "scale": 1e6, "softcap": None}
 
     def total(queries):
-        return attention(queries, keys, values, prefix=prefix, **options).sum()
+        return attention(
+            queries, head_major(keys), head_major(values), prefix=prefix, **options
+        ).sum()
 
     value, gradient = jax.value_and_grad(total)(queries)
     assert np.isfinite(value)
@@ -87,7 +98,9 @@ def test_enormous_scores_stay_finite_in_value_and_gradient():
 def test_a_prefix_wholly_outside_the_window_changes_nothing():
     queries, keys, values, prefix = inputs()
     options = {"offset": 0, "window": 1, "scale": 1.0, "softcap": None}
-    ours = attention(queries, keys, values, prefix=prefix, **options)
+    ours = attention(
+        queries, head_major(keys), head_major(values), prefix=prefix, **options
+    )
     # With a window of 1 each query sees itself alone: the result is its own value.
     expected = np.repeat(values, H // K, axis=3)
     np.testing.assert_allclose(ours, expected, atol=1e-6)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.models.decoder import abstract_params
 from grpo_jax.models.rope import RopeConfig, inverse_frequencies
 from grpo_jax.weights import load_pretrained, save_pretrained
 
@@ -197,9 +198,10 @@ def test_a_file_of_another_format_is_refused_by_name(tmp_path):
 
 def test_a_sharded_load_is_the_same(gguf_path, untied, tools):
     mesh = jax.make_mesh((8,), ("fsdp",))
-    place = lambda path, shape: jax.NamedSharding(  # noqa: E731
-        mesh, jax.P(*[None] * (len(shape) - 1), "fsdp")
+    split = lambda leaf: jax.NamedSharding(  # noqa: E731
+        mesh, jax.P(*[None] * (leaf.ndim - 1), "fsdp")
     )
+    place = lambda model: jax.tree.map(split, abstract_params(model))  # noqa: E731
     loaded = load_pretrained(gguf_path, sharding=place)
     tools.assert_same_bits(loaded.params, untied.params)
 
