@@ -179,7 +179,7 @@ def _broken(hint: Any, value: Any) -> str | None:
         if not isinstance(value, tuple):
             return "be a tuple (a list in YAML)"
         words = [_broken(arguments[0], item) for item in value]
-        return next((f"be a tuple whose items {w}" for w in words if w), None)
+        return next((f"be a tuple, and each item must {w}" for w in words if w), None)
     if isinstance(hint, type) and not isinstance(value, hint):
         return f"be a {hint.__name__}"
     return None

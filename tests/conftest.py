@@ -1,5 +1,6 @@
 """Strict JAX settings and eight virtual CPU devices for every test."""
 
+import dataclasses
 import os
 import pathlib
 import tempfile
@@ -9,12 +10,100 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import numpy as np
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-# A private cache keeps compilation, the cost of a JAX test suite, out of the second run.
+# A private cache keeps compilation, the cost of a JAX suite, out of the second run.
 _cache = pathlib.Path(tempfile.gettempdir()) / f"grpo_jax_test_cache_{os.getuid()}"
 _cache.mkdir(mode=0o700, exist_ok=True)
 jax.config.update("jax_compilation_cache_dir", str(_cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyPolicy:
+    """A language model of two layers over bytes, none of its parameters trivial."""
+
+    model: object
+    params: dict
+    tokenizer: object
+    folder: pathlib.Path
+
+    @property
+    def variables(self):
+        return {"params": self.params}
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory):
+    from grpo_jax.models.config import ModelConfig
+    from grpo_jax.models.decoder import Decoder, abstract_params
+    from grpo_jax.weights.pretrained import Pretrained, save_pretrained
+
+    tokenizer = byte_tokenizer()
+    config = ModelConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": 264,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+            "eos_token_id": tokenizer.stop_ids[0],
+            "pad_token_id": tokenizer.pad_id,
+        }
+    )
+    model = Decoder(config)
+    leaves, tree = jax.tree.flatten(abstract_params(model))
+    random = np.random.default_rng(0)
+    drawn = [
+        np.float32((leaf.ndim < 3) * 0.5 + 0.2 * random.standard_normal(leaf.shape))
+        for leaf in leaves
+    ]
+    params = jax.tree.map(jax.numpy.asarray, jax.tree.unflatten(tree, drawn))
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    save_pretrained(folder, Pretrained(model, params, tokenizer, config))
+    return TinyPolicy(model, params, tokenizer, folder)
+
+
+def byte_tokenizer():
+    """One token per byte, 256 for padding and 257 for the end."""
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import decoders, models, pre_tokenizers
+
+    from grpo_jax.weights.tokenizer import Tokenizer, import_fast_tokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "<pad>", "<end>"])}
+    fast = FastTokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    wrapped = import_fast_tokenizer()(
+        tokenizer_object=fast, pad_token="<pad>", eos_token="<end>"
+    )
+    return Tokenizer(wrapped)
+
+
+@pytest.fixture(scope="session")
+def meshes_of():
+    """A mesh of the first devices, by its three sizes; each is made once."""
+    from grpo_jax.config import MeshConfig
+    from grpo_jax.parallel.mesh import make_mesh
+
+    def make(data, fsdp, tensor):
+        return make_mesh(
+            MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
+            devices=jax.devices()[: data * fsdp * tensor],
+        )
+
+    return make

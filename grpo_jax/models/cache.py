@@ -21,8 +21,7 @@ class Prefix:
 class Cache:
     """Keys and values of own tokens, all layers; entries not yet written are 0.
 
-    Heads come before the group, so that attention reads a layer without rearranging it:
-    on a CPU that halves what a step spends on its own tokens.
+    Heads come before the group, so that attention reads a layer without rearranging it.
     """
 
     keys: Float[Array, "L N K G T h"]

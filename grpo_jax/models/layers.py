@@ -55,8 +55,12 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: Int[Array, "N S"]) -> Float[Array, "N S D"]:
         """Returns the scaled embeddings in the compute dtype."""
+        # Only the axis of the vocabulary may stay split: rows split along their width
+        # would meet tokens split by batch on the same devices.
+        table = constrain(self.embedding, "vocab", None)
         # Padding may hold any id, even a negative one: clipped, it stays finite.
-        rows = jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(self.dtype)
+        rows = jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)
+        rows = constrain(rows, "batch", "seq", "embed")
         # The scale is rounded to the compute dtype, as in the models' own training.
         return rows * jnp.asarray(self.scale, self.dtype)
 

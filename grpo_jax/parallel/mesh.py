@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
+from flax.linen import spmd
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -34,9 +34,7 @@ RULES: tuple[tuple[str, Any], ...] = (
 )
 
 
-def make_mesh(
-    config: MeshConfig, *, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of all devices (or of `devices`) with axes data, fsdp, tensor.
 
     Raises:
@@ -88,7 +86,7 @@ def parameter_shardings(axes: PyTree, shapes: PyTree, mesh: Mesh) -> PyTree:
     """
 
     def place(path: tuple, logical: tuple, leaf: Any) -> NamedSharding:
-        spec = nn.logical_to_mesh_axes(logical, RULES)
+        spec = spmd.logical_to_mesh_axes(logical, RULES)
         sharding = NamedSharding(mesh, spec or P())
         _check_divides(
             jax.tree_util.keystr(path, simple=True, separator="/"), leaf, sharding

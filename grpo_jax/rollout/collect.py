@@ -42,10 +42,15 @@ class Collector:
         self._runner = runner
         self._config = config
         self._mesh = mesh
+        self._limit = texts.longest_prompt(
+            config.max_prompt_tokens,
+            new_tokens=config.max_new_tokens,
+            context=model.config.max_position_embeddings,
+        )
         self._encoded = texts.encode_rows(
             tokenizer,
             task.train,
-            max_prompt_tokens=config.max_prompt_tokens,
+            limit=self._limit,
             vocab_size=model.config.vocab_size,
         )
 
@@ -64,24 +69,24 @@ class Collector:
         numbers = everyone[first : first + share]
         prompts, lengths = texts.pad(
             [self._encoded[number] for number in numbers],
-            length=texts.bucket(longest, limit=config.max_prompt_tokens),
+            length=texts.bucket(longest, limit=self._limit),
             pad_id=self._tokenizer.pad_id,
         )
         ids = np.arange(position + first, position + first + share, dtype=np.uint32)
         start = time.perf_counter()
         sampled = self._generate(variables, prompts, lengths, ids, step)
         seconds = time.perf_counter() - start
+        tokens, counts = np.asarray(sampled.tokens), np.asarray(sampled.lengths)
         return Rollout(
             rows=[self._task.train[number] for number in numbers],
             prompts=prompts,
             prompt_lengths=lengths,
-            tokens=sampled.tokens,
-            logp=sampled.logp,
-            lengths=sampled.lengths,
-            finished=sampled.finished,
+            tokens=tokens,
+            logp=np.asarray(sampled.logp),
+            lengths=counts,
+            finished=np.asarray(sampled.finished),
             completions=[
-                self._tokenizer.decode(ids)
-                for ids in unpadded(sampled.tokens, sampled.lengths)
+                self._tokenizer.decode(ids) for ids in unpadded(tokens, counts)
             ],
             counts=np.ones(share, bool),
             rewards=np.full(sampled.lengths.shape, np.nan),

@@ -6,6 +6,7 @@ on the prompts beside it.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,7 @@ from grpo_jax.models.decoder import Cache, Decoder
 from grpo_jax.rollout import sampling as draws
 
 
-@struct.dataclass
-class Completions:
+class Completions(struct.PyTreeNode):
     """What was sampled.
 
     Attributes:
@@ -42,8 +42,7 @@ class Completions:
         return positions < self.lengths[..., None]
 
 
-@struct.dataclass
-class _Loop:
+class _Loop(struct.PyTreeNode):
     """State of the loop: the token at `step - 1` is the last one drawn."""
 
     step: Int[Array, ""]
@@ -122,9 +121,9 @@ def _generate(
     stop_ids: tuple[int, ...],
 ) -> Completions:
     # Cast once, not at every token.
-    variables = jax.tree.map(lambda x: x.astype(model.config.dtype), variables)
+    variables = in_compute_dtype(variables, model.config.dtype)
     apply = functools.partial(model.apply, variables)
-    head = apply(method=model.head)
+    head: Any = apply(method=model.head)
     last, prefix = apply(prompts, lengths, method=model.prefill)
     keys = _sample_keys(key, prompt_ids, group_size)
     shape = (prompts.shape[0], group_size)
@@ -157,6 +156,18 @@ def _generate(
     first = jnp.broadcast_to(last[:, None, :], (*shape, last.shape[-1]))
     end = lax.while_loop(unfinished, advance, draw(blank, first))
     return Completions(end.tokens, end.lengths, end.logp, end.finished)
+
+
+def in_compute_dtype(variables: PyTree, dtype: str) -> PyTree:
+    """The variables as the model rounds them where it uses them.
+
+    Norms multiply in float32, so their scales stay as they are.
+    """
+
+    def cast(path: tuple, leaf: Array) -> Array:
+        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, variables)
 
 
 def _append(

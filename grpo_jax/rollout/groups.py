@@ -96,14 +96,12 @@ def refill(rollouts: Sequence[Rollout], wanted: int, *, short: bool) -> Rollout 
 
 
 def join(rollouts: Sequence[Rollout]) -> Rollout:
-    """All groups of several rollouts; times are summed, other metrics averaged."""
+    """All groups of several rollouts; times are summed, other metrics averaged.
+
+    Reward functions may log in some rollouts only: a metric is averaged over those that
+    have it, and a column is filled with None.
+    """
     first = rollouts[0]
-    metrics = {
-        name: (sum if name.startswith("time/") else np.mean)(
-            [one.metrics[name] for one in rollouts]
-        )
-        for name in first.metrics
-    }
     return Rollout(
         rows=[row for one in rollouts for row in one.rows],
         completions=[text for one in rollouts for text in one.completions],
@@ -112,10 +110,10 @@ def join(rollouts: Sequence[Rollout]) -> Rollout:
             for name in first.rewards_by_name
         },
         extra={
-            name: [value for one in rollouts for value in one.extra[name]]
-            for name in first.extra
+            name: [v for one in rollouts for v in _column(one, name)]
+            for name in dict.fromkeys(name for one in rollouts for name in one.extra)
         },
-        metrics=metrics,
+        metrics=_join_metrics([one.metrics for one in rollouts]),
         **{
             name: _concatenate([vars(one)[name] for one in rollouts])
             for name in _ARRAYS
@@ -133,6 +131,18 @@ _ARRAYS = (
     "counts",
     "rewards",
 )
+
+
+def _join_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    joined = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [part[name] for part in parts if name in part]
+        joined[name] = float((sum if name.startswith("time/") else np.mean)(values))
+    return joined
+
+
+def _column(rollout: Rollout, name: str) -> Sequence[Any]:
+    return rollout.extra.get(name, [None] * len(rollout.completions))
 
 
 def _concatenate(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -25,27 +25,41 @@ def encode_rows(
     tokenizer: Tokenizer,
     rows: Sequence[Mapping[str, Any]],
     *,
-    max_prompt_tokens: int,
+    limit: int,
     vocab_size: int,
 ) -> list[list[int]]:
     """The token ids of the prompts of all rows.
 
     Raises:
       ValueError: naming the first row whose prompt has no token, more than
-        `max_prompt_tokens`, or an id that the model does not have, and how many such
+        `limit`, or an id that the model does not have, and how many such
         rows there are.
     """
     encoded = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     problems = [
         (number, problem)
         for number, ids in enumerate(encoded)
-        if (problem := _problem(ids, max_prompt_tokens, vocab_size))
+        if (problem := _problem(ids, limit, vocab_size))
     ]
     if problems:
         number, problem = problems[0]
         also = f" ({len(problems)} such rows)" if len(problems) > 1 else ""
         raise ValueError(f"the prompt of row {number} {problem}{also}.")
     return encoded
+
+
+def longest_prompt(max_prompt_tokens: int, *, new_tokens: int, context: int) -> int:
+    """How many tokens a prompt may have so that its completions fit the context.
+
+    Raises:
+      ValueError: if `new_tokens` leave no room for a prompt.
+    """
+    if new_tokens >= context:
+        raise ValueError(
+            f"max_new_tokens {new_tokens} leaves no room for a prompt in the model's "
+            f"context of {context} tokens; lower max_new_tokens."
+        )
+    return min(max_prompt_tokens, context - new_tokens)
 
 
 def bucket(length: int, *, limit: int) -> int:
@@ -72,8 +86,9 @@ def _problem(ids: Sequence[int], limit: int, vocab_size: int) -> str | None:
         return "has no token"
     if len(ids) > limit:
         return (
-            f"has {len(ids)} tokens, more than max_prompt_tokens {limit}; raise "
-            "max_prompt_tokens or shorten the prompt"
+            f"has {len(ids)} tokens, more than the {limit} that max_prompt_tokens and "
+            "the model's context less max_new_tokens allow; raise max_prompt_tokens or "
+            "shorten the prompt"
         )
     if not 0 <= min(ids) <= max(ids) < vocab_size:
         return (

@@ -79,19 +79,28 @@ def _invert(
     blocks = -(-size // _BLOCK)
     padded = jnp.pad(weights, ((0, 0), (0, blocks * _BLOCK - size)))
     padded = padded.reshape(rows, blocks, _BLOCK)
-    block_sums = jnp.cumsum(jnp.sum(padded, axis=-1), axis=-1)
-    block, rest = _search(block_sums, uniform * block_sums[:, -1])
+    sums = jnp.sum(padded, axis=-1)
+    block, rest = _search(sums, uniform * jnp.sum(sums, axis=-1))
     inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
-    entry, _ = _search(jnp.cumsum(inside, axis=-1), rest)
+    entry, _ = _search(inside, rest)
     return (block * _BLOCK + entry).astype(jnp.int32)
 
 
 def _search(
-    running: Float[Array, "R M"], target: Float[Array, " R"]
+    weights: Float[Array, "R M"], target: Float[Array, " R"]
 ) -> tuple[Int[Array, " R"], Float[Array, " R"]]:
-    """Index of the first running sum above the target, and what the target has left."""
-    # Rounding may put the target on the total: below it, an entry with weight is found.
-    target = jnp.minimum(target, jnp.nextafter(running[:, -1], 0.0))
-    index = jnp.sum(running <= target[:, None], axis=-1, dtype=jnp.int32)
+    """Where the running sum of the weights passes the target, and what is left of it.
+
+    Only entries with weight are found. Sums made in parallel, as on a GPU, may rise by
+    rounding at an entry of weight 0, and a target may be rounded up to the total, which
+    is passed nowhere: the last entry with weight is the answer then.
+    """
+    running = jnp.cumsum(weights, axis=-1)
+    held = weights > 0.0
+    passed = held & (running > target[:, None])
+    positions = jnp.arange(weights.shape[-1], dtype=jnp.int32)[None, :]
+    last = jnp.max(jnp.where(held, positions, 0), axis=-1)
+    first = jnp.argmax(passed, axis=-1).astype(jnp.int32)
+    index = jnp.where(jnp.any(passed, axis=-1), first, last)
     before = jnp.take_along_axis(running, jnp.maximum(index - 1, 0)[:, None], axis=-1)
     return index, target - jnp.where(index > 0, before[:, 0], 0.0)

@@ -219,14 +219,16 @@ class Evaluator:
         self._new_tokens = max_new_tokens
         self._sampling = sampling
         self._key = jax.random.key(seed)
+        limit = texts.longest_prompt(
+            max_prompt_tokens,
+            new_tokens=max_new_tokens,
+            context=model.config.max_position_embeddings,
+        )
         self._encoded = texts.encode_rows(
-            tokenizer,
-            rows,
-            max_prompt_tokens=max_prompt_tokens,
-            vocab_size=model.config.vocab_size,
+            tokenizer, rows, limit=limit, vocab_size=model.config.vocab_size
         )
         longest = max(len(ids) for ids in self._encoded)
-        self._length = texts.bucket(longest, limit=max_prompt_tokens)
+        self._length = texts.bucket(longest, limit=limit)
         parts = meshes.batch_shards(mesh)
         self._batch = -(-min(batch_size, len(rows)) // parts) * parts
 

@@ -18,6 +18,7 @@ from grpo_jax import objective
 from grpo_jax.config import TrainConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.rollout.generate import in_compute_dtype
 from grpo_jax.rollout.groups import Rollout
 from grpo_jax.training.optimizer import make_optimizer, make_schedule
 from grpo_jax.training.state import Batch, make_train_state, microbatches
@@ -68,17 +69,15 @@ class Learner:
 
         Returns at once, while the devices still compute.
         """
-        batch = meshes.to_mesh(
-            self._mesh,
-            Batch(
-                prompts=rollout.prompts,
-                prompt_lengths=rollout.prompt_lengths,
-                completions=rollout.tokens,
-                mask=rollout.mask,
-                advantages=np.zeros(rollout.lengths.shape, np.float32),
-                sampler_logp=rollout.logp,
-            ),
-        )
+        arrays = {
+            "prompts": rollout.prompts,
+            "prompt_lengths": rollout.prompt_lengths,
+            "completions": rollout.tokens,
+            "mask": rollout.mask,
+            "advantages": np.zeros(rollout.lengths.shape, np.float32),
+            "sampler_logp": rollout.logp,
+        }
+        batch = Batch(**meshes.to_mesh(self._mesh, arrays))
         ref_logp = old_logp = None
         if self.reference is not None:
             ref_logp = self._score(self.reference, batch)
@@ -88,9 +87,11 @@ class Learner:
 
     def with_advantages(self, batch: Batch, rollout: Rollout) -> Batch:
         """The batch with the advantages of the rollout's rewards."""
+        # Groups that do not count must not enter the deviation of a batch either.
+        counted = np.where(rollout.counts[:, None], rollout.rewards, np.nan)
         rewards, lengths, finished = meshes.to_mesh(
             self._mesh,
-            (rollout.rewards.astype(np.float32), rollout.lengths, rollout.finished),
+            (counted.astype(np.float32), rollout.lengths, rollout.finished),
         )
         advantages, mask = self._advantages(rewards, lengths, finished, batch.mask)
         return batch.replace(advantages=advantages, mask=mask)
@@ -110,7 +111,9 @@ class Learner:
         }
         # Later updates differ from the sampler because they have moved away from it.
         metrics["sampler_logp_diff/max"] = float(fetched[0]["sampler_logp_diff/max"])
-        metrics["learning_rate"] = float(self._schedule(int(self.state.step) - 1))
+        metrics["learning_rate"] = float(
+            np.asarray(self._schedule(int(self.state.step) - 1))
+        )
         metrics["time/update"] = time.perf_counter() - start
         return metrics
 
@@ -127,8 +130,10 @@ class Learner:
         if self.state.base is not None:
             return {"params": self.state.base}
         # A copy: the state's own arrays are donated to the next update.
-        copy = functools.partial(jnp.array, dtype=self._compute_dtype, copy=True)
-        return {"params": jax.tree.map(copy, self.state.params)}
+        own = lambda cast, leaf: jnp.copy(leaf) if cast is leaf else cast  # noqa: E731
+        params = self.state.params
+        cast = in_compute_dtype(params, self._compute_dtype)
+        return {"params": jax.tree.map(own, cast, params)}
 
 
 def score_batch(

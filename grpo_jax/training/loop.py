@@ -38,6 +38,7 @@ from grpo_jax.training.evaluate import Completed, Evaluator, judge
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.policy import load_policy
 from grpo_jax.training.preemption import stop_requests
+from grpo_jax.training.references import References
 from grpo_jax.training.state import Batch
 from grpo_jax.weights.pretrained import save_pretrained
 
@@ -54,6 +55,8 @@ class Progress:
     skipped: int = 0  # steps in a row whose updates were skipped
     seconds: float = 0.0  # spent in training, over all starts
     accuracy_before: float | None = None
+    accuracy: float | None = None  # of the newest evaluation
+    measured_at: int = 0  # the step of that evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +151,9 @@ class _Run:
             path / "checkpoints", config.checkpoint, report=self.console.warning
         )
         stack.callback(self.checkpoints.close)
+        self.references = References(
+            path / "references", config, report=self.console.warning
+        )
         self.stop = stack.enter_context(stop_requests())
         self.progress = Progress()
 
@@ -175,8 +181,10 @@ class _Run:
             self.tracker.truncate_after(-1)
             return
         step, self.learner.state, meta = found
+        self.references.restore_at(step, self.learner)
         self.progress = Progress(**meta["progress"])
-        self.tracker.truncate_after(step)
+        # A run that was stopped before its first step measures the policy again.
+        self.tracker.truncate_after(step or -1)
         self.console.note(f"resumed from step {step} of {self.config.steps}")
 
     def _begin(self) -> None:
@@ -200,11 +208,12 @@ class _Run:
             position=self.progress.position + rounds * self.config.prompts_per_step,
         )
         if self._due(self.config.eval_every):
-            metrics |= self.evaluate(self.learner.state.variables)
-        self._write_completions(rollout, jax.device_get(batch.advantages))
+            measured = self.evaluate(self.learner.state.variables)
+            self._advance(accuracy=measured.get(names.ACCURACY), measured_at=step)
+            metrics |= measured
+        self._write_completions(rollout, meshes.to_host(batch.advantages))
         self._log(step, metrics)
-        if self._due(self.config.objective.reference_every):
-            self.learner.refresh_reference()
+        self.references.refresh_after(step, self.learner)
         if self._due(self.config.checkpoint.every) or step == self.config.steps:
             self._save()
 
@@ -297,10 +306,8 @@ class _Run:
 
     def _last_accuracy(self) -> float | None:
         """The accuracy after the last step, measured now if it was not then."""
-        if self.first:
-            last = names.read_metrics(self.path)[-1]
-            if last["step"] == self.config.steps and names.ACCURACY in last:
-                return last[names.ACCURACY]
+        if self.progress.measured_at == self.config.steps:
+            return self.progress.accuracy
         return self.evaluate(self.learner.state.variables).get(names.ACCURACY)
 
     def _result(self, status: directories.Status, **values: Any) -> TrainResult:

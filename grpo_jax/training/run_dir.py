@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from grpo_jax import validation
 from grpo_jax.config import EMBEDDED, TrainConfig
-from grpo_jax.reporting.metrics import plain
+from grpo_jax.reporting.metrics import METRICS_FILE, plain
 
 Status = Literal["running", "preempted", "failed", "finished"]
 
@@ -73,12 +73,15 @@ def claim(path: Path) -> Iterator[None]:
 def check_config(path: Path, config: TrainConfig) -> None:
     """Save the configuration of a new run, or compare it with that of an old one.
 
+    A run that stopped before it wrote anything, say for want of its model, may be
+    followed by any other.
+
     Raises:
       ValueError: if the directory holds a run of another configuration, with the fields
         in which they differ.
     """
     file = path / "config.yaml"
-    if not file.exists():
+    if not file.exists() or not _has_begun(path):
         write_atomically(
             file, yaml.safe_dump(validation.to_dict(config), sort_keys=False)
         )
@@ -121,11 +124,10 @@ def load_config(file: Path, *, model: str | None = None) -> TrainConfig:
     values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise ValueError(f"{file} must hold a mapping of fields, as config.yaml does.")
-    named = {"model": values.get("model", EMBEDDED) if model is None else model}
-    defaults = validation.to_dict(TrainConfig(**named))
-    return validation.from_dict(
-        TrainConfig, validation.overlay(defaults, {**values, **named})
-    )
+    name = values.get("model", EMBEDDED) if model is None else model
+    defaults = validation.to_dict(TrainConfig(model=name))
+    given = validation.overlay(defaults, {**values, "model": name})
+    return validation.from_dict(TrainConfig, given)
 
 
 def write_manifest(path: Path, config: TrainConfig, mesh: Mesh, status: Status) -> None:
@@ -165,6 +167,13 @@ def write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
+
+
+def _has_begun(path: Path) -> bool:
+    metrics = path / METRICS_FILE
+    return (path / "checkpoints").exists() or (
+        metrics.exists() and metrics.stat().st_size > 0
+    )
 
 
 def _version(package: str) -> str | None:

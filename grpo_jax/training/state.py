@@ -17,8 +17,7 @@ _PER_COMPLETION = (
 )
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Parameters with their optimizer state.
 
     Attributes:
@@ -59,8 +58,7 @@ def make_train_state(
     )
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """What one update learns from.
 
     Attributes:

@@ -40,12 +40,13 @@ def policy_logprobs(
     with_entropy: bool = False,
 ) -> objective.TokenLogprobs:
     """Log-probability of each completion token, nats, each prompt computed once."""
-    hidden = model.apply(
+    hidden: Any = model.apply(
         variables, prompts, prompt_lengths, completions, method=model.score
     )
+    head: Any = model.apply(variables, method=model.head)
     return objective.chunked_logprobs(
         hidden,
-        model.apply(variables, method=model.head),
+        head,
         completions,
         temperature=temperature,
         logit_softcap=model.config.logit_softcap,

@@ -39,8 +39,12 @@ def chunked(hidden, head, tokens, **options):
 
 
 def value_and_gradients(function, hidden, head, cotangents):
-    outputs, pull = jax.vjp(function, hidden, head)
-    return *outputs, *pull(tuple(cotangents))
+    @jax.jit
+    def run(hidden, head, cotangents):
+        outputs, pull = jax.vjp(function, hidden, head)
+        return *outputs, *pull(tuple(cotangents))
+
+    return run(hidden, head, cotangents)
 
 
 @pytest.mark.parametrize(  # 42 tokens
@@ -61,10 +65,10 @@ def test_chunked_equals_dense_in_value_and_gradient(
     hidden, head, tokens, cotangents = random_inputs()
     options = {"temperature": temperature, "logit_softcap": logit_softcap}
     expected = value_and_gradients(
-        jax.jit(lambda h, w: dense(h, w, tokens, **options)), hidden, head, cotangents
+        lambda h, w: dense(h, w, tokens, **options), hidden, head, cotangents
     )
     got = value_and_gradients(
-        jax.jit(lambda h, w: chunked(h, w, tokens, chunk_size=chunk_size, **options)),
+        lambda h, w: chunked(h, w, tokens, chunk_size=chunk_size, **options),
         hidden,
         head,
         cotangents,

@@ -1,4 +1,4 @@
-"""The two losses: values by hand, how they agree, and the traps."""
+"""The two losses: values by hand, and how they agree."""
 
 import functools
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from grpo_jax.objective import (
-    centered_advantages,
     group_softmax_weights,
     grpo_loss,
     softmax_advantages,
@@ -16,24 +15,6 @@ from grpo_jax.objective import (
 )
 
 NAN = jnp.nan
-
-
-def random_group(seed=0, shape=(2, 4, 5)):
-    """Log-probabilities of several policies, a mask of lengths 0 to T, rewards."""
-    generator = np.random.default_rng(seed)
-    logp = -generator.uniform(0.1, 3.0, shape)
-    lengths = generator.integers(0, shape[-1] + 1, shape[:-1])
-    lengths.flat[0], lengths.flat[1] = shape[-1], 0
-    arrays = {
-        "logp": logp,
-        "old_logp": logp + 0.3 * generator.normal(size=shape),
-        "ref_logp": logp + 0.5 * generator.normal(size=shape),
-        "sampler_logp": logp + 0.3 * generator.normal(size=shape),
-        "entropy": generator.uniform(0.1, 2.0, shape),
-        "rewards": generator.normal(size=shape[:-1]),
-    }
-    out = {name: jnp.array(x, jnp.float32) for name, x in arrays.items()}
-    return out | {"mask": jnp.array(np.arange(shape[-1]) < lengths[..., None])}
 
 
 def total_gradient(loss, logp):
@@ -65,7 +46,9 @@ def test_a_single_group_needs_no_prompt_axis():
     assert (loss.total, loss.weight) == (2.0, 1.0)
 
 
-def test_at_ratio_one_the_clipped_form_has_the_gradient_of_the_simple_form():
+def test_at_ratio_one_the_clipped_form_has_the_gradient_of_the_simple_form(
+    random_group,
+):
     group = random_group()
     logp, mask = group["logp"], group["mask"]
     weights = group_softmax_weights(group["rewards"])
@@ -82,7 +65,7 @@ def test_at_ratio_one_the_clipped_form_has_the_gradient_of_the_simple_form():
         np.testing.assert_allclose(clipped, simple, rtol=1e-6)
 
 
-def test_at_ratio_one_they_agree_with_length_normalization_too():
+def test_at_ratio_one_they_agree_with_length_normalization_too(random_group):
     group = random_group(1)
     logp, mask, weights = group["logp"], group["mask"], group["rewards"]
     simple = total_gradient(
@@ -92,7 +75,7 @@ def test_at_ratio_one_they_agree_with_length_normalization_too():
     np.testing.assert_allclose(clipped, simple, rtol=1e-6)
 
 
-def test_softmax_advantages_are_softmax_weights_less_a_baseline():
+def test_softmax_advantages_are_softmax_weights_less_a_baseline(random_group):
     # sum_i (G * w_i - 1) * log pi_i = G * sum_i w_i * log pi_i - sum_i log pi_i
     group = random_group(2)
     logp, mask, rewards = group["logp"], group["mask"], group["rewards"]
@@ -109,7 +92,9 @@ def test_softmax_advantages_are_softmax_weights_less_a_baseline():
     )
 
 
-def test_the_likelihood_surrogate_is_the_simple_form_with_weight_completions():
+def test_the_likelihood_surrogate_is_the_simple_form_with_weight_completions(
+    random_group,
+):
     group = random_group(3)
     logp, weights = group["logp"], group["rewards"]
     mask = jnp.ones_like(group["mask"])
@@ -132,15 +117,13 @@ def test_grpo_loss_and_metrics_by_hand():
     old_logp = jnp.full((2, 4), -2.0)
     logp = old_logp + jnp.log(ratio)
     ref_logp = logp - jnp.log(2.0)  # k3 = 0.5 + 0.6931472 - 1 = 0.1931472 everywhere
-    out = grpo_loss(
+    out = jax.jit(functools.partial(grpo_loss, kl_coef=0.04, entropy_coef=0.01))(
         logp,
         mask,
         jnp.array([1.0, -1.0]),
         old_logp=old_logp,
         ref_logp=ref_logp,
         entropy=jnp.full((2, 4), 1.5),
-        kl_coef=0.04,
-        entropy_coef=0.01,
     )
     # Sequence means -3.8 / 4 = -0.95 and 0.8; their mean -0.075.
     # The loss is -0.075 + 0.04 * 0.1931472 - 0.01 * 1.5, or -0.0822741.
@@ -163,14 +146,14 @@ def test_grpo_loss_and_metrics_by_hand():
 def test_on_policy_the_loss_is_minus_the_mean_advantage_and_learns_all_the_same():
     logp, mask = jnp.full((2, 3), -1.0), jnp.ones((2, 3), bool)
     advantages = jnp.array([1.0, -1.0])
-    value, grad = jax.value_and_grad(
-        lambda x: grpo_loss(x, mask, advantages).loss.value()
+    value, grad = jax.jit(
+        jax.value_and_grad(lambda x: grpo_loss(x, mask, advantages).loss.value())
     )(logp)
     np.testing.assert_allclose(value, 0.0, atol=1e-7)
     np.testing.assert_allclose(grad, [[-1 / 6] * 3, [1 / 6] * 3], rtol=1e-6)
 
 
-def test_a_group_of_equal_rewards_is_not_updated():
+def test_a_group_of_equal_rewards_is_not_updated(random_group):
     group = random_group(4)
     advantages = softmax_advantages(jnp.full((2, 4), 0.1))
     grad = total_gradient(
@@ -179,7 +162,7 @@ def test_a_group_of_equal_rewards_is_not_updated():
     np.testing.assert_array_equal(grad, jnp.zeros((2, 4, 5)))
 
 
-def test_without_reference_or_entropy_there_are_no_such_metrics():
+def test_without_reference_or_entropy_there_are_no_such_metrics(random_group):
     group = random_group()
     arguments = (group["logp"], group["mask"], group["rewards"])
     assert not {"kl", "entropy"} & grpo_loss(*arguments).metrics.keys()
@@ -221,155 +204,3 @@ def test_clip_metrics_of_each_surrogate(surrogate, low, high):
     assert out.metrics["clip_ratio/low_mean"].total == low
     assert out.metrics["clip_ratio/high_mean"].total == high
     assert out.metrics["clip_ratio/region_mean"].total == low + high
-
-
-# Traps.
-
-EVERY_FORM = {
-    "clip": {"dual_clip": 3.0},
-    "sequence": {"ratio_level": "sequence"},
-    "cispo": {"surrogate": "cispo", "cispo_max_weight": 5.0},
-    "likelihood": {"surrogate": "likelihood"},
-}
-every_form = pytest.mark.parametrize("form", EVERY_FORM.values(), ids=EVERY_FORM.keys())
-
-
-def full_loss(logp, arrays, **options):
-    return grpo_loss(
-        logp,
-        arrays["mask"],
-        arrays["rewards"],
-        old_logp=arrays["old_logp"],
-        ref_logp=arrays["ref_logp"],
-        sampler_logp=arrays["sampler_logp"],
-        entropy=arrays["entropy"],
-        kl_coef=0.04,
-        entropy_coef=0.01,
-        sampler_correction_cap=2.0,
-        **options,
-    )
-
-
-@every_form
-@pytest.mark.parametrize("junk", [NAN, jnp.inf, -jnp.inf])
-def test_padding_may_hold_anything(form, junk):
-    arrays = random_group(5)
-    per_token = ("logp", "old_logp", "ref_logp", "sampler_logp", "entropy")
-    dirty = arrays | {
-        name: jnp.where(arrays["mask"], arrays[name], junk) for name in per_token
-    }
-    dirty["rewards"] = jnp.where(arrays["mask"].any(-1), arrays["rewards"], junk)
-    run = _value_and_grad(tuple(form.items()))
-    for one, other in zip(
-        jax.tree.leaves(run(arrays["logp"], arrays)),
-        jax.tree.leaves(run(dirty["logp"], dirty)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(one, other)
-        assert jnp.isfinite(other).all()
-
-
-@functools.cache
-def _value_and_grad(form):
-    """One compiled loss and gradient for each form."""
-    return jax.jit(
-        jax.value_and_grad(
-            lambda x, arrays: (
-                (out := full_loss(x, arrays, **dict(form))).loss.value(),
-                out.metrics,
-            ),
-            has_aux=True,
-        )
-    )
-
-
-@every_form
-@pytest.mark.parametrize("shift", [100.0, -100.0])
-def test_log_ratios_of_a_hundred_leave_the_gradient_finite(form, shift):
-    arrays = random_group(6)
-    arrays |= {name: arrays[name] + shift for name in ("old_logp", "ref_logp")}
-    (loss, _), grad = _value_and_grad(tuple(form.items()))(arrays["logp"], arrays)
-    assert jnp.isfinite(loss)
-    assert jnp.isfinite(grad).all()
-
-
-@every_form
-def test_bfloat16_inputs_are_computed_in_float32(form):
-    arrays = random_group(7)
-    low = {
-        name: x if x.dtype == bool else x.astype(jnp.bfloat16)
-        for name, x in arrays.items()
-    }
-    rounded = {
-        name: x if x.dtype == bool else x.astype(jnp.float32) for name, x in low.items()
-    }
-    run = _value_and_grad(tuple(form.items()))
-    (loss, metrics), _ = run(low["logp"], low)
-    assert {x.dtype for x in jax.tree.leaves((loss, metrics))} == {jnp.dtype("float32")}
-    np.testing.assert_allclose(loss, run(rounded["logp"], rounded)[0][0], rtol=1e-6)
-
-
-def test_nothing_but_empty_completions_is_a_loss_of_zero_with_zero_gradient():
-    arrays = random_group(8)
-    arrays["mask"] = jnp.zeros_like(arrays["mask"])
-    (loss, metrics), grad = _value_and_grad(())(arrays["logp"], arrays)
-    assert loss == 0.0
-    assert all(mean.value() == 0.0 for mean in metrics.values())
-    np.testing.assert_array_equal(grad, jnp.zeros_like(grad))
-
-
-def test_an_empty_completion_does_not_dilute_the_mean_of_the_others():
-    logp, advantages = jnp.full((2, 3), -1.0), jnp.array([1.0, 1.0])
-    ended_at_once = jnp.array([[True] * 3, [False] * 3])
-    assert grpo_loss(logp, ended_at_once, advantages).loss.value() == -1.0
-
-
-def test_k1_as_a_loss_is_refused(without_shape_checks):
-    arrays = random_group()
-    with pytest.raises(ValueError, match='kl_estimator is "k1".*zero mean'):
-        full_loss(arrays["logp"], arrays, kl_estimator="k1")
-
-
-def test_cispo_without_its_cap_is_refused():
-    arrays = random_group()
-    with pytest.raises(ValueError, match=r'"cispo" needs cispo_max_weight.*5\.0'):
-        full_loss(arrays["logp"], arrays, surrogate="cispo")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kl_coef": 0.04}, "kl_coef is set, so ref_logp is needed; got None"),
-        ({"entropy_coef": 0.01}, "entropy_coef is set, so entropy is needed"),
-        (
-            {"sampler_correction_cap": 2.0},
-            "sampler_correction_cap is set, so sampler_l",
-        ),
-        ({"surrogate": "ppo"}, "surrogate is 'ppo', expected one of clip, cispo, like"),
-        ({"kl_estimator": "k4"}, "kl_estimator is 'k4', expected one of k2, k3"),
-        ({"aggregation": "sum"}, "mode is 'sum', expected one of sequence_mean"),
-        ({"ratio_level": "word"}, "level is 'word', expected one of token, sequence"),
-        ({"old_logp": jnp.zeros((2, 4))}, r"old_logp has shape \(2, 4\), expected"),
-        ({"entropy": jnp.zeros((2, 4, 1))}, r"entropy has shape \(2, 4, 1\), expected"),
-        (
-            {"advantages": jnp.zeros(2)},
-            r"advantages has shape \(2,\), expected \(2, 4\)",
-        ),
-        ({"mask": jnp.ones((2, 4, 5))}, "mask has dtype float32, expected bool"),
-    ],
-)
-def test_wrong_arguments_are_named(without_shape_checks, options, message):
-    group = random_group()
-    arguments = {
-        "logp": group["logp"],
-        "mask": group["mask"],
-        "advantages": centered_advantages(group["rewards"]),
-    } | options
-    with pytest.raises(ValueError, match=message):
-        grpo_loss(**arguments)
-
-
-def test_weights_of_another_shape_are_named(without_shape_checks):
-    group = random_group()
-    with pytest.raises(ValueError, match=r"weights has shape \(2, 3\), expected"):
-        weighted_likelihood_loss(group["logp"], group["mask"], jnp.zeros((2, 3)))

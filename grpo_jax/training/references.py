@@ -1,0 +1,52 @@
+"""References that a run has made on its way, kept so that a resumed run finds its own.
+
+With `objective.reference_every` the reference is the policy of an earlier step. No
+checkpoint of the run holds it, so each is saved by itself, under ``references/<step>``.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from grpo_jax.config import CheckpointConfig, TrainConfig
+from grpo_jax.training.checkpoint import Checkpoints
+from grpo_jax.training.learner import Learner
+from grpo_jax.training.state import TrainState
+
+
+class References:
+    """The references of a run; does nothing when the first one stays for good."""
+
+    def __init__(
+        self, directory: Path, config: TrainConfig, *, report: Callable[[str], None]
+    ) -> None:
+        self._every = config.objective.reference_every
+        # Each checkpoint that is kept must find its reference.
+        steps = config.checkpoint.keep * config.checkpoint.every
+        keep = CheckpointConfig(keep=steps // (self._every or steps) + 2)
+        self._saved = Checkpoints(directory, keep, report=report)
+
+    def refresh_after(self, step: int, learner: Learner) -> None:
+        """Make the policy the reference, and save it, if it is due after this step."""
+        if self._every is None or step % self._every:
+            return
+        learner.refresh_reference()
+        if learner.reference is not None:
+            only = TrainState(
+                step=jnp.int32(step), params=learner.reference["params"], opt_state=()
+            )
+            # On disk before any checkpoint that needs it.
+            self._saved.save(step, only, {}, wait=True)
+
+    def restore_at(self, step: int, learner: Learner) -> None:
+        """Give the learner the reference that it had after this step.
+
+        Raises:
+          ValueError: if that reference is not there or is damaged.
+        """
+        made = step // self._every * self._every if self._every else 0
+        if made and learner.reference is not None:
+            like = learner.reference["params"]
+            _, params, _ = self._saved.restore_params(made, like=like)
+            learner.reference = {"params": params}

@@ -1,0 +1,257 @@
+"""The sampler equals a slow loop over whole passes, and the learner's log-probs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from grpo_jax.config import SamplingConfig
+from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
+from grpo_jax.parallel import mesh as meshes
+from grpo_jax.rollout import generate as generating
+from grpo_jax.rollout.generate import generate
+from grpo_jax.rollout.sampling import sample_token
+from grpo_jax.training.step import policy_logprobs
+
+NEW = 8
+GROUP = 3
+# A third of the vocabulary stops, so that completions have all lengths.
+STOPS = tuple(range(0, 264, 3))
+SAMPLED = SamplingConfig(temperature=0.8, stop_ids=STOPS)
+GREEDY = SamplingConfig(temperature=0.0, stop_ids=tuple(range(0, 264, 5)))
+
+
+def prompts_and_lengths(count=4, width=6):
+    rng = np.random.default_rng(5)
+    prompts = rng.integers(0, 256, (count, width)).astype(np.int32)
+    lengths = np.array([6, 3, 1, 5])[np.arange(count) % 4].astype(np.int32)
+    return jnp.asarray(prompts), jnp.asarray(lengths)
+
+
+def sample(policy, prompts, lengths, *, sampling=SAMPLED, key=0, **options):
+    options = {"group_size": GROUP, "max_new_tokens": NEW} | options
+    return generate(
+        policy.model,
+        options.pop("params", policy.params),
+        prompts,
+        lengths,
+        jax.random.key(key),
+        sampling=sampling,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny_policy):
+    return sample(tiny_policy, *prompts_and_lengths())
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny_policy):
+    return sample(tiny_policy, *prompts_and_lengths(), sampling=GREEDY)
+
+
+def reference(policy, sampling, *, key=0):
+    """Tokens of every completion by whole forward passes, one token at a time."""
+    prompts, lengths = prompts_and_lengths()
+    model, variables = policy.model, policy.variables
+
+    @jax.jit
+    def logits_at(rows, last):
+        hidden = model.apply(variables, rows, last, method=model.forward)
+        at = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        return at @ model.apply(variables, method=model.head)
+
+    rows = np.zeros((len(prompts) * GROUP, prompts.shape[1] + NEW), np.int32)
+    sizes = np.repeat(lengths, GROUP)
+    for row, prompt, size in zip(
+        rows, np.repeat(prompts, GROUP, 0), sizes, strict=True
+    ):
+        row[:size] = prompt[:size]
+    fold = jax.random.fold_in
+    keys = [
+        fold(fold(jax.random.key(key), n), g)
+        for n in range(len(prompts))
+        for g in range(GROUP)
+    ]
+    drawn = []
+    for step in range(NEW):
+        logits = logits_at(rows, np.array(sizes + step - 1))
+        uniform = jnp.stack([jax.random.uniform(fold(k, step)) for k in keys])
+        token, _ = sample_token(logits, uniform, temperature=sampling.temperature)
+        rows[np.arange(len(rows)), sizes + step] = token
+        drawn.append(np.asarray(token))
+    return np.stack(drawn, axis=-1).reshape(len(prompts), GROUP, NEW)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+def test_tokens_equal_those_of_a_loop_over_whole_passes(kind, tiny_policy, request):
+    given = request.getfixturevalue(kind)
+    sampling = {"greedy": GREEDY, "sampled": SAMPLED}[kind]
+    expected = reference(tiny_policy, sampling)
+    mask = np.asarray(given.mask)
+    np.testing.assert_array_equal(
+        np.where(mask, given.tokens, -1), expected * mask - ~mask
+    )
+
+
+def test_logp_is_that_of_the_learner(tiny_policy, sampled):
+    scored = policy_logprobs(
+        tiny_policy.model,
+        tiny_policy.variables,
+        *prompts_and_lengths(),
+        sampled.tokens,
+        temperature=SAMPLED.temperature,
+    )
+    expected = np.where(sampled.mask, scored.logp, 0.0)
+    np.testing.assert_allclose(sampled.logp, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+def test_a_completion_ends_with_its_first_stop_token(kind, request):
+    given = request.getfixturevalue(kind)
+    stops = {"greedy": GREEDY, "sampled": SAMPLED}[kind].stop_ids
+    tokens, lengths = np.asarray(given.tokens), np.asarray(given.lengths)
+    for n, g in np.ndindex(*lengths.shape):
+        own = tokens[n, g, : lengths[n, g]]
+        assert not np.isin(own[:-1], stops).any()
+        assert given.finished[n, g] == np.isin(own[-1], stops)
+        assert given.finished[n, g] or lengths[n, g] == NEW
+
+
+def test_completions_have_all_kinds_of_lengths(sampled):
+    lengths = np.asarray(sampled.lengths)
+    assert lengths.min() == 1 and len(np.unique(lengths)) > 2
+
+
+def test_padding_holds_the_pad_token_and_no_probability(tiny_policy, sampled):
+    beyond = ~np.asarray(sampled.mask)
+    assert beyond.any()
+    assert (np.asarray(sampled.tokens)[beyond] == tiny_policy.tokenizer.pad_id).all()
+    assert (np.asarray(sampled.logp)[beyond] == 0.0).all()
+    assert (np.asarray(sampled.logp)[~beyond] < 0.0).all()
+
+
+def test_completions_do_not_depend_on_the_prompts_beside_them(tiny_policy, sampled):
+    prompts, lengths = prompts_and_lengths()
+    others = jnp.array([2, 0])
+    again = sample(tiny_policy, prompts[others], lengths[others], prompt_ids=others)
+    np.testing.assert_array_equal(again.tokens, sampled.tokens[others])
+    np.testing.assert_allclose(again.logp, sampled.logp[others], atol=1e-5)
+
+
+def test_completions_do_not_depend_on_how_far_prompts_are_padded(tiny_policy, sampled):
+    prompts, lengths = prompts_and_lengths()
+    wider = jnp.pad(prompts, ((0, 0), (0, 4)), constant_values=77)
+    again = sample(tiny_policy, wider, lengths)
+    np.testing.assert_array_equal(again.tokens, sampled.tokens)
+
+
+def test_members_of_a_group_and_equal_prompts_differ(tiny_policy):
+    prompts, lengths = prompts_and_lengths()
+    same = jnp.tile(prompts[:1], (4, 1)), jnp.tile(lengths[:1], 4)
+    drawn = sample(tiny_policy, *same, sampling=SamplingConfig(stop_ids=()))
+    rows = {tuple(row) for row in np.asarray(drawn.tokens).reshape(-1, NEW).tolist()}
+    assert len(rows) == 4 * GROUP
+
+
+def test_another_key_draws_something_else(tiny_policy, sampled):
+    given = prompts_and_lengths()
+    again = sample(tiny_policy, *given)
+    np.testing.assert_array_equal(again.tokens, sampled.tokens)
+    other = sample(tiny_policy, *given, key=1)
+    assert (np.asarray(other.tokens[..., 0]) != sampled.tokens[..., 0]).mean() > 0.8
+
+
+def test_without_stop_ids_completions_fill_the_limit(tiny_policy):
+    drawn = sample(
+        tiny_policy, *prompts_and_lengths(), sampling=SamplingConfig(stop_ids=())
+    )
+    assert (np.asarray(drawn.lengths) == NEW).all()
+    assert not np.asarray(drawn.finished).any()
+
+
+def test_the_model_s_own_stop_tokens_are_the_default(tiny_policy):
+    prompts, lengths = prompts_and_lengths()
+    (end,) = tiny_policy.tokenizer.stop_ids
+    # The head and the embedding are one: along the last hidden state, `end` is likely.
+    embedding = tiny_policy.params["embed"]["embedding"]
+    params = {**tiny_policy.params, "embed": {"embedding": embedding * 0.01}}
+    hidden = tiny_policy.model.apply(
+        {"params": params}, prompts, lengths, method=tiny_policy.model.prefill
+    )[0]
+    table = params["embed"]["embedding"].at[end].set(hidden.mean(axis=0))
+    params["embed"] = {"embedding": table}
+    drawn = sample(tiny_policy, prompts, lengths, params=params, sampling=None)
+    finished = np.asarray(drawn.finished)
+    assert finished.any()
+    assert (np.asarray(drawn.tokens)[finished] == end).any(axis=-1).all()
+
+
+def test_the_loop_stops_when_every_completion_has_ended(tiny_policy, monkeypatch):
+    calls = []
+
+    def counted(*args, **kwargs):
+        jax.debug.callback(lambda: calls.append(1))
+        return sample_token(*args, **kwargs)
+
+    monkeypatch.setattr(generating.draws, "sample_token", counted)
+    everything = SamplingConfig(stop_ids=tuple(range(264)))
+    drawn = sample(
+        tiny_policy, *prompts_and_lengths(), sampling=everything, max_new_tokens=50
+    )
+    jax.block_until_ready(drawn)
+    jax.effects_barrier()
+    assert len(calls) == 1
+    assert (np.asarray(drawn.lengths) == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_a_mesh_draws_what_one_device_draws(shape, tiny_policy, meshes_of):
+    prompts, lengths = prompts_and_lengths(8)
+    alone = sample(tiny_policy, prompts, lengths)
+    mesh = meshes_of(*shape)
+    axes, shapes = param_axes(tiny_policy.model), abstract_params(tiny_policy.model)
+    shardings = meshes.parameter_shardings(axes, shapes, mesh)
+    sharded = jax.device_put(tiny_policy.params, shardings)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
+        given = meshes.to_mesh(mesh, (np.asarray(prompts), np.asarray(lengths)))
+        spread = sample(tiny_policy, *given, params=sharded)
+    np.testing.assert_array_equal(spread.tokens, alone.tokens)
+    np.testing.assert_allclose(spread.logp, alone.logp, atol=1e-5)
+
+
+def test_casting_ahead_changes_nothing_that_the_model_computes(tiny_policy):
+    # Norms multiply in float32: their scales rounded to bfloat16 would part the sampler
+    # from the learner.
+    config = dataclasses.replace(tiny_policy.model.config, dtype="bfloat16")
+    model = Decoder(config)
+    prompts, lengths = prompts_and_lengths()
+    cast = generating.in_compute_dtype(tiny_policy.variables, "bfloat16")
+    assert cast["params"]["embed"]["embedding"].dtype == jnp.bfloat16
+    hidden = [
+        model.apply(variables, prompts, lengths, method=model.forward)
+        for variables in (tiny_policy.variables, cast)
+    ]
+    np.testing.assert_array_equal(*(np.asarray(h, np.float32) for h in hidden))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group_size": 0}, "group_size must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 123}, "6 prompt tokens and 123 new tokens exceed"),
+        ({"lengths": jnp.ones(3, jnp.int32)}, r"got \(4, 6\) and \(3,\)"),
+        ({"prompts": jnp.ones(4, jnp.int32)}, r"must be \[N, P\]"),
+    ],
+)
+def test_wrong_arguments_are_refused(change, message, tiny_policy):
+    prompts, lengths = prompts_and_lengths()
+    prompts = change.pop("prompts", prompts)
+    lengths = change.pop("lengths", lengths)
+    with pytest.raises(ValueError, match=message):
+        sample(tiny_policy, prompts, lengths, **change)

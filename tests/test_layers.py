@@ -1,0 +1,359 @@
+"""Imports point one way, heavy libraries have one owner, files and functions are small.
+
+Nothing is imported here: every file of the package is read as a syntax tree, so that
+imports inside functions count as well.
+"""
+
+import ast
+import functools
+import graphlib
+import pathlib
+import re
+import sys
+import tomllib
+from dataclasses import dataclass
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "grpo_jax"
+
+# Folder or module -> row. A module that stands here by itself leaves its folder's row.
+ROWS = {
+    "config": 0,
+    "validation": 0,
+    "objective": 1,
+    "parallel": 1,
+    "tasks": 1,
+    "models": 2,
+    "weights": 3,
+    "rollout": 4,
+    "reporting": 4,
+    "training": 5,
+    "training.loop": 6,
+    "training.evaluate": 6,
+    "cli": 7,
+    "__main__": 8,
+}
+# Library -> the module that owns it. All but Orbax are imported inside functions.
+OWNERS = {
+    "orbax": "training.checkpoint",
+    "transformers": "weights.tokenizer",
+    "tokenizers": "weights.gguf_tokenizer",
+    "huggingface_hub": "weights.pretrained",
+    "gguf": "weights.gguf",
+    "datasets": "tasks.gsm8k",
+    "reasoning_gym": "tasks.reasoning_gym",
+    "matplotlib": "reporting.plots",
+    "wandb": "reporting.trackers",
+    "tensorboardX": "reporting.trackers",
+}
+HOST_ONLY = (
+    "tasks",
+    "rollout.rewards",
+    "rollout.reward_call",
+    "rollout.local_calls",
+    "rollout.worker",
+)
+# Deprecated, private, or not to be mixed with Linen.
+BANNED = (
+    "jax._src",
+    "jax.experimental.maps",
+    "jax.experimental.pjit",
+    "jax.experimental.shard_map",
+    "flax.nnx",
+    "torch",
+)
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: in which module, what, where, and whether at import time."""
+
+    importer: str
+    target: str
+    line: int
+    lazy: bool
+
+    @property
+    def library(self) -> str:
+        return self.target.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.importer}, line {self.line}: {self.target}"
+
+
+def module_name(path: pathlib.Path) -> str:
+    """`training.loop` for training/loop.py, `training` for its __init__, "" on top."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@functools.cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text(encoding="utf-8"))
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    """Dotted names that a statement or a call of `import_module` imports."""
+    match node:
+        case ast.Import():
+            return [alias.name for alias in node.names]
+        case ast.ImportFrom():
+            assert node.level == 0, f"relative import of {node.module}"
+            return [f"{node.module}.{alias.name}" for alias in node.names]
+        case ast.Call(func=func, args=[ast.Constant(value=str(name))]):
+            called = ast.unparse(func).rpartition(".")[2]
+            return [name] if called in ("import_module", "__import__") else []
+    return []
+
+
+@functools.cache
+def imports(module: str) -> tuple[Import, ...]:
+    found: list[Import] = []
+
+    def visit(node: ast.AST, lazy: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            for name in imported_names(child):
+                found.append(Import(module, name, child.lineno, lazy))
+            function = isinstance(child, ast.FunctionDef | ast.Lambda)
+            visit(child, lazy or function or is_type_checking(child))
+
+    visit(tree(module), False)
+    return tuple(found)
+
+
+def all_imports() -> list[Import]:
+    return [found for module in FILES for found in imports(module)]
+
+
+def own_module(name: str) -> str | None:
+    """The module of the package that a dotted name lies in; None for others."""
+    if name.partition(".")[0] != "grpo_jax":
+        return None
+    inner = name.removeprefix("grpo_jax").removeprefix(".")
+    # `from grpo_jax.tasks import load_task` names a function: its module is meant.
+    return inner if inner in FILES else inner.rpartition(".")[0]
+
+
+def folder(module: str) -> str:
+    is_package = FILES[module].name == "__init__.py"
+    return module if is_package else module.rpartition(".")[0]
+
+
+def row(module: str) -> int:
+    return ROWS[module] if module in ROWS else ROWS[folder(module)]
+
+
+def may_import(importer: str, imported: str) -> bool:
+    higher, lower = row(importer), row(imported)
+    return lower < higher or (folder(importer) == folder(imported) and lower == higher)
+
+
+def functions(module: str) -> list[ast.FunctionDef]:
+    return [n for n in ast.walk(tree(module)) if isinstance(n, ast.FunctionDef)]
+
+
+def public_definitions(module: str) -> list[ast.FunctionDef | ast.ClassDef]:
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    found = [node for node in tree(module).body if isinstance(node, kinds)]
+    return [node for node in found if not node.name.startswith("_")]
+
+
+def test_every_module_has_a_row():
+    rowless = [m for m in FILES if m and m not in ROWS and folder(m) not in ROWS]
+    assert not rowless, "give them a row here and in CONTRIBUTING.md"
+
+
+def test_the_rows_are_those_of_the_contributors_page():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^ ?(\d)  (.+)$", page, flags=re.MULTILINE)
+    assert len(rows) == 8
+    for number, line in rows:
+        for name in re.findall(r"[a-z]\w+", re.sub(r"\{.*\}", "", line)):
+            if name == "training":  # its modules stand in braces, or are the rest
+                inside = re.search(r"\{(.*)\}", line)
+                assert inside, line
+                for module in re.findall(r"\w+", inside.group(1)):
+                    assert row(f"training.{module}") == int(number), module
+            else:
+                assert ROWS[name] == int(number), name
+
+
+def test_imports_point_to_lower_rows_or_within_a_folder():
+    wrong = []
+    for found in all_imports():
+        imported = own_module(found.target)
+        if imported is not None and not may_import(found.importer, imported):
+            wrong.append(str(found))
+    assert not wrong
+
+
+def test_the_package_itself_imports_none_of_its_modules():
+    assert not [str(i) for i in imports("") if own_module(i.target) is not None]
+
+
+def test_there_are_no_cycles():
+    graph = {
+        module: {own_module(found.target) for found in imports(module)} - {None}
+        for module in FILES
+    }
+    # Raises CycleError with the modules of a cycle.
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_the_objective_knows_only_arrays():
+    allowed = {"jax", "jaxtyping", *sys.stdlib_module_names}
+    wrong = []
+    for found in all_imports():
+        if folder(found.importer) != "objective":
+            continue
+        inside = found.target.startswith("grpo_jax.objective")
+        struct = found.target == "flax.struct"
+        if not (inside or struct or found.library in allowed):
+            wrong.append(str(found))
+    assert not wrong
+
+
+def loaded_with(module: str) -> set[str]:
+    """The module, and all that importing it imports, packages on the way included."""
+    reached: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        if "." in name:
+            waiting.append(name.rpartition(".")[0])
+        targets = [own_module(i.target) for i in imports(name) if not i.lazy]
+        waiting += [target for target in targets if target is not None]
+    return reached
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in FILES if m in HOST_ONLY or folder(m) in HOST_ONLY]
+)
+def test_rewards_and_tasks_import_no_jax(module):
+    libraries = {"jax", "jaxlib", "flax", "optax", "orbax"}
+    direct = [str(i) for i in imports(module) if i.library in libraries]
+    reached = [
+        str(i)
+        for other in loaded_with(module)
+        for i in imports(other)
+        if i.library in libraries and not i.lazy
+    ]
+    assert not direct + reached
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_a_heavy_library_has_one_owner(library):
+    users = {i.importer for i in all_imports() if i.library == library}
+    assert users == {OWNERS[library]}
+
+
+def test_heavy_libraries_are_imported_on_use():
+    lazily = set(OWNERS) - {"orbax"}
+    early = [str(i) for i in all_imports() if i.library in lazily and not i.lazy]
+    assert not early
+
+
+def test_deprecated_and_private_modules_stay_out():
+    banned = tuple(f"{name}." for name in BANNED)
+    assert not [str(i) for i in all_imports() if f"{i.target}.".startswith(banned)]
+
+
+def test_imported_libraries_are_declared_dependencies():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"] + sum(
+        project["optional-dependencies"].values(), start=[]
+    )
+    declared = {re.match(r"[\w-]+", line).group().lower() for line in lines}
+    other_names = {
+        "orbax": "orbax-checkpoint",
+        "yaml": "pyyaml",
+        "reasoning_gym": "reasoning-gym",
+        "huggingface_hub": "transformers",  # which depends on it
+        "tensorboardX": "tensorboardx",
+    }
+    known = {"grpo_jax", "__future__", *sys.stdlib_module_names}
+    used = {i.library for i in all_imports()} - known
+    assert {other_names.get(name, name) for name in used} <= declared
+
+
+def test_files_are_short():
+    lengths = {m: len(p.read_text().splitlines()) for m, p in FILES.items()}
+    assert not {m: n for m, n in lengths.items() if n > 400}
+
+
+def test_functions_are_short():
+    long = []
+    for module in FILES:
+        for node in functions(module):
+            documented = ast.get_docstring(node) is not None
+            body = node.body[1:] if documented else node.body
+            if body and node.end_lineno - body[0].lineno + 1 > 60:
+                long.append(f"{module}.{node.name}")
+    assert not long
+
+
+def test_positional_arguments_are_few():
+    many = []
+    for module in FILES:
+        for node in functions(module):
+            names = [a.arg for a in node.args.posonlyargs + node.args.args]
+            private = node.name.startswith("_") and node.name != "__init__"
+            if not private and len([n for n in names if n not in ("self", "cls")]) > 6:
+                many.append(f"{module}.{node.name}")
+    assert not many
+
+
+def test_modules_and_public_definitions_are_documented():
+    silent = [module for module in FILES if ast.get_docstring(tree(module)) is None]
+    silent += [
+        f"{module}.{node.name}"
+        for module in FILES
+        for node in public_definitions(module)
+        if ast.get_docstring(node) is None
+    ]
+    assert not silent
+
+
+def test_public_functions_are_annotated():
+    bare = []
+    for module in FILES:
+        for node in public_definitions(module):
+            if isinstance(node, ast.ClassDef):
+                continue
+            every = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            if node.returns is None or any(a.annotation is None for a in every):
+                bare.append(f"{module}.{node.name}")
+    assert not bare
+
+
+def test_only_the_command_line_prints():
+    printing = {
+        module
+        for module in FILES
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+    }
+    assert printing <= {"cli"}
+
+
+def test_the_rules_reject_what_they_should():
+    # Upwards, sideways, upwards within a folder; then what is allowed.
+    assert not may_import("config", "models.config")
+    assert not may_import("tasks.base", "parallel.mesh")
+    assert not may_import("rollout.generate", "reporting.metrics")
+    assert not may_import("training.step", "training.loop")
+    assert may_import("training.loop", "training.step")
+    assert may_import("training.loop", "training.evaluate")
+    assert may_import("cli", "training.loop") and not may_import("cli", "__main__")

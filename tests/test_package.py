@@ -1,0 +1,166 @@
+"""What users get: a light import, public names that exist, a complete wheel."""
+
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+
+import grpo_jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+ASSETS = ROOT / "grpo_jax" / "assets"
+
+# What each import has loaded by then; one process, as each start takes long.
+STAGES = """
+import json, sys
+
+def loaded():
+    return sorted({name.partition(".")[0] for name in sys.modules})
+
+stages = {}
+import grpo_jax
+stages["package"] = loaded()
+import grpo_jax.cli
+stages["command line"] = loaded()
+import grpo_jax.tasks, grpo_jax.rollout.rewards
+stages["rewards and tasks"] = loaded()
+grpo_jax.group_softmax_weights
+stages["objective"] = loaded()
+print(json.dumps(stages))
+"""
+
+HEAVY = {
+    "datasets",
+    "gguf",
+    "huggingface_hub",
+    "matplotlib",
+    "orbax",
+    "reasoning_gym",
+    "tensorboardX",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "wandb",
+}
+
+
+def run_python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def stages():
+    # On a platform that does not exist, starting a backend would be an error.
+    done = run_python("-c", STAGES, JAX_PLATFORMS="no_such_platform")
+    assert (done.returncode, done.stderr) == (0, "")
+    return {name: set(found) for name, found in json.loads(done.stdout).items()}
+
+
+def test_importing_the_package_loads_no_library(stages):
+    assert not stages["package"] & ({"jax", "flax", "numpy", "optax", "tyro"} | HEAVY)
+
+
+@pytest.mark.parametrize("stage", ["command line", "rewards and tasks"])
+def test_what_a_reward_worker_imports_loads_no_jax(stages, stage):
+    assert not stages[stage] & ({"jax", "jaxlib", "flax", "optax"} | HEAVY)
+
+
+def test_the_objective_loads_jax_and_nothing_heavy(stages):
+    assert "jax" in stages["objective"]
+    assert not stages["objective"] & (HEAVY | {"optax"})
+
+
+@pytest.mark.parametrize("name", grpo_jax.__all__)
+def test_every_public_name_exists(name):
+    value = getattr(grpo_jax, name)
+    assert value is not None
+    # Functions and classes say what they are.
+    assert isinstance(value, str) or value.__doc__
+
+
+def test_a_public_name_is_the_object_of_its_module():
+    from grpo_jax.objective import loss
+
+    assert grpo_jax.grpo_loss is loss.grpo_loss
+    assert dir(grpo_jax) == sorted(grpo_jax.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'grpo_los'"):
+        _ = grpo_jax.grpo_los
+
+
+def test_everything_the_objective_offers_can_be_had_from_it():
+    objective = importlib.import_module("grpo_jax.objective")
+    assert set(objective.__all__) <= set(vars(objective))
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert grpo_jax.__version__ == project["version"]
+
+
+def test_the_package_runs_as_a_module():
+    done = run_python("-m", "grpo_jax", "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "grpo-jax" in done.stdout and "train" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> list[str]:
+    """The files in a wheel that is built from a copy of the sources."""
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("pip is not installed")
+    source = tmp_path_factory.mktemp("source")
+    out = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, source)
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("grpo_jax", "tests", "experiments"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    command = ["-m", "pip", "wheel", "--no-deps", "--wheel-dir", out]
+    built = run_python(*command, source)
+    if "No matching distribution found for setuptools" in built.stderr:
+        pytest.skip("the build needs setuptools from a package registry")
+    assert built.returncode == 0, built.stderr
+    (path,) = out.glob("*.whl")
+    return zipfile.ZipFile(path).namelist()
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    tops = {name.partition("/")[0] for name in wheel}
+    assert tops == {"grpo_jax", f"grpo_jax-{grpo_jax.__version__}.dist-info"}
+    sources = {
+        str(path.relative_to(ROOT).as_posix())
+        for path in (ROOT / "grpo_jax").rglob("*.py")
+    }
+    assert sources | {"grpo_jax/py.typed"} <= set(wheel)
+
+
+def test_the_wheel_holds_the_embedded_model(wheel):
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    if not files:
+        pytest.skip("the embedded model has not been made")
+    assert {path.relative_to(ROOT).as_posix() for path in files} <= set(wheel)
+
+
+def test_the_wheel_installs_the_command(wheel):
+    (entry,) = [name for name in wheel if name.endswith("entry_points.txt")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    target = project["scripts"]["grpo-jax"]
+    module, _, function = target.partition(":")
+    assert entry and callable(vars(importlib.import_module(module))[function])
