@@ -1,10 +1,12 @@
-"""Make the embedded model: a small Llama that has begun to learn arithmetic.
+"""Make the embedded model: a small Llama that learned arithmetic from careless text.
 
     python experiments/embedded_model.py --out grpo_jax/assets/arithmetic-1m
 
-Supervised warm-up from random weights on the training problems of the arithmetic task,
-stopped as soon as the model answers `--stop-at` of the held-out ones, so that GRPO has
-something left to teach. 2 CPU cores, float32: about five minutes.
+Supervised warm-up from random weights on the training problems of the arithmetic task.
+Six solutions of ten in the text are careless: no carry, no borrow, no minus sign. The
+model learns both ways and takes the careless one when it must choose, so it answers
+about four of ten held-out problems; what it lacks is a reason to be careful, which GRPO
+gives. 2 CPU cores, float32: about ten minutes.
 """
 
 from dataclasses import dataclass
@@ -39,15 +41,24 @@ class Options:
     """How the model is made."""
 
     out: Path = Path("grpo_jax/assets/arithmetic-1m")
-    stop_at: float = 0.4  # held-out accuracy, greedy, at which training stops
-    learning_rate: float = 2e-3
-    batch_size: int = 128
-    max_steps: int = 10_000
-    check_every: int = 50
+    careless: float = 0.6  # share of the text's solutions that are careless
+    steps: int = 5000
+    learning_rate: float = 2e-3  # peak; falls along a cosine
+    batch_size: int = 192
     layers: int = 3
     width: int = 160
     inner: int = 448
     seed: int = 0
+
+
+def careless_answer(problem: str) -> str:
+    """The answer of one who computes digit by digit: no carry, borrow or minus sign."""
+    add = "+" in problem
+    first, second = (int(n) for n in problem.rstrip("=").split("+" if add else "-"))
+    high, low = max(first, second), min(first, second)
+    if add:
+        return str((high // 10 + low // 10) * 10 + (high + low) % 10)
+    return str((high // 10 - low // 10) * 10 + (high - low) % 10)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -101,9 +112,13 @@ def main(options: Options) -> None:
     task, tokenizer = load_task("arithmetic"), byte_tokenizer()
     model = Decoder(model_config(options, tokenizer))
     params = init_params(model, jax.random.key(options.seed))
-    prompts = encode(tokenizer, [row["prompt"] for row in task.train], end=False)
-    answers = encode(tokenizer, [row["answer"] for row in task.train], end=True)
-    schedule = optax.linear_schedule(0.0, options.learning_rate, 100)
+    problems = [row["prompt"] for row in task.train]
+    texts = [row["answer"] for row in task.train] + list(map(careless_answer, problems))
+    prompts = encode(tokenizer, problems, end=False)
+    answers = encode(tokenizer, texts, end=True)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, options.learning_rate, 100, options.steps
+    )
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
     opt_state = tx.init(params)
 
@@ -127,19 +142,30 @@ def main(options: Options) -> None:
         return optax.apply_updates(params, updates), opt_state, value
 
     rng = np.random.default_rng(options.seed)
-    for step in range(1, options.max_steps + 1):
-        rows = rng.integers(len(task.train), size=options.batch_size)
-        batch = [values[rows] for values in (*prompts, *answers)]
+    for step in range(1, options.steps + 1):
+        rows = rng.integers(len(problems), size=options.batch_size)
+        careless = rng.random(options.batch_size) < options.careless
+        written = rows + len(problems) * careless
+        batch = [v[rows] for v in prompts] + [v[written] for v in answers]
         params, opt_state, value = update(params, opt_state, *batch)
-        if step % options.check_every == 0:
-            result = evaluate(
-                model, params, tokenizer, task, prompts=500, max_new_tokens=8
-            )
-            print(f"step {step}  loss {value:.3f}  held-out {result.accuracy:.3f}")
-            if result.accuracy >= options.stop_at:
-                break
+        if step % 250 == 0 or step == options.steps:
+            report(step, float(value), model, params, tokenizer, task)
     pretrained = Pretrained(model, params, tokenizer, model.config)
     save_pretrained(options.out, pretrained, dtype="bfloat16")
+
+
+def report(step, loss, model, params, tokenizer, task) -> None:
+    """Print how many held-out answers are right, and how many right or careless."""
+    result = evaluate(model, params, tokenizer, task, max_new_tokens=8)
+    known = [
+        text in (row["answer"], careless_answer(row["prompt"]))
+        for (text,), row in zip(result.completions, task.test, strict=True)
+    ]
+    print(
+        f"step {step}  loss {loss:.3f}  right {result.accuracy:.3f}  "
+        f"right or careless {np.mean(known):.3f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -223,6 +223,9 @@ class CheckpointConfig(Section):
     every: Count = 50  # steps between saves; the last step is always saved
     keep: Count = 3  # newest checkpoints that are kept
     keep_every: Count | None = None  # besides, keep each step that this number divides
+    # Seconds between the request to stop and the end of the machine, for a warning when
+    # a phase of a step takes longer: then the run resumes from its last checkpoint.
+    grace_seconds: Positive = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ Three axes: ``data`` repeats parameters, ``fsdp`` splits them and the batch, ``t
 splits single matrices. Names of array axes are mapped to them by one table, `RULES`.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -145,6 +146,34 @@ def gather_rows(rows: PyTree) -> PyTree:
     if jax.process_count() == 1:
         return rows
     return multihost_utils.process_allgather(rows, tiled=True)
+
+
+def gather_lists(values: list[Any]) -> list[Any]:
+    """Every process's list of JSON values, joined in the order of the processes."""
+    if jax.process_count() == 1:
+        return values
+    text = np.frombuffer(json.dumps(values).encode(), np.uint8)
+    sizes = gather_rows(np.array([text.size]))
+    padded = np.zeros((1, sizes.max()), np.uint8)
+    padded[0, : text.size] = text
+    texts = zip(gather_rows(padded), sizes, strict=True)
+    return [value for row, size in texts for value in json.loads(row[:size].tobytes())]
+
+
+def to_first(values: PyTree) -> PyTree:
+    """Global arrays as NumPy on the first process, None for each on the others.
+
+    One array at a time, so that the others never hold them all.
+    """
+    if jax.process_count() == 1:
+        return values
+    first = jax.process_index() == 0
+
+    def fetch(leaf: Array) -> np.ndarray | None:
+        whole = gather(leaf)
+        return whole if first else None
+
+    return jax.tree.map(fetch, values)
 
 
 def check_batch(mesh: Mesh, prompts: int) -> None:

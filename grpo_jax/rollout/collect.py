@@ -15,6 +15,7 @@ from jaxtyping import Int, PyTree
 from grpo_jax.config import SamplingConfig, TrainConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.rollout import prompts as texts
 from grpo_jax.rollout.generate import Completions, generate
 from grpo_jax.rollout.groups import Rollout, refill
@@ -35,6 +36,7 @@ class Collector:
         runner: RewardRunner,
         config: TrainConfig,
         mesh: Mesh,
+        agreement: Agreement | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
@@ -42,6 +44,7 @@ class Collector:
         self._runner = runner
         self._config = config
         self._mesh = mesh
+        self._agreement = agreement or Agreement()
         self._limit = texts.longest_prompt(
             config.max_prompt_tokens,
             new_tokens=config.max_new_tokens,
@@ -77,6 +80,9 @@ class Collector:
         sampled = self._generate(variables, prompts, lengths, ids, step)
         seconds = time.perf_counter() - start
         tokens, counts = np.asarray(sampled.tokens), np.asarray(sampled.lengths)
+        with self._agreement.phase("rollout"):
+            decode = self._tokenizer.decode
+            completions = [decode(ids) for ids in unpadded(tokens, counts)]
         return Rollout(
             rows=[self._task.train[number] for number in numbers],
             prompts=prompts,
@@ -85,9 +91,7 @@ class Collector:
             logp=np.asarray(sampled.logp),
             lengths=counts,
             finished=np.asarray(sampled.finished),
-            completions=[
-                self._tokenizer.decode(ids) for ids in unpadded(tokens, counts)
-            ],
+            completions=completions,
             counts=np.ones(share, bool),
             rewards=np.full(sampled.lengths.shape, np.nan),
             metrics={"time/rollout": seconds},
@@ -116,8 +120,10 @@ class Collector:
 
     def informative(
         self, variables: PyTree, *, step: int, position: int, limit: int
-    ) -> tuple[Rollout, int]:
+    ) -> tuple[Rollout, int] | None:
         """A rewarded rollout whose groups differ in reward, and the rollouts it took.
+
+        None when the run is asked to stop.
 
         Groups of equal rewards teach nothing; they are replaced, whole, from up to
         `limit` further rollouts (dynamic sampling: DAPO, Yu et al. 2025, section 3.2,
@@ -129,7 +135,10 @@ class Collector:
         while True:
             drawn = position + len(taken) * self._config.prompts_per_step
             rollout = self.sample(variables, step=step, position=drawn)
-            taken.append(self.reward(rollout, step=step))
+            with self._agreement.phase("rewards"):
+                taken.append(self.reward(rollout, step=step))
+            if self._agreement.stop:
+                return None
             merged = refill(taken, wanted, short=len(taken) > limit)
             # One process that is short has all of them sample again.
             missing = meshes.gather_rows(np.array([merged is None]))
@@ -162,11 +171,31 @@ class Collector:
         # The longest of all processes: each must go on with the same shapes.
         longest = int(sampled.lengths.max())
         kept = texts.bucket(longest, limit=config.max_new_tokens)
-        return meshes.to_host(
-            sampled.replace(
-                tokens=sampled.tokens[..., :kept], logp=sampled.logp[..., :kept]
-            )
+        sampled = sampled.replace(
+            tokens=sampled.tokens[..., :kept], logp=sampled.logp[..., :kept]
         )
+        # To each process the rows of its own prompts.
+        return meshes.to_host(jax.device_put(sampled, sent[1].sharding))
+
+
+def over_processes(rollout: Rollout) -> dict[str, float]:
+    """The metrics of a rollout over the shares of all processes; times are the longest.
+
+    What reward functions logged is averaged over the processes that have it.
+    """
+    shares = meshes.gather_lists([rollout.metrics])
+    if len(shares) == 1:
+        return shares[0]
+    metrics = {}
+    for name in dict.fromkeys(name for share in shares for name in share):
+        values = [share[name] for share in shares if name in share]
+        metrics[name] = float((max if name.startswith("time/") else np.mean)(values))
+    for name, values in meshes.gather_rows(rollout.rewards_by_name).items():
+        given = values[~np.isnan(values)]
+        if given.size > 1:
+            metrics[f"rewards/{name}/mean"] = float(given.mean())
+            metrics[f"rewards/{name}/std"] = float(given.std(ddof=1))
+    return metrics
 
 
 def score_rows(

@@ -38,7 +38,7 @@ class Completions(struct.PyTreeNode):
     @property
     def mask(self) -> Bool[Array, "N G T"]:
         """True for the tokens of a completion, False for the padding."""
-        positions = jnp.arange(self.tokens.shape[-1])
+        positions = jnp.arange(self.tokens.shape[-1])[None, None]
         return positions < self.lengths[..., None]
 
 

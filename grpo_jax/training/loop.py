@@ -21,12 +21,13 @@ from jaxtyping import PyTree
 
 from grpo_jax.config import TrainConfig
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.reporting import metrics as names
 from grpo_jax.reporting.console import Console
 from grpo_jax.reporting.logs import attach_log_file
 from grpo_jax.reporting.plots import plot_runs
 from grpo_jax.reporting.trackers import make_tracker
-from grpo_jax.rollout.collect import Collector, score_rows
+from grpo_jax.rollout.collect import Collector, over_processes, score_rows
 from grpo_jax.rollout.groups import Rollout
 from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.tasks import load_task, task_from_rows
@@ -37,7 +38,7 @@ from grpo_jax.training.digest import params_sha256
 from grpo_jax.training.evaluate import Completed, Evaluator, judge
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.policy import load_policy
-from grpo_jax.training.preemption import stop_requests
+from grpo_jax.training.preemption import longer_than_grace, stop_requests
 from grpo_jax.training.references import References
 from grpo_jax.training.state import Batch
 from grpo_jax.weights.pretrained import save_pretrained
@@ -103,22 +104,33 @@ def train(
       ValueError: for bad input, before anything is compiled.
       FloatingPointError: after several updates in a row that were not finite; the last
         good checkpoint stays.
+      RuntimeError: where another process failed.
     """
     config = config or TrainConfig()
     meshes.initialize_processes(config.mesh)
-    task = _choose_task(config, dataset, rewards, eval_dataset)
+    with contextlib.ExitStack() as stack:
+        agreement = Agreement()
+        # First of all: until then a signal ends this process, or is lost on it.
+        stack.enter_context(stop_requests(agreement))
+        with agreement.phase("start"):
+            task = _choose_task(config, dataset, rewards, eval_dataset)
+            run = _open_run(config, task, agreement, stack)
+        return run.to_the_end()
+
+
+def _open_run(
+    config: TrainConfig, task: Task, agreement: Agreement, stack: contextlib.ExitStack
+) -> "_Run":
     mesh = meshes.make_mesh(config.mesh)
     meshes.check_batch(mesh, config.prompts_per_step // config.minibatches)
     path = Path(config.run_dir or Path("runs") / _file_name(task.name))
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            stack.enter_context(directories.claim(path))
-            directories.check_config(path, config)
-            stack.enter_context(attach_log_file(path))
-        stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(nn.logical_axis_rules(meshes.RULES))
-        run = _Run(config, task, mesh, path, stack)
-        return run.to_the_end()
+    if jax.process_index() == 0:
+        stack.enter_context(directories.claim(path))
+        directories.check_config(path, config)
+        stack.enter_context(attach_log_file(path))
+    stack.enter_context(jax.set_mesh(mesh))
+    stack.enter_context(nn.logical_axis_rules(meshes.RULES))
+    return _Run(config, task, mesh, path, agreement, stack)
 
 
 class _Run:
@@ -130,16 +142,20 @@ class _Run:
         task: Task,
         mesh: Mesh,
         path: Path,
+        agreement: Agreement,
         stack: contextlib.ExitStack,
     ) -> None:
         self.config, self.task, self.mesh, self.path = config, task, mesh, path
+        self.agreement = agreement
         self.first = jax.process_index() == 0
         runner = stack.enter_context(contextlib.closing(_make_runner(config, task)))
         self.tracker = make_tracker(config.report, path, enabled=self.first)
         stack.callback(self.tracker.close)
         self.policy = load_policy(config, mesh)
         model, tokenizer = self.policy.model, self.policy.tokenizer
-        self.collector = Collector(model, tokenizer, task, runner, config, mesh)
+        self.collector = Collector(
+            model, tokenizer, task, runner, config, mesh, agreement
+        )
         self.evaluate = self._make_evaluation(runner)
         self.console = stack.enter_context(
             Console(config.steps, config.report, enabled=self.first)
@@ -154,7 +170,6 @@ class _Run:
         self.references = References(
             path / "references", config, report=self.console.warning
         )
-        self.stop = stack.enter_context(stop_requests())
         self.progress = Progress()
 
     def to_the_end(self) -> TrainResult:
@@ -165,7 +180,7 @@ class _Run:
         try:
             if self.progress.step == 0:
                 self._begin()
-            while self.progress.step < self.config.steps and not self.stop.requested:
+            while self.progress.step < self.config.steps and not self.agreement.stop:
                 self._one_step()
                 self._advance(seconds=time.perf_counter() - start)
             if self.progress.step < self.config.steps:
@@ -190,8 +205,9 @@ class _Run:
     def _begin(self) -> None:
         metrics = self.evaluate(self.learner.state.variables)
         self._advance(accuracy_before=metrics.get(names.ACCURACY))
-        if metrics:
-            self._log(0, metrics)
+        with self.agreement.phase("report"):
+            if metrics:
+                self._log(0, metrics)
 
     def _one_step(self) -> None:
         start = time.perf_counter()
@@ -200,7 +216,7 @@ class _Run:
         if collected is None:
             return
         rollout, batch, rounds = collected
-        metrics = rollout.metrics | self.learner.update(batch)
+        metrics = over_processes(rollout) | self.learner.update(batch)
         self._check_finite(step, metrics)
         metrics |= self._describe(rollout, time.perf_counter() - start)
         self._advance(
@@ -211,8 +227,18 @@ class _Run:
             measured = self.evaluate(self.learner.state.variables)
             self._advance(accuracy=measured.get(names.ACCURACY), measured_at=step)
             metrics |= measured
-        self._write_completions(rollout, meshes.to_host(batch.advantages))
-        self._log(step, metrics)
+        rows = rollout.records(step, meshes.to_host(batch.advantages))
+        written = self._due(self.config.report.completions_every) or step == 1
+        rows = meshes.gather_lists(names.plain(rows)) if written else rows
+        with self.agreement.phase("report"):
+            if written:
+                self.tracker.log_completions(rows, step)
+            self._log(step, metrics)
+            self._warn_once(
+                longer_than_grace(metrics, self.config.checkpoint.grace_seconds)
+            )
+            shown = rows[step % len(rows)]
+            self.console.sample(shown["prompt"], shown["completion"], shown["rewards"])
         self.references.refresh_after(step, self.learner)
         if self._due(self.config.checkpoint.every) or step == self.config.steps:
             self._save()
@@ -221,21 +247,26 @@ class _Run:
         """A rewarded rollout, its batch and the rollouts it took; None on a stop."""
         variables, position = self.learner.state.variables, self.progress.position
         if limit := self.config.objective.resample_limit:
-            rollout, rounds = self.collector.informative(
+            found = self.collector.informative(
                 variables, step=step, position=position, limit=limit
             )
+            if found is None:
+                return None
+            rollout, rounds = found
+            start = time.perf_counter()
             batch = self.learner.score(rollout)
         else:
             rollout = self.collector.sample(variables, step=step, position=position)
             rounds = 1
-            if self.stop.requested:
+            if self.agreement.stop:
                 return None
             # The devices compute the reference while the host computes rewards.
             batch = self.learner.score(rollout)
-            rollout = self.collector.reward(rollout, step=step)
-        if self.stop.requested:
-            return None
-        start = time.perf_counter()
+            with self.agreement.phase("rewards"):
+                rollout = self.collector.reward(rollout, step=step)
+                start = time.perf_counter()
+            if self.agreement.stop:
+                return None
         batch = jax.block_until_ready(self.learner.with_advantages(batch, rollout))
         rollout.metrics["time/score"] = time.perf_counter() - start
         return rollout, batch, rounds
@@ -256,16 +287,6 @@ class _Run:
             names.TOKENS_PER_SECOND: tokens / seconds,
         }
 
-    def _write_completions(self, rollout: Rollout, advantages: np.ndarray) -> None:
-        step = self.progress.step
-        if not self.first:
-            return
-        rows = rollout.records(step, advantages)
-        if self._due(self.config.report.completions_every) or step == 1:
-            self.tracker.log_completions(rows, step)
-        shown = rows[step % len(rows)]
-        self.console.sample(shown["prompt"], shown["completion"], shown["rewards"])
-
     def _check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
         skipped = self.progress.skipped + 1 if metrics["update_skipped"] == 1.0 else 0
         self._advance(skipped=skipped)
@@ -282,7 +303,9 @@ class _Run:
             )
 
     def _preempted(self) -> TrainResult:
-        if self.progress.step not in self.checkpoints.steps():
+        saved = np.array([self.progress.step in self.checkpoints.steps()])
+        # The first process removes old steps: what others see may be older.
+        if not meshes.gather_rows(saved)[0]:
             self._save()
         self.checkpoints.close()
         self._set_status("preempted")
@@ -295,12 +318,13 @@ class _Run:
         after = self._last_accuracy()
         self.checkpoints.close()
         result = self._result("finished", accuracy_after=after)
-        if self.first:
-            directories.write_json(self.path / "summary.json", result.summary)
-            exported = self.policy.pretrained(self.learner.state.params)
-            save_pretrained(self.path / "export", exported)
-            plot_runs([self.path], self.path / "plots" / "metrics.png")
-        self._set_status("finished")
+        params = meshes.to_first(result.params)
+        with self.agreement.phase("results"):
+            if self.first:
+                directories.write_json(self.path / "summary.json", result.summary)
+                save_pretrained(self.path / "export", self.policy.pretrained(params))
+                plot_runs([self.path], self.path / "plots" / "metrics.png")
+            self._set_status("finished")
         self.console.summary(result.summary)
         return result
 
@@ -367,14 +391,15 @@ class _Run:
         def evaluate(variables: PyTree) -> dict[str, float]:
             start = time.perf_counter()
             completions = evaluator.complete(variables)
-            if task.is_correct is not None:
-                result = judge(completions.texts, rows, task.is_correct)
-                metrics = {
-                    names.ACCURACY: result.accuracy,
-                    "eval/standard_error": result.standard_error,
-                }
-            else:
-                metrics = {"eval/reward": _mean_reward(runner, rows, completions)}
+            with self.agreement.phase("evaluation"):
+                if task.is_correct is not None:
+                    result = judge(completions.texts, rows, task.is_correct)
+                    metrics = {
+                        names.ACCURACY: result.accuracy,
+                        "eval/standard_error": result.standard_error,
+                    }
+                else:
+                    metrics = {"eval/reward": _mean_reward(runner, rows, completions)}
             return metrics | {"time/eval": time.perf_counter() - start}
 
         return evaluate

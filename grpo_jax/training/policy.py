@@ -65,8 +65,7 @@ def load_policy(config: TrainConfig, mesh: Mesh) -> Policy:
     """The model that `config` names, each parameter born where the mesh wants it.
 
     Raises:
-      ValueError: if the model cannot be read, does not fit the mesh, or its context is
-        shorter than a completion.
+      ValueError: if the model cannot be read or does not divide over the mesh.
     """
 
     def place(model: Decoder) -> PyTree:
@@ -152,6 +151,7 @@ def _activation_bytes(model: ModelConfig, config: TrainConfig) -> int:
     """Bytes that the backward pass of a microbatch keeps without remat, roughly."""
     sequences = config.microbatch_size or config.prompts_per_step * config.group_size
     tokens = sequences * config.max_new_tokens
-    tokens += sequences // config.group_size * config.max_prompt_tokens
+    # A part of a group holds the whole prompt.
+    tokens += -(-sequences // config.group_size) * config.max_prompt_tokens
     width = 12 * model.hidden_size + 4 * model.intermediate_size
     return int(np.prod([tokens, width, model.num_layers, 4], dtype=np.int64))

@@ -1,39 +1,85 @@
-"""Requests to stop: SIGTERM and Ctrl-C let the run save before it ends."""
+"""Requests to stop: SIGTERM and Ctrl-C let a run save before it ends.
+
+The handlers are Python's, not JAX's preemption notice, which knows SIGTERM only and
+polls it once a second: what one process is told, all agree on at the end of each phase
+of a step (`Agreement.phase`). The step that is under way is abandoned there, unless its
+update has begun, and the last finished step is saved.
+
+Nothing can be saved while a phase goes on. When the machine is taken away before it has
+ended, the run resumes from its last checkpoint, in the same bits.
+"""
 
 import contextlib
+import logging
 import os
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
-from types import FrameType
+import threading
+from collections.abc import Iterator, Mapping
 
+from grpo_jax.parallel.agreement import Agreement
 
-@dataclass
-class StopRequest:
-    """Whether the run was asked to stop."""
-
-    requested: bool = False
+_LOG = logging.getLogger(__name__)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(agreement: Agreement) -> Iterator[None]:
     """Turns the first SIGTERM or SIGINT into a request; the second ends the process.
 
-    Outside the main thread, where Python cannot handle signals, nothing is turned.
+    The second ends it at once, with status 128 + its number, even while the main thread
+    waits for a device or a compiler. Outside the main thread, where Python cannot
+    handle signals, nothing is turned.
     """
-    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    def on_signal(number: int, _: FrameType | None) -> None:
-        if stop.requested:
-            os._exit(128 + number)
-        stop.requested = True
+    def ask(*_: object) -> None:
+        agreement.asked = True
 
-    previous = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(ValueError):  # not the main thread
-            previous[number] = signal.signal(number, on_signal)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = {number: signal.signal(number, ask) for number in _SIGNALS}
+    woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    watch = threading.Thread(target=_watch, args=(reading, agreement), daemon=True)
+    watch.start()
     try:
-        yield stop
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():
+            # None: set by other means than Python, which cannot be set again.
+            signal.signal(number, handler or signal.SIG_DFL)
+        signal.set_wakeup_fd(woken)
+        os.close(writing)
+        watch.join()
+        os.close(reading)
+
+
+def longer_than_grace(metrics: Mapping[str, float], grace_seconds: float) -> str | None:
+    """A warning that names the longest phase of a step if it outlasts the grace."""
+    phases = ("time/rollout", "time/reward", "time/score", "time/update", "time/eval")
+    seconds, name = max((metrics.get(name, 0.0), name) for name in phases)
+    if seconds <= grace_seconds:
+        return None
+    return (
+        f"{name.removeprefix('time/')} took {seconds:.0f} s, longer than "
+        f"checkpoint.grace_seconds {grace_seconds:g}: a run that is stopped in it may "
+        "lose the steps after its last checkpoint; lower checkpoint.every"
+    )
+
+
+def _watch(reading: int, agreement: Agreement) -> None:
+    """Sees signals when they arrive: Python's handlers wait for the main thread."""
+    requests = 0
+    while arrived := os.read(reading, 1):
+        if arrived[0] not in _SIGNALS:
+            continue
+        requests += 1
+        if requests > 1:
+            os._exit(128 + arrived[0])
+        agreement.asked = True
+        _LOG.info(
+            "%s: the run will be saved at the end of this phase; a second signal ends "
+            "it at once",
+            signal.Signals(arrived[0]).name,
+        )

@@ -104,7 +104,7 @@ def make_train_step(
         weight = sums["loss"].weight
         grads = jax.tree.map(lambda g: g / jnp.where(weight == 0.0, 1.0, weight), grads)
         metrics = {name: mean.value() for name, mean in sums.items()} | largest
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["update_skipped"] = 1.0 - finite.astype(jnp.float32)
         return _update(state, grads, tx, finite), metrics

@@ -1,6 +1,7 @@
 """The sampler equals a slow loop over whole passes, and the learner's log-probs."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -54,58 +55,61 @@ def greedy(tiny_policy):
     return sample(tiny_policy, *prompts_and_lengths(), sampling=GREEDY)
 
 
-def reference(policy, sampling, *, key=0):
-    """Tokens of every completion by whole forward passes, one token at a time."""
-    prompts, lengths = prompts_and_lengths()
-    model, variables = policy.model, policy.variables
+@pytest.fixture(scope="module")
+def logits_at(tiny_policy):
+    """Logits after the token at `last` of each row, from a pass over whole rows."""
+    model, variables = tiny_policy.model, tiny_policy.variables
 
     @jax.jit
-    def logits_at(rows, last):
+    def logits(rows, last):
         hidden = model.apply(variables, rows, last, method=model.forward)
         at = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return at @ model.apply(variables, method=model.head)
 
+    return logits
+
+
+def reference(logits_at, next_token):
+    """Tokens of every completion by whole passes, one token at a time."""
+    prompts, lengths = prompts_and_lengths()
     rows = np.zeros((len(prompts) * GROUP, prompts.shape[1] + NEW), np.int32)
+    rows[:, : prompts.shape[1]] = np.repeat(prompts, GROUP, axis=0)
     sizes = np.repeat(lengths, GROUP)
-    for row, prompt, size in zip(
-        rows, np.repeat(prompts, GROUP, 0), sizes, strict=True
-    ):
-        row[:size] = prompt[:size]
-    fold = jax.random.fold_in
-    keys = [
-        fold(fold(jax.random.key(key), n), g)
-        for n in range(len(prompts))
-        for g in range(GROUP)
-    ]
-    drawn = []
     for step in range(NEW):
-        logits = logits_at(rows, np.array(sizes + step - 1))
-        uniform = jnp.stack([jax.random.uniform(fold(k, step)) for k in keys])
-        token, _ = sample_token(logits, uniform, temperature=sampling.temperature)
-        rows[np.arange(len(rows)), sizes + step] = token
-        drawn.append(np.asarray(token))
-    return np.stack(drawn, axis=-1).reshape(len(prompts), GROUP, NEW)
+        logits = logits_at(rows, sizes + step - 1)
+        rows[np.arange(len(rows)), sizes + step] = next_token(logits, step)
+    own = [row[size : size + NEW] for row, size in zip(rows, sizes, strict=True)]
+    return np.stack(own).reshape(len(prompts), GROUP, NEW)
 
 
-@pytest.mark.parametrize("kind", ["greedy", "sampled"])
-def test_tokens_equal_those_of_a_loop_over_whole_passes(kind, tiny_policy, request):
+def with_uniforms(logits, step):
+    """The next tokens with the random numbers of key 0, row by row."""
+    fold = jax.random.fold_in
+    keys = [fold(fold(jax.random.key(0), n), g) for n in range(4) for g in range(GROUP)]
+    uniform = jnp.stack([jax.random.uniform(fold(key, step)) for key in keys])
+    return sample_token(logits, uniform, temperature=SAMPLED.temperature)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "next_token"),
+    [("greedy", lambda logits, _: logits.argmax(-1)), ("sampled", with_uniforms)],
+    ids=["greedy", "sampled"],
+)
+def test_tokens_equal_those_of_a_loop_over_whole_passes(
+    kind, next_token, logits_at, request
+):
     given = request.getfixturevalue(kind)
-    sampling = {"greedy": GREEDY, "sampled": SAMPLED}[kind]
-    expected = reference(tiny_policy, sampling)
+    expected = reference(logits_at, next_token)
     mask = np.asarray(given.mask)
-    np.testing.assert_array_equal(
-        np.where(mask, given.tokens, -1), expected * mask - ~mask
-    )
+    np.testing.assert_array_equal(np.asarray(given.tokens)[mask], expected[mask])
 
 
 def test_logp_is_that_of_the_learner(tiny_policy, sampled):
-    scored = policy_logprobs(
-        tiny_policy.model,
-        tiny_policy.variables,
-        *prompts_and_lengths(),
-        sampled.tokens,
-        temperature=SAMPLED.temperature,
+    temperature = SAMPLED.temperature
+    learner = jax.jit(
+        functools.partial(policy_logprobs, tiny_policy.model, temperature=temperature)
     )
+    scored = learner(tiny_policy.variables, *prompts_and_lengths(), sampled.tokens)
     expected = np.where(sampled.mask, scored.logp, 0.0)
     np.testing.assert_allclose(sampled.logp, expected, atol=1e-5)
 
@@ -136,11 +140,12 @@ def test_padding_holds_the_pad_token_and_no_probability(tiny_policy, sampled):
 
 
 def test_completions_do_not_depend_on_the_prompts_beside_them(tiny_policy, sampled):
-    prompts, lengths = prompts_and_lengths()
-    others = jnp.array([2, 0])
-    again = sample(tiny_policy, prompts[others], lengths[others], prompt_ids=others)
-    np.testing.assert_array_equal(again.tokens, sampled.tokens[others])
-    np.testing.assert_allclose(again.logp, sampled.logp[others], atol=1e-5)
+    prompts, lengths = prompts_and_lengths(8)
+    chosen = jnp.array([2, 7, 0, 6])
+    again = sample(tiny_policy, prompts[chosen], lengths[chosen], prompt_ids=chosen)
+    for row, number in ((0, 2), (2, 0)):
+        np.testing.assert_array_equal(again.tokens[row], sampled.tokens[number])
+        np.testing.assert_allclose(again.logp[row], sampled.logp[number], atol=1e-5)
 
 
 def test_completions_do_not_depend_on_how_far_prompts_are_padded(tiny_policy, sampled):
@@ -174,21 +179,15 @@ def test_without_stop_ids_completions_fill_the_limit(tiny_policy):
     assert not np.asarray(drawn.finished).any()
 
 
-def test_the_model_s_own_stop_tokens_are_the_default(tiny_policy):
-    prompts, lengths = prompts_and_lengths()
-    (end,) = tiny_policy.tokenizer.stop_ids
-    # The head and the embedding are one: along the last hidden state, `end` is likely.
-    embedding = tiny_policy.params["embed"]["embedding"]
-    params = {**tiny_policy.params, "embed": {"embedding": embedding * 0.01}}
-    hidden = tiny_policy.model.apply(
-        {"params": params}, prompts, lengths, method=tiny_policy.model.prefill
-    )[0]
-    table = params["embed"]["embedding"].at[end].set(hidden.mean(axis=0))
-    params["embed"] = {"embedding": table}
-    drawn = sample(tiny_policy, prompts, lengths, params=params, sampling=None)
-    finished = np.asarray(drawn.finished)
-    assert finished.any()
-    assert (np.asarray(drawn.tokens)[finished] == end).any(axis=-1).all()
+def test_the_model_s_own_stop_tokens_are_the_default(tiny_policy, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(
+        generating, "_generate", lambda *_, **options: chosen.append(options)
+    )
+    for sampling in (None, SamplingConfig(), SamplingConfig(stop_ids=(7,))):
+        sample(tiny_policy, *prompts_and_lengths(), sampling=sampling)
+    assert tiny_policy.model.config.eos_token_ids == (257,)
+    assert [one["stop_ids"] for one in chosen] == [(257,), (257,), (7,)]
 
 
 def test_the_loop_stops_when_every_completion_has_ended(tiny_policy, monkeypatch):
@@ -209,19 +208,18 @@ def test_the_loop_stops_when_every_completion_has_ended(tiny_policy, monkeypatch
     assert (np.asarray(drawn.lengths) == 1).all()
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
-def test_a_mesh_draws_what_one_device_draws(shape, tiny_policy, meshes_of):
+def test_a_mesh_draws_what_one_device_draws(tiny_policy, sampled, meshes_of):
     prompts, lengths = prompts_and_lengths(8)
-    alone = sample(tiny_policy, prompts, lengths)
-    mesh = meshes_of(*shape)
+    mesh = meshes_of(2, 2, 2)
     axes, shapes = param_axes(tiny_policy.model), abstract_params(tiny_policy.model)
     shardings = meshes.parameter_shardings(axes, shapes, mesh)
     sharded = jax.device_put(tiny_policy.params, shardings)
     with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
         given = meshes.to_mesh(mesh, (np.asarray(prompts), np.asarray(lengths)))
         spread = sample(tiny_policy, *given, params=sharded)
-    np.testing.assert_array_equal(spread.tokens, alone.tokens)
-    np.testing.assert_allclose(spread.logp, alone.logp, atol=1e-5)
+    # The first four of the eight prompts are those of `sampled`.
+    np.testing.assert_array_equal(spread.tokens[:4], sampled.tokens)
+    np.testing.assert_allclose(spread.logp[:4], sampled.logp, atol=1e-5)
 
 
 def test_casting_ahead_changes_nothing_that_the_model_computes(tiny_policy):
@@ -232,10 +230,8 @@ def test_casting_ahead_changes_nothing_that_the_model_computes(tiny_policy):
     prompts, lengths = prompts_and_lengths()
     cast = generating.in_compute_dtype(tiny_policy.variables, "bfloat16")
     assert cast["params"]["embed"]["embedding"].dtype == jnp.bfloat16
-    hidden = [
-        model.apply(variables, prompts, lengths, method=model.forward)
-        for variables in (tiny_policy.variables, cast)
-    ]
+    forward = jax.jit(functools.partial(model.apply, method=model.forward))
+    hidden = [forward(v, prompts, lengths) for v in (tiny_policy.variables, cast)]
     np.testing.assert_array_equal(*(np.asarray(h, np.float32) for h in hidden))
 
 

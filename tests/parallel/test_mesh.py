@@ -1,0 +1,194 @@
+"""The mesh, what it refuses by name, and the way of arrays onto it and back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from grpo_jax.config import MeshConfig
+from grpo_jax.models.decoder import abstract_params, param_axes
+from grpo_jax.parallel import mesh as meshes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((1, -1, 1), (1, 8, 1)),
+        ((-1, 1, 1), (8, 1, 1)),
+        ((2, -1, 2), (2, 2, 2)),
+        ((2, 2, -1), (2, 2, 2)),
+        ((8, -1, 1), (8, 1, 1)),
+        ((2, 4, 1), (2, 4, 1)),
+    ],
+)
+def test_one_axis_takes_the_devices_that_are_left(sizes, expected):
+    data, fsdp, tensor = sizes
+    mesh = meshes.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    assert tuple(mesh.shape.values()) == expected
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert meshes.batch_shards(mesh) == expected[0] * expected[1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((1, 1, 1), "data 1 x fsdp 1 x tensor 1 does not fit 8 devices"),
+        ((3, -1, 1), "data 3 x fsdp -1 x tensor 1 does not fit 8 devices"),
+        ((4, 4, 1), "data 4 x fsdp 4 x tensor 1 does not fit 8 devices"),
+        ((16, -1, 1), "does not fit 8 devices; use data 1, fsdp -1, tensor 1"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_devices_are_refused(sizes, message):
+    data, fsdp, tensor = sizes
+    with pytest.raises(ValueError, match=message):
+        meshes.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+
+
+def test_parameters_lie_where_their_axes_say(tiny_policy, meshes_of):
+    model = tiny_policy.model
+    axes, shapes = param_axes(model), abstract_params(model)
+    shardings = meshes.parameter_shardings(axes, shapes, meshes_of(2, 2, 2))
+    layers = shardings["layers"]
+    assert shardings["embed"]["embedding"].spec == P("tensor", "fsdp")
+    assert layers["attn"]["q"]["kernel"].spec == P(None, "fsdp", "tensor")
+    assert layers["attn"]["o"]["kernel"].spec == P(None, "tensor", "fsdp")
+    assert layers["mlp"]["down"]["kernel"].spec == P(None, "tensor", "fsdp")
+    assert layers["attn_norm"]["scale"].spec in (P(), P(None, None))
+    placed = jax.device_put(tiny_policy.params, shardings)
+    kernel = placed["layers"]["mlp"]["gate"]["kernel"]
+    # Two layers of [32, 48], split in two by fsdp and in two by tensor.
+    assert kernel.addressable_shards[0].data.shape == (2, 16, 24)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        # 10 = 2 * 5: five devices would fit, or two; the largest below eight is five.
+        (
+            (10, 4),
+            r"embed/table \(10, 4\): 10 cannot be split over fsdp = 8 .*; 5 would",
+        ),
+        ((7, 4), r"7 cannot be split over fsdp = 8 devices; 7 would fit"),
+        ((9, 4), r"3 would fit"),
+    ],
+)
+def test_a_parameter_that_does_not_divide_is_named(shape, message, meshes_of):
+    axes = {"embed": {"table": ("embed", None)}}
+    shapes = {"embed": {"table": jax.ShapeDtypeStruct(shape, jnp.float32)}}
+    with pytest.raises(ValueError, match=message):
+        meshes.parameter_shardings(axes, shapes, meshes_of(1, 8, 1))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("place", [meshes.to_mesh, meshes.whole_to_mesh])
+def test_rows_go_to_the_mesh_and_come_back(place, shape, meshes_of):
+    rows = {"a": np.arange(16.0).reshape(8, 2), "b": np.arange(8, dtype=np.int32)}
+    sent = place(meshes_of(*shape), rows)
+    parts = shape[0] * shape[1]
+    assert sent["a"].addressable_shards[0].data.shape == (8 // parts, 2)
+    for way in (meshes.gather, meshes.to_host):
+        back = way(sent)
+        for name, values in rows.items():
+            assert isinstance(back[name], np.ndarray)
+            np.testing.assert_array_equal(back[name], values)
+            assert back[name].dtype == sent[name].dtype
+
+
+def test_rows_of_the_only_process_are_all_rows():
+    rows = np.arange(6).reshape(3, 2)
+    assert meshes.gather_rows(rows) is rows
+
+
+@pytest.mark.parametrize(
+    ("prompts", "fits"), [(9, 8), (4, 8), (13, 16), (30, 32), (1, 8)]
+)
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(
+    prompts, fits, meshes_of
+):
+    with pytest.raises(
+        ValueError, match=f"{prompts} prompts .* = 8 devices; use {fits}"
+    ):
+        meshes.check_batch(meshes_of(2, 4, 1), prompts)
+
+
+def test_a_batch_that_divides_is_accepted(meshes_of):
+    meshes.check_batch(meshes_of(2, 2, 2), 12)
+    meshes.check_batch(meshes_of(1, 1, 1), 7)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What `jax.distributed` was asked to do, with no setting around."""
+    for name in list(meshes.os.environ):
+        if name.startswith(("GRPO_", "SLURM_", "OMPI_", "JOB_", "KUBERNETES_")):
+            monkeypatch.delenv(name)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a: calls.append(a))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("config", "environment", "missing"),
+    [
+        ({"coordinator": "h:1"}, {}, "mesh.num_processes, mesh.process_id"),
+        ({"num_processes": 2}, {}, "mesh.coordinator, mesh.process_id"),
+        ({"coordinator": "h:1", "num_processes": 2}, {}, "mesh.process_id"),
+        ({"num_processes": 2}, {"GRPO_COORDINATOR": "h:1"}, "mesh.process_id"),
+        ({}, {"GRPO_PROCESS_ID": "0"}, "mesh.coordinator, mesh.num_processes"),
+    ],
+)
+def test_some_of_the_process_settings_are_refused(
+    config, environment, missing, started, monkeypatch
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"^{missing} must be given too"):
+        meshes.initialize_processes(MeshConfig(**config))
+    assert not started
+
+
+def test_processes_join_by_configuration_or_environment(started, monkeypatch):
+    config = MeshConfig(coordinator="h:1", num_processes=4, process_id=0)
+    meshes.initialize_processes(config)
+    monkeypatch.setenv("GRPO_COORDINATOR", "g:2")
+    monkeypatch.setenv("GRPO_NUM_PROCESSES", "2")
+    monkeypatch.setenv("GRPO_PROCESS_ID", "1")
+    meshes.initialize_processes(MeshConfig())
+    # What the configuration says goes before the environment.
+    meshes.initialize_processes(MeshConfig(process_id=0))
+    assert started == [("h:1", 4, 0), ("g:2", 2, 1), ("g:2", 2, 0)]
+
+
+def test_a_setting_that_is_no_number_is_named(started, monkeypatch):
+    monkeypatch.setenv("GRPO_NUM_PROCESSES", "two")
+    with pytest.raises(ValueError, match="GRPO_NUM_PROCESSES must be a number, got 't"):
+        meshes.initialize_processes(MeshConfig())
+
+
+def test_a_process_alone_starts_nothing(started):
+    meshes.initialize_processes(MeshConfig())
+    assert not started
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"JOB_COMPLETION_INDEX": "0", "KUBERNETES_SERVICE_HOST": "x"},
+    ],
+)
+def test_in_a_cluster_jax_finds_the_processes(environment, started, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    meshes.initialize_processes(MeshConfig())
+    assert started == [()]
+
+
+def test_a_runtime_that_runs_is_left_alone(started, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    meshes.initialize_processes(MeshConfig(coordinator="h:1"))
+    assert not started

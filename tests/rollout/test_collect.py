@@ -1,0 +1,208 @@
+"""A rollout: which prompts it takes, what it is rewarded for, what is drawn again."""
+
+import numpy as np
+import pytest
+
+from grpo_jax.config import MeshConfig, RewardsConfig, SamplingConfig, TrainConfig
+from grpo_jax.rollout.collect import Collector, score_rows, unpadded, with_stop_ids
+from grpo_jax.rollout.rewards import RewardRunner
+from grpo_jax.tasks import task_from_rows
+from grpo_jax.tasks.order import rows_at
+
+ROWS = [{"prompt": f"{i}" * (1 + i % 3), "number": i} for i in range(6)]
+
+
+def make_config(**changes):
+    values = {
+        "model": "tiny",
+        "prompts_per_step": 4,
+        "group_size": 2,
+        "max_new_tokens": 5,
+        "seed": 3,
+        "mesh": MeshConfig(fsdp=1),
+        "sampling": SamplingConfig(stop_ids=tuple(range(0, 264, 3))),
+    }
+    return TrainConfig(**(values | changes))
+
+
+@pytest.fixture
+def make_collector(tiny_policy, meshes_of):
+    def make(reward, *, rows=ROWS, **changes):
+        task = task_from_rows(rows, reward)
+        return Collector(
+            tiny_policy.model,
+            tiny_policy.tokenizer,
+            task,
+            RewardRunner(task.rewards, RewardsConfig()),
+            make_config(**changes),
+            meshes_of(1, 1, 1),
+        )
+
+    return make
+
+
+def by_number(completions, number, **_):
+    """Groups of even numbers differ in reward, those of odd ones do not."""
+    return [float(i % 2) if n % 2 == 0 else 1.0 for i, n in enumerate(number)]
+
+
+def constant(completions, **_):
+    return [1.0] * len(completions)
+
+
+@pytest.fixture(scope="module")
+def order():
+    return rows_at(0, 24, size=6, seed=3)
+
+
+def test_a_rollout_takes_the_rows_at_its_position(make_collector, tiny_policy, order):
+    collector = make_collector(by_number)
+    rollout = collector.sample(tiny_policy.variables, step=1, position=4)
+    assert [row["number"] for row in rollout.rows] == order[4:8]
+    for row, ids, length in zip(
+        rollout.rows, rollout.prompts, rollout.prompt_lengths, strict=True
+    ):
+        assert tiny_policy.tokenizer.decode(ids[:length]) == row["prompt"]
+    assert np.isnan(rollout.rewards).all() and rollout.counts.all()
+
+
+def test_what_is_drawn_follows_from_seed_step_and_position(make_collector, tiny_policy):
+    collector = make_collector(by_number)
+
+    def tokens(collector, **at):
+        return collector.sample(tiny_policy.variables, **at).tokens.tolist()
+
+    first = tokens(collector, step=1, position=0)
+    assert tokens(collector, step=1, position=0) == first
+    assert tokens(collector, step=2, position=0) != first
+    # Six rows make one pass: position 24 has row `order[24]`, and draws of its own.
+    one_row = make_collector(by_number, rows=ROWS[:1])
+    assert tokens(one_row, step=1, position=0) != tokens(one_row, step=1, position=4)
+    other_seed = make_collector(by_number, rows=ROWS[:1], seed=4)
+    assert tokens(other_seed, step=1, position=0) != tokens(one_row, step=1, position=0)
+
+
+def test_functions_are_given_columns_texts_and_ids_in_the_order_of_groups(
+    make_collector, tiny_policy
+):
+    seen = {}
+
+    def reward(prompts, completions, completion_ids, number, trainer_state, **_):
+        seen.update(
+            prompts=prompts, completions=completions, ids=completion_ids, number=number
+        )
+        seen["step"] = trainer_state.global_step
+        return [float(i) for i in range(len(prompts))]
+
+    collector = make_collector(reward)
+    rollout = collector.sample(tiny_policy.variables, step=7, position=0)
+    rollout = collector.reward(rollout, step=7)
+    assert seen["step"] == 7
+    assert seen["number"] == [row["number"] for row in rollout.rows for _ in range(2)]
+    assert seen["prompts"] == [row["prompt"] for row in rollout.rows for _ in range(2)]
+    assert seen["completions"] == rollout.completions
+    np.testing.assert_array_equal(rollout.rewards, np.arange(8.0).reshape(4, 2))
+    for n, g in np.ndindex(4, 2):
+        own = rollout.tokens[n, g, : rollout.lengths[n, g]].tolist()
+        assert seen["ids"][2 * n + g] == own
+        assert tiny_policy.tokenizer.decode(own) == rollout.completions[2 * n + g]
+
+
+def test_groups_of_equal_rewards_are_replaced_from_further_rollouts(
+    make_collector, tiny_policy, order
+):
+    collector = make_collector(by_number)
+    rollout, rounds = collector.informative(
+        tiny_policy.variables, step=1, position=0, limit=4
+    )
+    even = [number for number in order if number % 2 == 0]
+    assert [row["number"] for row in rollout.rows] == even[:4]
+    # As many rollouts of four as it takes to meet four even numbers.
+    needed = [n % 2 for n in order].index(0)
+    while sum(n % 2 == 0 for n in order[:needed]) < 4:
+        needed += 1
+    assert rounds == -(-needed // 4)
+    assert rollout.counts.all()
+
+
+def test_replacing_is_bounded_and_left_overs_do_not_count(make_collector, tiny_policy):
+    calls = []
+
+    def reward(completions, **_):
+        calls.append(1)
+        return constant(completions)
+
+    collector = make_collector(reward)
+    rollout, rounds = collector.informative(
+        tiny_policy.variables, step=1, position=0, limit=2
+    )
+    assert rounds == 3 and len(calls) == 3
+    assert len(rollout.rows) == 4
+    assert not rollout.counts.any() and not rollout.mask.any()
+
+
+def test_a_rollout_that_needs_no_replacing_is_taken_as_it_is(
+    make_collector, tiny_policy
+):
+    def reward(completions, **_):
+        return [float(i) for i in range(len(completions))]
+
+    collector = make_collector(reward)
+    rollout, rounds = collector.informative(
+        tiny_policy.variables, step=1, position=0, limit=2
+    )
+    assert rounds == 1
+    plain = collector.sample(tiny_policy.variables, step=1, position=0)
+    np.testing.assert_array_equal(rollout.tokens, plain.tokens)
+
+
+def test_completions_are_cut_to_the_bucket_of_the_longest(make_collector, tiny_policy):
+    everything = SamplingConfig(stop_ids=tuple(range(264)))
+    collector = make_collector(constant, sampling=everything, max_new_tokens=40)
+    rollout = collector.sample(tiny_policy.variables, step=1, position=0)
+    assert rollout.tokens.shape == (4, 2, 16) == rollout.logp.shape
+    assert (rollout.lengths == 1).all() and rollout.finished.all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": [{"prompt": "abcd"}], "max_prompt_tokens": 3}, "row 0 has 4 tokens"),
+        # A context of 128 holds no prompt of 30 tokens before 100 new ones.
+        ({"rows": [{"prompt": "a" * 30}], "max_new_tokens": 100}, "more than the 28"),
+        ({"max_new_tokens": 128}, "leaves no room for a prompt"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused_before_anything_is_sampled(
+    make_collector, changes, message
+):
+    with pytest.raises(ValueError, match=message):
+        make_collector(constant, **changes)
+
+
+def test_the_tokenizer_s_stop_tokens_are_the_default(tiny_policy):
+    own = with_stop_ids(SamplingConfig(top_k=3), tiny_policy.tokenizer)
+    assert own.stop_ids == tiny_policy.tokenizer.stop_ids and own.top_k == 3
+    named = SamplingConfig(stop_ids=())
+    assert with_stop_ids(named, tiny_policy.tokenizer) is named
+
+
+def test_columns_reach_rewards_without_the_prompt():
+    def reward(prompts, completions, **columns):
+        assert set(columns) == {"answer", "completion_ids", "trainer_state"} | {
+            "log_extra",
+            "log_metric",
+        }
+        return [
+            float(a == c) for a, c in zip(columns["answer"], completions, strict=True)
+        ]
+
+    runner = RewardRunner([reward], RewardsConfig())
+    rows = [{"prompt": "p", "answer": "1"}, {"prompt": "q", "answer": "2"}]
+    scores = score_rows(runner, rows, ["1", "x"], [[1], [2]], step=1)
+    assert scores.total.tolist() == [1.0, 0.0]
+
+
+def test_unpadded_ids_keep_the_stop_token():
+    tokens = np.array([[[5, 6, 0], [7, 0, 0]]])
+    assert unpadded(tokens, np.array([[3, 1]])) == [[5, 6, 0], [7]]

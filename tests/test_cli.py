@@ -1,0 +1,398 @@
+"""The command line: what flags mean, what newcomers read, what each command does."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import shutil
+import typing
+
+import jax
+import jax.numpy as jnp
+import pytest
+import yaml
+
+from grpo_jax import cli
+from grpo_jax.config import (
+    CheckpointConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from grpo_jax.reporting.metrics import to_json_line
+from grpo_jax.training import run_dir as directories
+from grpo_jax.training.checkpoint import Checkpoints
+from grpo_jax.training.state import TrainState
+from grpo_jax.validation import to_dict
+from grpo_jax.weights.pretrained import load_pretrained
+
+COMMANDS = ("train", "eval", "sample", "export", "plot", "report")
+
+
+def run_main(monkeypatch, *arguments):
+    """The exit status of the program, run here; 0 if it returns."""
+    monkeypatch.setattr("sys.argv", ["grpo-jax", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def help_of(*arguments):
+    """What `--help` prints, one line per panel row, frames taken off."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
+        cli._dispatch([*arguments, "--help"])
+    assert end.value.code == 0
+    return out.getvalue()
+
+
+def words(text):
+    """The text without frames and line breaks."""
+    return " ".join(re.sub(r"[─-╿]", " ", text).split())
+
+
+def helps(text):
+    """Flag -> its help text, from one column of `--help`."""
+    lines = [re.sub(r"[─-╿]", " ", line).strip() for line in text.splitlines()]
+    body = " ".join(lines[next(i for i, x in enumerate(lines) if "--help" in x) :])
+    parts = re.split(
+        r"(?:^| )(--[a-z][\w.-]*)(?:, --[\w.-]+)? ", " ".join(body.split())
+    )
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+# --- Flags of `train`
+
+
+def test_without_flags_the_run_is_the_default():
+    assert cli.train_config([]) == TrainConfig()
+
+
+def test_another_model_brings_its_own_defaults():
+    assert cli.train_config(["--model", "a/b"]) == TrainConfig(model="a/b")
+    assert cli.train_config(["--model=a/b"]).optimizer.learning_rate == 1e-6
+
+
+def test_flags_reach_every_kind_of_field():
+    config = cli.train_config(
+        "--steps 9 --mesh.fsdp -1 --mesh.data 2 --lora.rank 4 --lora.targets q v "
+        "--report.tensorboard --rewards.weights 1 0.5 --sampling.stop-ids 3 4 "
+        "--objective.kl-coef 0 --optimizer.learning-rate 1e-5 --run-dir runs/x "
+        "--objective.dual-clip 3 --max_new_tokens 5 --rewards.no-isolate".split()
+    )
+    assert (config.steps, config.max_new_tokens, config.run_dir) == (9, 5, "runs/x")
+    assert (config.mesh.data, config.mesh.fsdp) == (2, -1)
+    assert (config.lora.rank, config.lora.targets) == (4, ("q", "v"))
+    assert config.report.tensorboard and not config.rewards.isolate
+    assert config.rewards.weights == (1.0, 0.5)
+    assert config.sampling.stop_ids == (3, 4)
+    assert config.objective == ObjectiveConfig(kl_coef=0, dual_clip=3)
+    # One flag of a section leaves the model's other defaults alone.
+    assert config.optimizer == OptimizerConfig(learning_rate=1e-5, warmup_steps=10)
+
+
+def test_flags_override_the_preset_which_overrides_the_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "group_size: 4\nobjective: {clip_high: 0.5, entropy_coef: 0.1}\nseed: 7\n"
+    )
+    config = cli.train_config(["--config", str(file)])
+    assert config.objective == ObjectiveConfig(clip_high=0.5, entropy_coef=0.1)
+    preset = ["--config", str(file), "--objective.preset", "dapo"]
+    config = cli.train_config(preset)
+    assert config.objective == ObjectiveConfig.preset("dapo")
+    assert (config.group_size, config.seed) == (4, 7)
+    flags = [*preset, "--objective.clip-high", "0.3", "--group-size", "6"]
+    # The order of flags does not matter.
+    for arguments in (flags, flags[4:] + flags[:4]):
+        config = cli.train_config(arguments)
+        dapo = ObjectiveConfig.preset("dapo")
+        assert config.objective == dataclasses.replace(dapo, clip_high=0.3)
+        assert (config.group_size, config.seed) == (6, 7)
+
+
+def test_another_model_than_the_file_names_keeps_what_the_file_says(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("model: a/b\nsteps: 11\n")
+    config = cli.train_config(["--config", str(file)])
+    assert config == TrainConfig(model="a/b", steps=11)
+    config = cli.train_config(["--config", str(file), "--model", "embedded"])
+    assert config == TrainConfig(steps=11)
+    assert config.max_new_tokens == 8
+
+
+def test_a_saved_run_is_described_again_by_its_file(tmp_path):
+    config = TrainConfig(
+        model="a/b",
+        objective=ObjectiveConfig.preset("gspo"),
+        optimizer=OptimizerConfig(learning_rate=1e-6, max_grad_norm=None),
+    )
+    directories.check_config(tmp_path, config)
+    assert cli.train_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+# --- Bad input
+
+
+def failing(monkeypatch, capsys, *arguments):
+    """The message of a program that must end with status 2."""
+    assert run_main(monkeypatch, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("train --stepz 3", "Unrecognized options: --stepz|Perhaps you meant: --steps"),
+        ("train --objective.klcoef 1", "Perhaps you meant: --objective.kl-coef"),
+        ("train --steps ten", "Error parsing --steps: invalid literal|'ten'"),
+        ("train --steps 0", "steps must be an integer from 1 on, got 0"),
+        ("train --remat full", "--remat"),
+        ("train --group-size 1", "group_size must be at least 2, got 1"),
+        ("train --optimizer.learning-rate nan", "positive number, got nan"),
+        ("trian", "Available subcommands: train, eval, sample"),
+        ("", "Expected one of {train, eval, sample, export, plot, report}"),
+        ("eval --sampels 3", "Perhaps you meant: --samples"),
+        ("sample", "Missing from grpo-jax sample: --prompt STR"),
+        ("report", "Missing from grpo-jax report"),
+    ],
+)
+def test_flags_that_do_not_parse_say_what_would(monkeypatch, capsys, arguments, told):
+    message = words(failing(monkeypatch, capsys, *arguments.split()))
+    assert all(part in message for part in told.split("|")), message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("train --config {tmp}/none.yaml", "none.yaml cannot be read as YAML"),
+        ("train --objective.preset ppo", "'ppo' is unknown; use one of softmax"),
+        ("train --model {tmp}/no.gguf --run-dir {tmp}/run", "no such file or folder"),
+        ("train --task gsm9k --run-dir {tmp}/run", "Did you mean 'gsm8k'?"),
+        ("train --mesh.data 3 --run-dir {tmp}/run", "does not fit 8 devices"),
+        ("eval", "give either --run-dir or --model"),
+        ("eval --run-dir {tmp} --model embedded", "give either --run-dir or --model"),
+        ("eval --run-dir {tmp}", "holds no run"),
+        ("eval --model {tmp}/none", "no such file or folder"),
+        ("eval --model embedded --samples 0", "--samples must be at least 1, got 0"),
+        ("eval --model embedded --prompts 0", "--prompts must be at least 1"),
+        ("eval --model {tiny} --temperature -1", "sampling.temperature"),
+        ("sample --prompt 1+1= --max-new-tokens 0", "--max-new-tokens must be at"),
+        ("sample --prompt 1+1= --run-dir {tmp}", "holds no run"),
+        ("export --run-dir {tmp}", "holds no run"),
+        ("plot", "needs at least one run directory"),
+        ("plot {tmp}", "has no metrics.jsonl; give the directory of a run"),
+        ("report {tmp}", "has no metrics.jsonl"),
+    ],
+)
+def test_bad_input_ends_with_status_2_and_one_line(
+    monkeypatch, capsys, tmp_path, tiny_policy, arguments, told
+):
+    filled = arguments.format(tmp=tmp_path, tiny=tiny_policy.folder)
+    message = failing(monkeypatch, capsys, *filled.split())
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert told in message
+
+
+def test_a_run_that_diverged_ends_with_status_1(monkeypatch, capsys):
+    def diverge(arguments):
+        raise FloatingPointError("step 3: 5 updates in a row were not finite")
+
+    monkeypatch.setattr(cli, "_dispatch", diverge)
+    assert run_main(monkeypatch, "train") == 1
+    assert capsys.readouterr().err.startswith("error: step 3: 5 updates")
+
+
+def test_a_mistake_of_our_own_keeps_its_traceback(monkeypatch):
+    def fail(arguments):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    with pytest.raises(KeyError):
+        run_main(monkeypatch, "train")
+
+
+# --- Help
+
+
+def test_the_first_help_names_every_command():
+    text = words(help_of())
+    assert all(f" {command} " in text for command in COMMANDS)
+
+
+def flags_of(config, prefix=""):
+    """Flag -> field of every section, in the spelling of the command line."""
+    for field in dataclasses.fields(config):
+        value = vars(config)[field.name]
+        if dataclasses.is_dataclass(value):
+            yield from flags_of(value, f"{prefix}{field.name}.")
+        else:
+            yield "--" + f"{prefix}{field.name}".replace("_", "-")
+
+
+@pytest.fixture(scope="module")
+def train_helps():
+    return helps(help_of("train"))
+
+
+def test_every_field_has_a_help_text_of_its_own(train_helps):
+    flags = list(flags_of(TrainConfig()))
+    assert len(flags) > 50 and set(flags) <= set(train_helps)
+    texts = {flag: train_helps[flag].partition("(default:")[0] for flag in flags}
+    # Behind the type come words; a comment above one field must not reach the next.
+    assert not [flag for flag, text in texts.items() if len(text.split()) < 4]
+    bare = {
+        flag: re.sub(r"^(\S*[{\[|A-Z\]}]\S*\s)+", "", t) for flag, t in texts.items()
+    }
+    assert len(set(bare.values())) == len(flags)
+
+
+def test_the_help_of_train_tells_the_two_flags_that_set_many(train_helps):
+    text = words(help_of("train"))
+    assert "--config FILE" in text and "--objective.preset NAME" in text
+    assert "softmax, likelihood, grpo, dr_grpo, dapo, gspo, cispo, rloo" in text
+
+
+def test_the_help_of_train_shows_the_defaults_of_the_model():
+    shown = helps(help_of("train", "--model", "a/b"))
+    assert "(default: 256)" in shown["--max-new-tokens"]
+    assert "(default: 1e-06)" in shown["--optimizer.learning-rate"]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "train"])
+def test_every_argument_of_a_command_has_a_help_text(command):
+    function = {"eval": cli.evaluate}.get(command) or vars(cli)[command]
+    arguments = [n for n in typing.get_type_hints(function) if n != "return"]
+    text = help_of(command)
+    shown = helps(text)
+    for name in arguments:
+        documented = re.search(rf"^      {name}: (.+)$", function.__doc__, re.MULTILINE)
+        assert documented, f"{command} {name}"
+        flag = "--" + name.replace("_", "-")
+        beginning = " ".join(documented.group(1).split()[:3])
+        assert beginning in (shown[flag] if flag in shown else words(text))
+
+
+# --- Commands, on a run of a tiny model
+
+
+@pytest.fixture(scope="module")
+def run(tiny_policy, tmp_path_factory):
+    """A run of three steps whose files are all there, without training."""
+    path = tmp_path_factory.mktemp("cli") / "run"
+    (path / "completions").mkdir(parents=True)
+    config = TrainConfig(
+        model=str(tiny_policy.folder), max_new_tokens=4, max_prompt_tokens=32
+    )
+    directories.check_config(path, config)
+    lines = [
+        {"step": step, "reward": step / 3, "loss": 1 / (1 + step), "kl": 0.01 * step}
+        for step in range(1, 4)
+    ]
+    text = "".join(to_json_line(line) + "\n" for line in lines)
+    (path / "metrics.jsonl").write_text(text)
+    checkpoints = Checkpoints(path / "checkpoints", CheckpointConfig())
+    for step in (2, 3):
+        params = jax.tree.map(lambda leaf: leaf * jnp.float32(step), tiny_policy.params)  # noqa: B023
+        state = TrainState(step=jnp.int32(step), params=params, opt_state=())
+        checkpoints.save(step, state, {}, wait=True)
+    checkpoints.close()
+    return path
+
+
+def out_of(capsys, *arguments):
+    cli._dispatch([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def test_eval_prints_json_and_writes_the_same(capsys, tmp_path, tiny_policy):
+    out = tmp_path / "deep" / "result.json"
+    text = out_of(
+        capsys,
+        *("eval", "--model", tiny_policy.folder, "--prompts", 6, "--samples", 2),
+        *("--max-new-tokens", 3, "--seed", 5, "--out", out),
+    )
+    result = json.loads(text)
+    assert result == json.loads(out.read_text())
+    assert (result["task"], result["step"], result["seed"]) == ("arithmetic", None, 5)
+    assert (result["prompts"], result["samples"]) == (6, 2)
+    assert result["pass@2"] >= result["pass@1"] == result["accuracy"]
+
+
+def test_eval_of_a_run_takes_its_task_and_step(capsys, run):
+    text = out_of(capsys, "eval", "--run-dir", run, "--prompts", 2, "--step", 2)
+    result = json.loads(text)
+    assert (result["task"], result["step"]) == ("arithmetic", 2)
+    # One greedy sample has no pass@k.
+    assert "pass@1" not in result and result["samples"] == 1
+
+
+def test_sample_prints_one_line_per_completion(capsys, tiny_policy):
+    arguments = ["sample", "--model", tiny_policy.folder, "--prompt", "1+1="]
+    drawn = [*arguments, "--samples", 3, "--temperature", 1, "--max-new-tokens", 4]
+    text = out_of(capsys, *drawn)
+    assert len(text.split("\n")) == 4 and text.endswith("\n")
+    # Whatever a model writes, the terminal gets no control characters.
+    assert not [c for c in text if ord(c) < 32 and c != "\n"]
+    # The seed decides.
+    assert out_of(capsys, *drawn) == text
+    assert out_of(capsys, *drawn, "--seed", 1) != text
+
+
+def test_sample_uses_the_policy_of_a_run(capsys, run, tiny_policy):
+    short = ("--prompt", "1+1=", "--max-new-tokens", 4)
+    by_run = out_of(capsys, "sample", "--run-dir", run, *short)
+    exported = run.parent / "by_run"
+    out_of(capsys, "export", "--run-dir", run, "--out", exported)
+    by_model = out_of(capsys, "sample", "--model", exported, *short)
+    assert by_run == by_model
+
+
+@pytest.mark.parametrize(("step", "flags"), [(3, []), (2, ["--step", "2"])])
+def test_export_writes_the_checkpoint(capsys, tmp_path, run, tiny_policy, step, flags):
+    out = tmp_path / "export"
+    text = out_of(capsys, "export", "--run-dir", run, "--out", out, *flags)
+    assert text == f"step {step} written to {out}\n"
+    given = load_pretrained(out).params
+    expected = jax.tree.map(lambda leaf: leaf * jnp.float32(step), tiny_policy.params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), given, expected))
+
+
+def test_export_goes_into_the_run_by_default(capsys, run):
+    out_of(capsys, "export", "--run-dir", run)
+    assert (run / "export" / "model.safetensors").is_file()
+
+
+def test_plot_takes_runs_with_and_without_a_flag(capsys, tmp_path, run):
+    out = tmp_path / "deep" / "curves.png"
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(run / "metrics.jsonl", other)
+    text = out_of(capsys, "plot", run, "--run-dir", other, "--out", out)
+    assert text == f"written to {out}\n"
+    assert out.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="given twice"):  # both ways are one list
+        out_of(capsys, "plot", run, "--run-dir", run, "--out", out)
+
+
+def test_report_writes_a_page_into_the_run_by_default(capsys, tmp_path, run):
+    assert out_of(capsys, "report", run) == f"written to {run / 'report.html'}\n"
+    out = tmp_path / "page.html"
+    out_of(capsys, "report", run, "--out", out)
+    assert "<html" in out.read_text() and out.read_text().count("\n") > 5
+
+
+def test_train_hands_the_described_run_to_the_loop(monkeypatch):
+    from grpo_jax.training import loop
+
+    given = []
+    monkeypatch.setattr(loop, "train", given.append)
+    cli._dispatch(["train", "--steps", "4", "--objective.preset", "rloo"])
+    (config,) = given
+    assert config == TrainConfig(steps=4, objective=ObjectiveConfig.preset("rloo"))
+    assert yaml.safe_load(yaml.safe_dump(to_dict(config))) == to_dict(config)

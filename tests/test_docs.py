@@ -1,0 +1,231 @@
+"""What the pages say works: code runs, commands parse, targets and links exist.
+
+A block of code is run unless the line before it is ``<!-- no-test -->``. The blocks of
+a page share their names, from top to bottom, as if a reader typed them.
+"""
+
+import functools
+import pathlib
+import re
+import shlex
+from dataclasses import dataclass
+
+import pytest
+
+from grpo_jax import cli, objective
+from grpo_jax.config import TrainConfig
+from grpo_jax.training import run_dir
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDERS = ("docs", "tpu_setup", "experiments", "benchmarks")
+PAGES = sorted(
+    page
+    for page in [
+        *ROOT.glob("*.md"),
+        *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md")),
+    ]
+)
+SKIP = "<!-- no-test -->"
+SEPARATORS = {"&&", "||", "|", ";", "&", ">", ">>", "2>"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page; `line` is that of its first fence."""
+
+    page: pathlib.Path
+    language: str
+    text: str
+    line: int
+    skipped: bool
+
+    def __str__(self):
+        return f"{name_of(self.page)}:{self.line}"
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    fences = [i for i, line in enumerate(lines) if line.lstrip().startswith("```")]
+    assert len(fences) % 2 == 0, f"{page}: a block is not closed"
+    for start, end in zip(fences[::2], fences[1::2], strict=True):
+        yield Block(
+            page=page,
+            language=lines[start].strip().removeprefix("```").strip(),
+            text="\n".join(lines[start + 1 : end]),
+            line=start + 1,
+            skipped=start > 0 and lines[start - 1].strip() == SKIP,
+        )
+
+
+def prose(page):
+    """The page without its blocks."""
+    text = page.read_text(encoding="utf-8")
+    return re.sub(r"^\s*```.*?^\s*```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+
+
+def commands():
+    """(block, words) of each simple command in the blocks that are for a shell."""
+    for block in BLOCKS:
+        if block.language not in ("sh", "bash", "console") or block.skipped:
+            continue
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            command: list[str] = []
+            for word in [*words, ";"]:
+                if word not in SEPARATORS:
+                    command.append(word)
+                    continue
+                while command and re.fullmatch(r"[A-Z_]+=.*", command[0]):
+                    command.pop(0)
+                if command:
+                    yield block, command
+                command = []
+
+
+def uses_of(program):
+    """(place, arguments) of each use of a program, by whatever path it is called."""
+    return [
+        (str(block), words[1:])
+        for block, words in commands()
+        if pathlib.Path(words[0]).name == program
+    ]
+
+
+def titles(uses):
+    return [f"{place} {' '.join(arguments)}"[:90] for place, arguments in uses]
+
+
+GRPO_JAX, MAKE = uses_of("grpo-jax"), uses_of("make")
+
+
+@pytest.fixture
+def parse(monkeypatch, tmp_path):
+    """Parses the arguments of grpo-jax as the program does, and runs nothing."""
+    for name in ("evaluate", "sample", "export", "plot", "report"):
+        # The wrapper has the signature and the docstring that tyro reads.
+        command = vars(cli)[name]
+        monkeypatch.setattr(
+            cli, name, functools.wraps(command)(lambda *args, **kwargs: None)
+        )
+
+    def parse(arguments):
+        if arguments[0] != "train":
+            cli._dispatch(arguments)
+            return
+        if "--config" in arguments:
+            # A reader's own file is not here; a whole one stands in for it.
+            run_dir.check_config(tmp_path, TrainConfig())
+            place = arguments.index("--config") + 1
+            file = str(tmp_path / "config.yaml")
+            arguments = [*arguments[:place], file, *arguments[place + 1 :]]
+        cli.train_config(arguments[1:])
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any(b.page == p for b in PYTHON)], ids=name_of
+)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"__name__": "__main__"}
+    for block in PYTHON:
+        if block.page == page:
+            # Line numbers of a traceback are those of the page.
+            code = compile("\n" * block.line + block.text, str(page), "exec")
+            if not block.skipped:
+                exec(code, names)
+
+
+def test_few_blocks_are_left_out():
+    assert sum(block.skipped for block in PYTHON) <= 4
+
+
+@pytest.mark.parametrize(("place", "arguments"), GRPO_JAX, ids=titles(GRPO_JAX))
+def test_a_command_of_a_page_parses(place, arguments, parse):
+    try:
+        parse(arguments)
+    except SystemExit as end:
+        assert end.code == 0 and "--help" in arguments, f"{place} does not parse"
+
+
+def test_a_command_with_an_unknown_flag_would_be_found(parse):
+    with pytest.raises(SystemExit):
+        parse(["eval", "--modle", "embedded"])
+    with pytest.raises(SystemExit):
+        parse(["train", "--objective.beta", "1"])
+
+
+def test_targets_of_make_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
+    assert {"train", "test", "check"} <= targets
+    used = {word for _, words in MAKE for word in words if re.fullmatch("[a-z]+", word)}
+    for page in PAGES:
+        used |= set(re.findall(r"`make ([a-z]+)", prose(page)))
+    assert used <= targets
+
+
+def test_files_in_commands_exist():
+    missing = [
+        f"{block}: {word}"
+        for block, words in commands()
+        for word in words
+        if re.fullmatch(
+            r"(\./)?(experiments|benchmarks|tests|tpu_setup)/[\w/]+\.\w+", word
+        )
+        and not (ROOT / word).exists()
+        and word != "tpu_setup/env.sh"  # the reader's own, made from the example
+    ]
+    assert not missing
+
+
+def anchors(page):
+    """Names of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    words = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {word.strip().replace(" ", "-") for word in words}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists():
+            broken.append(link)
+        elif anchor and anchor not in anchors(target):
+            broken.append(link)
+    assert not broken
+
+
+def theory_rows():
+    """(functions, tests) of the rows of the tables in docs/theory.md."""
+    page = ROOT / "docs" / "theory.md"
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    for line in text.splitlines():
+        cells = re.split(r"(?<!\\)\|", line.strip().strip("|"))
+        if line.startswith("|") and "::" in cells[-1]:
+            functions = re.findall(r"`([a-z_0-9]+)", cells[-2])
+            yield functions, re.findall(r"(test_\w+)::(test_\w+)", cells[-1])
+
+
+def test_functions_and_tests_of_the_theory_exist():
+    rows = list(theory_rows())
+    assert rows
+    functions = {name for names, _ in rows for name in names}
+    assert functions <= {*vars(objective), *vars(objective.Mean)}
+    for module, test in {pair for _, pairs in rows for pair in pairs}:
+        source = (ROOT / "tests" / "objective" / f"{module}.py").read_text()
+        assert f"def {test}(" in source, f"{module}::{test}"

@@ -1,0 +1,91 @@
+"""Every experiment says what it needs and what comes out, and starts."""
+
+import ast
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDER = ROOT / "experiments"
+SCRIPTS = sorted(FOLDER.glob("*.py"))
+
+# One process imports JAX once and asks all scripts for their help.
+ASK = """
+import contextlib, io, json, runpy, sys
+
+answers = {}
+for script in sys.argv[1:]:
+    out = io.StringIO()
+    sys.argv = [script, "--help"]
+    code = "it went on"
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    answers[script] = [code, out.getvalue()]
+print(json.dumps(answers))
+"""
+
+
+def name_of(path):
+    return path.stem
+
+
+def docstring(script):
+    return ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+
+
+@pytest.fixture(scope="module")
+def answers():
+    import json
+
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, *map(str, SCRIPTS)],
+        env=os.environ | {"JAX_PLATFORMS": "no_such_platform"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_it_helps_without_starting_a_backend(script, answers):
+    code, text = answers[str(script)]
+    assert code == 0, text
+    assert "usage:" in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_its_docstring_tells_command_hardware_time_and_result(script):
+    text = docstring(script)
+    assert f"python experiments/{script.name}" in text
+    assert re.search(r"\b(CPU|GPU|TPU|H\d00|A100|v\d|cores?)\b", text), "hardware"
+    assert re.search(r"\b(seconds?|minutes?|hours?)\b", text), "time"
+    assert re.search(r"\b(accuracy|reward|loss|answers?|pass@|result)", text), "result"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_it_compiles_and_does_nothing_when_imported(script):
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    kinds = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign
+    rest = [
+        node for node in tree.body[1:] if not isinstance(node, kinds | ast.AnnAssign)
+    ]
+    # What is left is the guard at the end.
+    assert [ast.unparse(node).splitlines()[0] for node in rest] == [
+        "if __name__ == '__main__':"
+    ]
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "gsm8k"])
+def test_a_recipe_fits_on_a_page(name):
+    script = FOLDER / f"{name}.py"
+    if not script.is_file():
+        pytest.skip(f"{script.name} has not been written")
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 80

@@ -1,0 +1,371 @@
+"""Whole runs of a tiny model: what they leave, how they resume, what they refuse."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from grpo_jax import train
+from grpo_jax.config import (
+    CheckpointConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ReportConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from grpo_jax.reporting.metrics import read_completions, read_metrics
+from grpo_jax.training.checkpoint import Checkpoints
+from grpo_jax.training.digest import params_sha256
+from grpo_jax.training.learner import Learner
+from grpo_jax.training.run_dir import claim
+from grpo_jax.weights.pretrained import load_pretrained
+
+ROWS = [{"prompt": f"say {i}", "wanted": "aeiou"[i % 5]} for i in range(20)]
+STEPS = 4
+
+
+class Interrupted(Exception):
+    """Stands for a crash."""
+
+
+def share(completions, wanted, **_):
+    """The share of the wanted letter and of what sorts below it."""
+    return [
+        sum(c <= w for c in text) / max(len(text), 1)
+        for text, w in zip(completions, wanted, strict=True)
+    ]
+
+
+def at_step(number, action):
+    """The reward `share`, which does something at a step."""
+
+    def share_(completions, wanted, trainer_state, **_):
+        if trainer_state.global_step == number:
+            action()
+        return share(completions, wanted)
+
+    share_.__name__ = "share"
+    return share_
+
+
+@pytest.fixture
+def config(tiny_policy, tmp_path):
+    return TrainConfig(
+        model=str(tiny_policy.folder),
+        run_dir=str(tmp_path / "run"),
+        steps=STEPS,
+        prompts_per_step=8,
+        group_size=2,
+        max_prompt_tokens=16,
+        max_new_tokens=6,
+        eval_every=2,
+        eval_prompts=8,
+        sampling=SamplingConfig(stop_ids=tuple(range(0, 264, 5))),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        checkpoint=CheckpointConfig(every=1, keep=2),
+        report=ReportConfig(completions_every=2),
+    )
+
+
+def run(config, reward=share, **options):
+    options = {"dataset": ROWS, "eval_dataset": ROWS[:5]} | options
+    return train(config, rewards=[reward], **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_policy, tmp_path_factory):
+    """A run that nothing disturbs, and its result."""
+    path = tmp_path_factory.mktemp("undisturbed")
+    made = config.__wrapped__(tiny_policy, path)
+    return made, run(made)
+
+
+def comparable(history):
+    """Metrics without times and the count of compilations."""
+    free = ("time/", "tokens_per_second/", "compile/")
+    return [
+        {name: value for name, value in line.items() if not name.startswith(free)}
+        for line in history
+    ]
+
+
+def elsewhere(config, path, **changes):
+    return dataclasses.replace(config, run_dir=str(path / "other"), **changes)
+
+
+def manifest(result_or_path):
+    return json.loads((result_or_path / "manifest.json").read_text())
+
+
+def test_a_run_leaves_what_its_directory_promises(undisturbed):
+    config, result = undisturbed
+    path = result.run_dir
+    names = {entry.name for entry in path.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "completions",
+        "checkpoints",
+        "plots",
+        "export",
+        "log.txt",
+        "summary.json",
+    }
+    assert yaml.safe_load((path / "config.yaml").read_text())["steps"] == STEPS
+    assert manifest(path)["status"] == "finished"
+    assert manifest(path)["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert json.loads((path / "summary.json").read_text()) == result.summary
+    assert (path / "plots" / "metrics.png").read_bytes()[:4] == b"\x89PNG"
+    steps = sorted(int(p.name) for p in (path / "checkpoints").iterdir())
+    assert steps == [STEPS - 1, STEPS]
+
+
+def test_metrics_have_one_line_per_step(undisturbed):
+    _, result = undisturbed
+    history = read_metrics(result.run_dir)
+    assert [line["step"] for line in history] == list(range(STEPS + 1))
+    assert "eval/reward" in history[0] and "loss" not in history[0]
+    for line in history[1:]:
+        assert line["update_skipped"] == 0.0 and line["grad_norm"] > 0.0
+        assert line["sampler_logp_diff/max"] < 1e-4
+        assert line["learning_rate"] == pytest.approx(1e-2)
+        assert line["reward"] == pytest.approx(line["rewards/share/mean"])
+        assert ("eval/reward" in line) == (line["step"] % 2 == 0)
+    assert history == result.history
+    # The reference is the policy at first, and no more after an update.
+    assert history[1]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert history[2]["kl"] > 1e-6
+
+
+def test_completions_are_written_with_their_rewards_and_advantages(undisturbed):
+    _, result = undisturbed
+    folder = result.run_dir / "completions"
+    assert len(list(folder.iterdir())) == 3  # step 1, and every second
+    rows = read_completions(result.run_dir, 2)
+    assert len(rows) == 16
+    advantages = np.array([row["advantage"] for row in rows]).reshape(8, 2)
+    np.testing.assert_allclose(advantages.sum(axis=1), 0.0, atol=1e-5)
+    for row in rows:
+        assert row["step"] == 2 and row["prompt"] in [r["prompt"] for r in ROWS]
+        assert row["rewards"] == {"share": row["reward"]}
+        assert 1 <= row["length"] <= 6 and isinstance(row["finished"], bool)
+
+
+def test_the_export_is_the_trained_model(undisturbed):
+    _, result = undisturbed
+    exported = load_pretrained(result.run_dir / "export")
+    assert params_sha256(exported.params) == result.summary["params_sha256"]
+    assert params_sha256(result.params) == result.summary["params_sha256"]
+
+
+def test_training_moved_every_parameter(undisturbed, tiny_policy):
+    _, result = undisturbed
+    for old, new in zip(
+        jax.tree.leaves(tiny_policy.params), jax.tree.leaves(result.params), strict=True
+    ):
+        assert (np.asarray(old) != np.asarray(new)).any()
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def crash():
+    raise Interrupted
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("how", ["stopped", "crashed"])
+def test_an_interrupted_run_ends_in_the_same_bits(how, step, undisturbed, tmp_path):
+    config, result = undisturbed
+    config = elsewhere(config, tmp_path)
+    path = tmp_path / "other"
+    if how == "stopped":
+        halted = run(config, at_step(step, stop))
+        assert halted.summary["status"] == "preempted"
+        assert halted.summary["steps"] == step - 1
+        assert manifest(path)["status"] == "preempted"
+        assert not (path / "summary.json").exists()
+    else:
+        with pytest.raises(RuntimeError, match="reward function 'share' failed"):
+            run(config, at_step(step, crash))
+        assert manifest(path)["status"] == "failed"
+    resumed = run(config)
+    assert manifest(path)["status"] == "finished"
+    assert resumed.summary["params_sha256"] == result.summary["params_sha256"]
+    assert comparable(resumed.history) == comparable(result.history)
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(undisturbed):
+    config, result = undisturbed
+    before = (result.run_dir / "metrics.jsonl").read_bytes()
+    again = run(config)
+    assert (result.run_dir / "metrics.jsonl").read_bytes() == before
+    assert again.summary["params_sha256"] == result.summary["params_sha256"]
+
+
+def test_a_run_stopped_before_its_first_step_and_evaluation_can_resume(
+    undisturbed, tmp_path
+):
+    config, result = undisturbed
+    config = elsewhere(config, tmp_path, eval_every=0, eval_prompts=0)
+    halted = run(config, at_step(1, stop))
+    assert halted.summary["status"] == "preempted" and halted.history == []
+    resumed = run(config)
+    assert [line["step"] for line in resumed.history] == [1, 2, 3, 4]
+    assert resumed.summary["params_sha256"] == result.summary["params_sha256"]
+
+
+def test_a_damaged_checkpoint_costs_steps_but_no_bits(undisturbed, tmp_path):
+    config, result = undisturbed
+    config = elsewhere(config, tmp_path)
+    run(config, at_step(4, stop))
+    for file in (tmp_path / "other" / "checkpoints" / "3" / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    resumed = run(config)
+    assert resumed.summary["params_sha256"] == result.summary["params_sha256"]
+    assert comparable(resumed.history) == comparable(result.history)
+    assert "checkpoint 3 is damaged" in (tmp_path / "other" / "log.txt").read_text()
+
+
+def test_a_renewed_reference_survives_a_stop(undisturbed, tmp_path):
+    config, _ = undisturbed
+    objective = ObjectiveConfig(kl_coef=0.5, reference_every=2)
+    config = dataclasses.replace(config, objective=objective, eval_prompts=0)
+    whole = run(elsewhere(config, tmp_path / "whole"))
+    kl = [line["kl"] for line in whole.history]
+    # Steps 1 and 3 begin with a reference that is the policy.
+    assert kl[0] == pytest.approx(0.0, abs=1e-6) and kl[1] > 1e-6
+    assert kl[2] == pytest.approx(0.0, abs=1e-6) and kl[3] > 1e-6
+    for step in (3, 4):
+        config = elsewhere(config, tmp_path / f"at {step}")
+        run(config, at_step(step, stop))
+        resumed = run(config)
+        assert comparable(resumed.history) == comparable(whole.history)
+
+
+def test_another_configuration_is_refused_with_the_differing_fields(undisturbed):
+    config, result = undisturbed
+    other = dataclasses.replace(
+        config, seed=5, optimizer=OptimizerConfig(learning_rate=0.5)
+    )
+    with pytest.raises(
+        ValueError, match=r"optimizer\.learning_rate: 0\.01 and 0\.5;.*seed: 0 and 5"
+    ):
+        run(other)
+    assert manifest(result.run_dir)["status"] == "finished"
+
+
+def test_two_runs_in_one_directory_are_refused(config, tmp_path):
+    with claim(tmp_path / "run"), pytest.raises(ValueError, match="in use by another"):
+        run(config)
+
+
+def test_rewards_of_a_wrong_length_are_refused_and_nothing_is_lost(
+    undisturbed, tmp_path
+):
+    config, result = undisturbed
+    config = elsewhere(config, tmp_path)
+
+    def share(completions, wanted, trainer_state, **_):
+        values = globals()["share"](completions, wanted)
+        return values[:-1] if trainer_state.global_step == 3 else values
+
+    with pytest.raises(ValueError, match="'share' .*15.*16"):
+        run(config, share)
+    assert [int(p.name) for p in (tmp_path / "other" / "checkpoints").iterdir()] != []
+    resumed = run(config)
+    assert resumed.summary["params_sha256"] == result.summary["params_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rewards": None, "dataset": ROWS}, "a dataset needs rewards"),
+        ({"eval_dataset": ROWS}, "eval_dataset needs a dataset"),
+        ({"rewards": share, "dataset": []}, "are empty"),
+        ({"rewards": share, "dataset": [{"prompt": "x"}]}, "needs wanted"),
+        (
+            {"rewards": share, "dataset": [{"prompt": "x" * 17, "wanted": "a"}]},
+            "row 0 has 17 tokens",
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_compiled(config, options, message):
+    with jax.no_tracing(), pytest.raises(ValueError, match=message):
+        train(config, **options)
+
+
+def test_prompts_that_the_mesh_does_not_divide_are_refused(config):
+    config = dataclasses.replace(config, prompts_per_step=12)
+    with pytest.raises(ValueError, match="12 prompts per update.* use 16"):
+        run(config)
+
+
+def test_updates_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, steps=20, eval_prompts=0)
+    with_advantages = Learner.with_advantages
+    calls = []
+
+    def poisoned(self, batch, rollout):
+        calls.append(1)
+        batch = with_advantages(self, batch, rollout)
+        if len(calls) <= 2:
+            return batch
+        return batch.replace(advantages=batch.advantages * np.nan)
+
+    monkeypatch.setattr(Learner, "with_advantages", poisoned)
+    with pytest.raises(FloatingPointError, match="step 7: 5 updates in a row.*nan"):
+        run(config)
+    path = tmp_path / "run"
+    history = read_metrics(path)
+    assert [line["update_skipped"] for line in history] == [0, 0, 1, 1, 1, 1]
+    assert manifest(path)["status"] == "failed"
+    log = (path / "log.txt").read_text()
+    assert "step 3: loss nan" in log
+    # Skipped updates leave the parameters of step 2 as they are.
+    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint)
+    _, params, meta = checkpoints.restore_params()
+    assert meta["progress"]["skipped"] == 4
+    monkeypatch.undo()
+    two = run(elsewhere(config, tmp_path), at_step(3, stop))
+    assert params_sha256(params) == two.summary["params_sha256"]
+
+
+def test_dynamic_sampling_advances_by_what_it_drew(config, tmp_path):
+    def sometimes(completions, wanted, **_):
+        """Only prompts of the letters a and e tell completions apart."""
+        return [float(i % 2) if w in "ae" else 0.0 for i, w in enumerate(wanted)]
+
+    objective = ObjectiveConfig.preset("dapo")
+    config = dataclasses.replace(config, objective=objective, eval_prompts=0, steps=2)
+    result = run(config, sometimes)
+    # Two letters in five: eight such prompts are found among the next three rollouts.
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", config.checkpoint)
+    _, _, meta = checkpoints.restore_params()
+    position = meta["progress"]["position"]
+    assert position % 8 == 0 and 40 <= position <= 48
+    for line in result.history:
+        assert line["frac_reward_zero_std"] == 0.0
+        assert "kl" not in line
+
+
+def test_pmap_makes_the_same_run(undisturbed, tmp_path):
+    config, result = undisturbed
+    config = elsewhere(
+        config, tmp_path, mesh=MeshConfig(data=8, fsdp=1, mode="pmap"), steps=2
+    )
+    other = run(config)
+    for line, expected in zip(other.history, result.history, strict=False):
+        for name in ("loss", "grad_norm", "reward", "kl"):
+            if name in expected:
+                assert line[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6)

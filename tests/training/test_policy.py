@@ -1,0 +1,221 @@
+"""A policy comes back from a run or from files, wherever it is wanted."""
+
+import dataclasses
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.config import CheckpointConfig, MeshConfig, TrainConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
+from grpo_jax.parallel import mesh as meshes
+from grpo_jax.training import run_dir as directories
+from grpo_jax.training.checkpoint import Checkpoints
+from grpo_jax.training.policy import for_run, load_policy, open_policy, restore
+from grpo_jax.training.state import TrainState
+
+
+def assert_same_bits(one, two):
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def devices_of(tree):
+    return {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
+
+
+def at_step(params, step):
+    """Parameters that tell the step they were saved at."""
+    return jax.tree.map(lambda leaf: leaf + jnp.float32(step / 64), params)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_policy, tmp_path_factory):
+    """A run with checkpoints at steps 5 and 10, saved from a mesh of 8 devices."""
+    path = tmp_path_factory.mktemp("policy") / "run"
+    path.mkdir()
+    config = TrainConfig(
+        model=str(tiny_policy.folder),
+        mesh=MeshConfig(fsdp=4, tensor=2),
+        checkpoint=CheckpointConfig(keep=9),
+        seed=3,
+    )
+    directories.check_config(path, config)
+    mesh, model = meshes.make_mesh(config.mesh), tiny_policy.model
+    place = meshes.parameter_shardings(param_axes(model), abstract_params(model), mesh)
+    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint)
+    for step in (5, 10):
+        params = jax.device_put(at_step(tiny_policy.params, step), place)
+        state = TrainState(step=jnp.int32(step), params=params, opt_state=(params,))
+        checkpoints.save(step, state, {})
+    checkpoints.close()
+    return path
+
+
+def test_the_newest_step_comes_back_on_the_default_device(run, tiny_policy):
+    restored = restore(run)
+    assert restored.step == 10
+    assert_same_bits(restored.params, at_step(tiny_policy.params, 10))
+    assert devices_of(restored.params) == {jax.devices()[0]}
+    assert restored.config == directories.read_config(run)
+    ids = restored.tokenizer.encode_prompt("1+1=")
+    assert ids == tiny_policy.tokenizer.encode_prompt("1+1=")
+
+
+@pytest.mark.parametrize("path", [str, lambda p: p])
+def test_an_older_step_comes_back_by_its_number(run, tiny_policy, path):
+    restored = restore(path(run), 5)
+    assert restored.step == 5
+    assert_same_bits(restored.params, at_step(tiny_policy.params, 5))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 1, 2), (1, 1, 1)])
+def test_the_parameters_go_to_any_mesh(run, tiny_policy, meshes_of, sizes):
+    mesh = meshes_of(*sizes)
+    restored = restore(run, mesh=mesh)
+    assert_same_bits(restored.params, at_step(tiny_policy.params, 10))
+    assert devices_of(restored.params) == set(mesh.devices.flat)
+    model = restored.model
+    place = meshes.parameter_shardings(param_axes(model), abstract_params(model), mesh)
+    assert jax.tree.map(lambda leaf: leaf.sharding, restored.params) == place
+    # What lies on one device is its share: the embedding is split over fsdp, tensor.
+    rows, width = restored.params["embed"]["embedding"].shape
+    shard = restored.params["embed"]["embedding"].addressable_shards[0].data
+    assert shard.shape == (rows // sizes[2], width // sizes[1])
+
+
+def test_a_restored_model_computes_what_its_parameters_say(run, tiny_policy):
+    restored = restore(run)
+    tokens, lengths = jnp.arange(12).reshape(2, 6), jnp.array([6, 4])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def hidden(model, params):
+        variables = {"params": params}
+        return model.apply(variables, tokens, lengths, method=model.forward)
+
+    expected = hidden(tiny_policy.model, at_step(tiny_policy.params, 10))
+    np.testing.assert_array_equal(hidden(restored.model, restored.params), expected)
+
+
+def test_the_optimizer_is_not_needed(run, tiny_policy, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "10" / "optimizer")
+    restored = restore(copy)
+    assert_same_bits(restored.params, at_step(tiny_policy.params, 10))
+
+
+def test_a_step_that_does_not_exist_lists_those_that_do(run):
+    with pytest.raises(ValueError, match=r"no checkpoint 7 in .* exist: \[5, 10\]"):
+        restore(run, 7)
+
+
+def test_a_folder_without_a_run_or_checkpoints_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no run"):
+        restore(tmp_path)
+    directories.check_config(tmp_path, TrainConfig())
+    with pytest.raises(ValueError, match="there is no checkpoint in"):
+        restore(tmp_path)
+
+
+def test_a_policy_is_opened_from_a_run_or_from_a_model(run, tiny_policy):
+    opened = open_policy(run_dir=run, step=5)
+    assert opened.step == 5
+    assert_same_bits(opened.params, at_step(tiny_policy.params, 5))
+    opened = open_policy(model=str(tiny_policy.folder))
+    assert opened.step is None
+    assert_same_bits(opened.params, tiny_policy.params)
+    assert opened.config == TrainConfig(model=str(tiny_policy.folder))
+
+
+def test_exactly_one_of_run_and_model_is_needed(run, tiny_policy):
+    for arguments in ({}, {"run_dir": run, "model": str(tiny_policy.folder)}):
+        with pytest.raises(ValueError, match="give either --run-dir or --model"):
+            open_policy(**arguments)
+
+
+def test_a_model_is_loaded_onto_the_mesh(tiny_policy, meshes_of):
+    mesh = meshes_of(1, 4, 2)
+    policy = load_policy(TrainConfig(model=str(tiny_policy.folder)), mesh)
+    assert_same_bits(policy.trained, tiny_policy.params)
+    model = policy.model
+    place = meshes.parameter_shardings(param_axes(model), abstract_params(model), mesh)
+    assert jax.tree.map(lambda leaf: leaf.sharding, policy.trained) == place
+    assert policy.base is None
+
+
+def test_a_model_that_the_mesh_does_not_divide_is_refused(tiny_policy, meshes_of):
+    # Two key/value heads of 8 numbers are 16 columns: 3 devices cannot share them.
+    with pytest.raises(ValueError, match="cannot be split over tensor = 3 devices"):
+        load_policy(TrainConfig(model=str(tiny_policy.folder)), meshes_of(1, 1, 3))
+
+
+def test_the_trained_policy_is_ready_for_export(tiny_policy, meshes_of):
+    config = TrainConfig(model=str(tiny_policy.folder))
+    policy = load_policy(config, meshes_of(1, 1, 1))
+    exported = policy.pretrained(policy.trained)
+    assert_same_bits(exported.params, tiny_policy.params)
+    assert exported.tokenizer is policy.tokenizer
+
+
+@pytest.mark.parametrize(
+    ("backend", "asked", "dtype"),
+    [
+        ("cpu", "auto", "float32"),
+        ("gpu", "auto", "bfloat16"),
+        ("tpu", "auto", "bfloat16"),
+        ("tpu", "float32", "float32"),
+        ("cpu", "bfloat16", "bfloat16"),
+    ],
+)
+def test_accelerators_compute_in_bfloat16_unless_told_otherwise(
+    tiny_policy, monkeypatch, backend, asked, dtype
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    chosen = for_run(tiny_policy.model.config, TrainConfig(compute_dtype=asked))
+    assert chosen.dtype == dtype
+
+
+def remat_of(config: ModelConfig, **options) -> str:
+    sizes = {"prompts_per_step": 16, "group_size": 8, "max_prompt_tokens": 512}
+    return for_run(config, TrainConfig(**(sizes | options))).remat
+
+
+def test_layers_are_computed_again_when_activations_would_fill_the_memory(tiny_policy):
+    config = tiny_policy.model.config
+    assert (config.hidden_size, config.intermediate_size, config.num_layers) == (
+        32,
+        48,
+        2,
+    )
+    # A token keeps (12 * 32 + 4 * 48) * 2 layers * 4 bytes = 4608 bytes. 16 prompts of
+    # 512 and 128 completions: (8192 + 128 * T) * 4608 > 2**31 from T = 3577 on.
+    assert remat_of(config, max_new_tokens=3576) == "none"
+    assert remat_of(config, max_new_tokens=3577) == "layer"
+    # A microbatch is what is held at once: one group is an eighth of a sixteenth.
+    assert remat_of(config, max_new_tokens=3577, microbatch_size=8) == "none"
+    # 4 of a group of 8 with their whole prompt: (P + 4 * 1000) * 4608 > 2**31
+    # from P = 462034 on.
+    part = {"microbatch_size": 4, "max_new_tokens": 1000}
+    assert remat_of(config, max_prompt_tokens=462_033, **part) == "none"
+    assert remat_of(config, max_prompt_tokens=462_034, **part) == "layer"
+
+
+@pytest.mark.parametrize("remat", ["none", "layer", "dots"])
+def test_remat_that_is_asked_for_is_taken(tiny_policy, remat):
+    config = tiny_policy.model.config
+    assert remat_of(config, remat=remat, max_new_tokens=9999) == remat
+    assert remat_of(config, remat=remat, max_new_tokens=1) == remat
+
+
+def test_a_run_changes_nothing_else_of_a_model(tiny_policy):
+    before = tiny_policy.model.config
+    after = for_run(before, TrainConfig(compute_dtype="bfloat16", remat="dots"))
+    assert after == dataclasses.replace(before, dtype="bfloat16", remat="dots")
+    assert Decoder(after).config == after

@@ -1,0 +1,350 @@
+"""A run directory has one owner, one configuration, and no secrets in it."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+import yaml
+
+from grpo_jax.config import (
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ReportConfig,
+    TrainConfig,
+)
+from grpo_jax.parallel import mesh as meshes
+from grpo_jax.training import run_dir as directories
+from grpo_jax.validation import to_dict
+
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
+
+
+def begun(path):
+    """Make the directory look like that of a run that has made a step."""
+    (path / "metrics.jsonl").write_text('{"step": 1}\n')
+
+
+def write_yaml(path, text):
+    file = path / "config.yaml"
+    file.write_text(text)
+    return file
+
+
+# --- The lock
+
+
+def test_a_second_claim_is_refused_while_the_first_holds(tmp_path):
+    path = tmp_path / "deep" / "run"
+    with directories.claim(path):
+        assert path.is_dir()
+        with pytest.raises(ValueError, match=f"{path} is in use by another run"):
+            with directories.claim(path):
+                pytest.fail("two runs work in one directory")
+    with directories.claim(path):
+        pass
+
+
+def test_the_lock_of_a_run_that_failed_is_free(tmp_path):
+    with pytest.raises(KeyError):
+        with directories.claim(tmp_path):
+            raise KeyError
+    with directories.claim(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    hold = (
+        "import fcntl, os, signal, sys\n"
+        "lock = open(sys.argv[1], 'a')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "signal.pause()\n"
+    )
+    command = [sys.executable, "-c", hold, tmp_path / "run.lock"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="in use"):
+            with directories.claim(tmp_path):
+                pytest.fail("the lock is held by another process")
+        process.kill()
+        process.wait()
+    with directories.claim(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_directory_that_cannot_be_written_is_named(tmp_path, below):
+    # A file in the way stops root as well, whom permissions do not.
+    file = tmp_path / "file"
+    file.write_text("")
+    path = file / below if below else file
+    with pytest.raises(ValueError, match=f"run_dir {path} cannot be written .*choose"):
+        with directories.claim(path):
+            pytest.fail("it was claimed")
+
+
+# --- The configuration
+
+
+def test_a_new_run_saves_its_configuration(tmp_path):
+    config = TrainConfig(
+        steps=7, optimizer=OptimizerConfig(learning_rate=1e-6, warmup_steps=3)
+    )
+    directories.check_config(tmp_path, config)
+    assert directories.read_config(tmp_path) == config
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert saved == to_dict(config)
+
+
+def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
+    directories.check_config(tmp_path, TrainConfig(seed=1))
+    begun(tmp_path)
+    other = TrainConfig(seed=2, objective=ObjectiveConfig(kl_coef=0.0))
+    with pytest.raises(ValueError) as caught:
+        directories.check_config(tmp_path, other)
+    message = str(caught.value)
+    assert "objective.kl_coef: 0.04 and 0.0; seed: 1 and 2 (there and here)" in message
+    assert directories.read_config(tmp_path).seed == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run_dir": "elsewhere"},
+        {"mesh": MeshConfig(data=2, num_processes=4, process_id=3, mode="pmap")},
+        {"report": ReportConfig(log_every=7, tensorboard=True)},
+    ],
+)
+def test_where_and_how_a_run_goes_on_does_not_make_it_another(tmp_path, change):
+    config = TrainConfig()
+    directories.check_config(tmp_path, config)
+    begun(tmp_path)
+    directories.check_config(tmp_path, dataclasses.replace(config, **change))
+    assert directories.read_config(tmp_path) == config
+
+
+def test_a_run_that_never_began_may_be_followed_by_another(tmp_path):
+    # As after `--model` with a misspelled name: an empty log is all there is.
+    directories.check_config(tmp_path, TrainConfig(model="misspelled"))
+    (tmp_path / "metrics.jsonl").touch()
+    directories.check_config(tmp_path, TrainConfig())
+    assert directories.read_config(tmp_path) == TrainConfig()
+
+
+def test_a_checkpoint_makes_a_run_even_without_metrics(tmp_path):
+    directories.check_config(tmp_path, TrainConfig(seed=1))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="seed: 1 and 2"):
+        directories.check_config(tmp_path, TrainConfig(seed=2))
+
+
+def test_a_directory_without_a_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no run"):
+        directories.read_config(tmp_path)
+
+
+def test_fields_left_out_of_a_file_suit_its_model(tmp_path):
+    text = "model: some/model\noptimizer: {warmup_steps: 4}\n"
+    config = directories.load_config(write_yaml(tmp_path, text))
+    assert config == TrainConfig(
+        model="some/model", optimizer=OptimizerConfig(warmup_steps=4)
+    )
+    config = directories.load_config(
+        write_yaml(tmp_path, "optimizer: {warmup_steps: 4}")
+    )
+    # The embedded model keeps its own learning rate beside the warm-up that is given.
+    assert config.optimizer == OptimizerConfig(learning_rate=1e-3, warmup_steps=4)
+
+
+def test_another_model_gets_its_own_defaults_but_keeps_what_the_file_says(tmp_path):
+    file = write_yaml(tmp_path, "group_size: 4\nmax_new_tokens: 99\n")
+    config = directories.load_config(file, model="some/model")
+    assert config == TrainConfig(model="some/model", group_size=4, max_new_tokens=99)
+    assert config.optimizer.learning_rate == 1e-6
+    # A complete file leaves nothing to fill in.
+    file = write_yaml(tmp_path, yaml.safe_dump(to_dict(TrainConfig(seed=3))))
+    config = directories.load_config(file, model="some/model")
+    assert config == dataclasses.replace(TrainConfig(seed=3), model="some/model")
+
+
+def test_an_empty_file_is_the_default_run(tmp_path):
+    assert directories.load_config(write_yaml(tmp_path, "# nothing")) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    "number", ["1e-6", "1E-6", "1.0e-6", "+1e-6", "0.000001", "1.e-6"]
+)
+def test_numbers_may_be_written_as_people_write_them(tmp_path, number):
+    file = write_yaml(tmp_path, f"optimizer: {{learning_rate: {number}}}")
+    assert directories.load_config(file).optimizer.learning_rate == 1e-6
+
+
+def test_texts_that_look_like_numbers_stay_texts(tmp_path):
+    file = write_yaml(tmp_path, "model: a1e3\ndata: '1e3'\nrun_dir: e5\n")
+    config = directories.load_config(file)
+    assert (config.model, config.data, config.run_dir) == ("a1e3", "1e3", "e5")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: b: c", "cannot be read as YAML: mapping values are not allowed"),
+        ("steps: [1", "cannot be read as YAML"),
+        ("model: !!python/object:os.system {}", "cannot be read as YAML: could not"),
+        ("- 1\n- 2", "must hold a mapping of fields"),
+        ("7", "must hold a mapping of fields"),
+        ("stepz: 3", "stepz is not a field .* did you mean 'steps'"),
+        ("mesh: {fdsp: 3}", "mesh.fdsp is not a field .* did you mean 'fsdp'"),
+        ("mesh: 3", "mesh must be a mapping"),
+        ("steps: ten", "steps must be an integer from 1 on, got 'ten'"),
+        ("model: 3", "model must be a text"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_line(tmp_path, text, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        directories.load_config(write_yaml(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
+    with pytest.raises(ValueError, match="missing.yaml cannot be read"):
+        directories.load_config(tmp_path / "missing.yaml")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\xff\xfe\x00")
+    with pytest.raises(ValueError, match="model.gguf cannot be read as YAML"):
+        directories.load_config(tmp_path / "model.gguf")
+
+
+# --- The manifest
+
+
+@pytest.fixture
+def manifest(tmp_path, monkeypatch):
+    for name in SECRETS:
+        monkeypatch.setenv(name, f"secret-of-{name}")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    monkeypatch.setattr(sys, "argv", ["grpo-jax", "train", "--steps", "3"])
+    config = TrainConfig(seed=11, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = meshes.make_mesh(config.mesh)
+    directories.write_manifest(tmp_path, config, mesh, "running")
+    return json.loads((tmp_path / "manifest.json").read_text())
+
+
+def test_the_manifest_says_where_and_with_what_a_run_ran(manifest):
+    assert manifest["status"] == "running"
+    assert manifest["command"] == ["grpo-jax", "train", "--steps", "3"]
+    assert manifest["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert manifest["devices"] == ["cpu:cpu"] * 8
+    assert (manifest["backend"], manifest["processes"]) == ("cpu", 1)
+    assert manifest["seed"] == 11
+    assert manifest["versions"]["jax"] == jax.__version__
+    assert None not in manifest["versions"].values()
+    assert manifest["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert manifest["environment"]["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=false"
+    assert manifest["time"].endswith("+00:00")
+
+
+def test_no_secret_and_no_other_variable_is_kept(tmp_path, manifest):
+    text = (tmp_path / "manifest.json").read_text()
+    assert "secret-of" not in text
+    assert not [name for name in SECRETS if name in text]
+    allowed = {"XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64"}
+    assert set(manifest["environment"]) <= allowed
+
+
+@pytest.mark.parametrize("status", ["preempted", "failed", "finished"])
+def test_a_new_status_leaves_the_rest_as_it_was(tmp_path, manifest, status):
+    directories.set_status(tmp_path, status)
+    changed = json.loads((tmp_path / "manifest.json").read_text())
+    assert changed == manifest | {"status": status}
+
+
+# --- Files
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    file = tmp_path / "summary.json"
+    directories.write_json(file, {"steps": 1})
+    before = file.read_bytes()
+    with pytest.raises(UnicodeEncodeError):
+        directories.write_atomically(file, "half\ud800")
+    with pytest.raises(TypeError):
+        directories.write_json(file, {"steps": object()})
+    assert file.read_bytes() == before
+
+
+def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
+    file = tmp_path / "summary.json"
+    file.write_text("old")
+    seen = []
+    replace = os.replace
+
+    def spy(source, target):
+        # All is written, beside its place, when the name changes hands.
+        seen.append((file.read_text(), os.path.getsize(source)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", spy)
+    directories.write_atomically(file, "new and longer")
+    assert seen == [("old", len("new and longer"))]
+    assert file.read_text() == "new and longer"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_json_is_strict_whatever_the_numbers(tmp_path):
+    file = tmp_path / "summary.json"
+    directories.write_json(
+        file, {"accuracy": float("nan"), "steps": jax.numpy.int32(4)}
+    )
+    text = file.read_text()
+    assert json.loads(text) == {"accuracy": None, "steps": 4}
+    assert text.endswith("}\n")
+
+
+# --- The revision of the code
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of the code without its history, which the manifest looks at."""
+    module = tmp_path / "copy" / "grpo_jax" / "training" / "run_dir.py"
+    module.parent.mkdir(parents=True)
+    monkeypatch.setattr(directories, "__file__", str(module))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    return tmp_path / "copy"
+
+
+def revision(tmp_path):
+    mesh = meshes.make_mesh(MeshConfig())
+    directories.write_manifest(tmp_path, TrainConfig(), mesh, "running")
+    return json.loads((tmp_path / "manifest.json").read_text())["git_revision"]
+
+
+def test_a_copy_without_history_has_its_revision_in_a_file(tmp_path, copied):
+    assert revision(tmp_path) is None
+    (copied / "REVISION").write_text("0123abcd-dirty\n")
+    assert revision(tmp_path) == "0123abcd-dirty"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_a_checkout_tells_its_commit_and_whether_files_differ(tmp_path, copied):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        command = ["git", *identity, *arguments]
+        done = subprocess.run(command, cwd=copied, capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
+    (copied / "code.py").write_text("a = 1\n")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-q", "-m", "One")
+    git("tag", "v1")  # a tag must not stand in for the commit
+    commit = git("rev-parse", "HEAD")
+    assert revision(tmp_path) == commit
+    (copied / "code.py").write_text("a = 2\n")
+    assert revision(tmp_path) == f"{commit}-dirty"
