@@ -1,12 +1,13 @@
-"""Make the embedded model: a small Llama that learned arithmetic from careless text.
+"""Make the embedded model: a small Llama that can calculate but is careless.
 
     python experiments/embedded_model.py --out grpo_jax/assets/arithmetic-1m
 
-Supervised warm-up from random weights on the training problems of the arithmetic task.
-Six solutions of ten in the text are careless: no carry, no borrow, no minus sign. The
-model learns both ways and takes the careless one when it must choose, so it answers
-about four of ten held-out problems; what it lacks is a reason to be careful, which GRPO
-gives. 2 CPU cores, float32: about ten minutes.
+Supervised warm-up from random weights on the training problems of the arithmetic task:
+first on right solutions, until the model knows how; then shortly on text in which 17
+of 20 solutions are careless (no carry, no borrow, no minus sign). After that it takes
+the careless way when it must choose and answers about four of ten held-out problems;
+what it lacks is a reason to be careful, which GRPO gives.
+2 CPU cores, float32: about ten minutes.
 """
 
 from dataclasses import dataclass
@@ -41,10 +42,12 @@ class Options:
     """How the model is made."""
 
     out: Path = Path("grpo_jax/assets/arithmetic-1m")
-    careless: float = 0.6  # share of the text's solutions that are careless
-    steps: int = 5000
-    learning_rate: float = 2e-3  # peak; falls along a cosine
-    batch_size: int = 192
+    know: float = 0.97  # held-out accuracy at which the first part ends
+    max_steps: int = 10_000  # of the first part
+    careless: float = 0.85  # share of careless solutions in the second part
+    careless_steps: int = 500
+    learning_rate: float = 2e-3  # a quarter of it in the second part
+    batch_size: int = 128
     layers: int = 3
     width: int = 160
     inner: int = 448
@@ -116,10 +119,7 @@ def main(options: Options) -> None:
     texts = [row["answer"] for row in task.train] + list(map(careless_answer, problems))
     prompts = encode(tokenizer, problems, end=False)
     answers = encode(tokenizer, texts, end=True)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, options.learning_rate, 100, options.steps
-    )
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
     opt_state = tx.init(params)
 
     def loss(params, prompt, prompt_length, answer, answer_length):
@@ -136,26 +136,39 @@ def main(options: Options) -> None:
         return weighted_likelihood_loss(scored.logp, mask[:, None], weights).value()
 
     @jax.jit
-    def update(params, opt_state, *batch):
+    def update(params, opt_state, rate, *batch):
         value, grads = jax.value_and_grad(loss)(params, *batch)
         updates, opt_state = tx.update(grads, opt_state, params)
+        updates = jax.tree.map(lambda u: -rate * u, updates)
         return optax.apply_updates(params, updates), opt_state, value
 
     rng = np.random.default_rng(options.seed)
-    for step in range(1, options.steps + 1):
+
+    def train(params, opt_state, rate, share):
         rows = rng.integers(len(problems), size=options.batch_size)
-        careless = rng.random(options.batch_size) < options.careless
+        careless = rng.random(options.batch_size) < share
         written = rows + len(problems) * careless
         batch = [v[rows] for v in prompts] + [v[written] for v in answers]
-        params, opt_state, value = update(params, opt_state, *batch)
-        if step % 250 == 0 or step == options.steps:
-            report(step, float(value), model, params, tokenizer, task)
+        return update(params, opt_state, rate, *batch)
+
+    for step in range(1, options.max_steps + 1):
+        rate = options.learning_rate * min(step / 100, 1.0)
+        params, opt_state, value = train(params, opt_state, rate, 0.0)
+        if step % 250 == 0:
+            right = report(step, float(value), model, params, tokenizer, task)
+            if right >= options.know:
+                break
+    for _ in range(options.careless_steps):
+        rate = options.learning_rate / 4
+        params, opt_state, value = train(params, opt_state, rate, options.careless)
+    step += options.careless_steps
+    report(step, float(value), model, params, tokenizer, task)
     pretrained = Pretrained(model, params, tokenizer, model.config)
     save_pretrained(options.out, pretrained, dtype="bfloat16")
 
 
-def report(step, loss, model, params, tokenizer, task) -> None:
-    """Print how many held-out answers are right, and how many right or careless."""
+def report(step, loss, model, params, tokenizer, task) -> float:
+    """Print and return how many held-out answers are right; print also the careless."""
     result = evaluate(model, params, tokenizer, task, max_new_tokens=8)
     known = [
         text in (row["answer"], careless_answer(row["prompt"]))
@@ -166,6 +179,7 @@ def report(step, loss, model, params, tokenizer, task) -> None:
         f"right or careless {np.mean(known):.3f}",
         flush=True,
     )
+    return result.accuracy
 
 
 if __name__ == "__main__":

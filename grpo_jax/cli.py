@@ -36,11 +36,30 @@ once, and every other flag overrides them:
 def main() -> None:
     """Run the command that the arguments name; bad input ends with status 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _use_compile_cache()
     try:
         _dispatch(sys.argv[1:])
     except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
+def _use_compile_cache() -> None:
+    """Let JAX keep compiled programs for the next run, in a folder of this user alone.
+
+    Who can write to that folder can run code here, hence the mode. A cache that the
+    user has chosen, or turned off, stays as it is.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "grpo_jax" / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError:
+        return  # a home that cannot be written: compile anew
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
@@ -210,14 +229,24 @@ def sample(
         print(visible(text))
 
 
-def export(*, run_dir: Path, out: Path | None = None, step: int | None = None) -> None:
+def export(
+    *,
+    run_dir: Path,
+    out: Path | None = None,
+    step: int | None = None,
+    adapter: bool = False,
+) -> None:
     """Write a checkpoint of a run as a Hugging Face folder.
 
     Args:
       run_dir: the run.
-      out: the folder; RUN_DIR/export by default.
+      out: the folder; RUN_DIR/export by default, RUN_DIR/adapter for adapters.
       step: the checkpoint; the newest by default.
+      adapter: the adapters alone, for PEFT; else they are merged into the model.
     """
+    if adapter:
+        _export_adapter(run_dir, out or run_dir / "adapter", step)
+        return
     from grpo_jax.training.policy import open_policy
     from grpo_jax.weights.pretrained import Pretrained, save_pretrained
 
@@ -227,6 +256,15 @@ def export(*, run_dir: Path, out: Path | None = None, step: int | None = None) -
     exported = Pretrained(model, policy.params, policy.tokenizer, model.config)
     save_pretrained(folder, exported)
     print(f"step {policy.step} written to {folder}")
+
+
+def _export_adapter(run_dir: Path, folder: Path, step: int | None) -> None:
+    from grpo_jax.training.policy import restore_adapter
+    from grpo_jax.weights.adapter import save_adapter
+
+    found, adapter, config = restore_adapter(run_dir, step)
+    save_adapter(folder, adapter, config)
+    print(f"adapters of step {found} written to {folder}")
 
 
 def plot(

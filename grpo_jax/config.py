@@ -214,6 +214,11 @@ class LoraConfig(Section):
         "down",
     )
 
+    @property
+    def scale(self) -> float | None:
+        """What multiplies the adapters' output; None without adapters."""
+        return None if self.rank is None else self.alpha / self.rank
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
@@ -310,6 +315,11 @@ class TrainConfig(Section):
 
     def problems(self) -> Iterator[str]:
         """What is wrong between fields, one line each."""
+        if self.run_dir is not None and "://" in self.run_dir:
+            yield (
+                f"run_dir must be a local folder, got {self.run_dir!r}; mount a bucket "
+                "(Cloud Storage FUSE) and give the folder"
+            )
         prompts, group = self.prompts_per_step, self.group_size
         if group < 2:
             yield (
@@ -352,12 +362,12 @@ class TrainConfig(Section):
 
 
 _EMBEDDED_RUN = {
-    "steps": 300,
+    "steps": 120,
     "prompts_per_step": 32,
     "max_new_tokens": 8,
-    "eval_every": 50,
-    "eval_prompts": 512,
-    "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
+    "eval_every": 20,
+    "eval_prompts": 1001,
+    "optimizer": OptimizerConfig(learning_rate=2e-4, warmup_steps=10),
 }
 _PRETRAINED_RUN = {
     "steps": 200,

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
+import pathlib
 import re
 import shutil
 import typing
@@ -33,6 +35,8 @@ COMMANDS = ("train", "eval", "sample", "export", "plot", "report")
 def run_main(monkeypatch, *arguments):
     """The exit status of the program, run here; 0 if it returns."""
     monkeypatch.setattr("sys.argv", ["grpo-jax", *map(str, arguments)])
+    # Chosen by the user, so that the program leaves the environment as it is.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "chosen")
     try:
         cli.main()
     except SystemExit as end:
@@ -217,6 +221,43 @@ def test_a_mistake_of_our_own_keeps_its_traceback(monkeypatch):
         run_main(monkeypatch, "train")
 
 
+# --- The cache of compiled programs
+
+
+@pytest.fixture
+def no_choice(monkeypatch):
+    # Set first: what the program sets is then taken back after the test.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+
+
+def test_compiled_programs_are_kept_for_this_user_alone(
+    monkeypatch, tmp_path, no_choice
+):
+    folder = tmp_path / "grpo_jax" / "compiled"
+    folder.mkdir(parents=True, mode=0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cli._use_compile_cache()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("chosen", ["", "/somewhere/else"])
+def test_a_cache_that_the_user_chose_or_turned_off_stays(monkeypatch, tmp_path, chosen):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", chosen)
+    cli._use_compile_cache()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == chosen
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_that_cannot_be_written_means_no_cache(monkeypatch, tmp_path, no_choice):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    cli._use_compile_cache()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
 # --- Help
 
 
@@ -286,8 +327,14 @@ def run(tiny_policy, tmp_path_factory):
     """A run of three steps whose files are all there, without training."""
     path = tmp_path_factory.mktemp("cli") / "run"
     (path / "completions").mkdir(parents=True)
+    rows = [{"prompt": f"{n}+{n}=", "answer": 2 * n} for n in range(20)]
+    data = path.parent / "doubles.jsonl"
+    data.write_text("".join(to_json_line(row) + "\n" for row in rows))
     config = TrainConfig(
-        model=str(tiny_policy.folder), max_new_tokens=4, max_prompt_tokens=32
+        model=str(tiny_policy.folder),
+        task=str(data),
+        max_new_tokens=4,
+        max_prompt_tokens=32,
     )
     directories.check_config(path, config)
     lines = [
@@ -325,9 +372,10 @@ def test_eval_prints_json_and_writes_the_same(capsys, tmp_path, tiny_policy):
 
 
 def test_eval_of_a_run_takes_its_task_and_step(capsys, run):
-    text = out_of(capsys, "eval", "--run-dir", run, "--prompts", 2, "--step", 2)
+    text = out_of(capsys, "eval", "--run-dir", run, "--step", 2)
     result = json.loads(text)
-    assert (result["task"], result["step"]) == ("arithmetic", 2)
+    assert (pathlib.Path(result["task"]).name, result["step"]) == ("doubles.jsonl", 2)
+    assert result["prompts"] == 2  # one in ten of its 20 rows is held out
     # One greedy sample has no pass@k.
     assert "pass@1" not in result and result["samples"] == 1
 

@@ -61,6 +61,11 @@ REFUSED = [
         "microbatch_size 24|the 32 sequences",
     ),
     (
+        TrainConfig,  # 8 divides the 24 sequences, but holds no whole groups of 6
+        {"prompts_per_step": 4, "group_size": 6, "microbatch_size": 8},
+        "microbatch_size 8|groups of 6",
+    ),
+    (
         TrainConfig,  # neither holds a group of 8 nor divides it
         {"prompts_per_step": 4, "group_size": 8, "microbatch_size": 3},
         "microbatch_size 3|divide a group",
@@ -150,6 +155,7 @@ REFUSED = [
     (CheckpointConfig, {"every": 0}, "checkpoint.every|from 1 on"),
     (CheckpointConfig, {"keep": 0}, "checkpoint.keep|from 1 on"),
     (CheckpointConfig, {"keep_every": 0}, "checkpoint.keep_every"),
+    (CheckpointConfig, {"grace_seconds": 0}, "checkpoint.grace_seconds|positive"),
     (MeshConfig, {"fsdp": 0}, "mesh.fsdp|number of devices, or -1, got 0"),
     (MeshConfig, {"data": -1}, "mesh.data, fsdp and tensor: only one"),
     (MeshConfig, {"mode": "xmap"}, "mesh.mode|'jit', 'pmap'"),

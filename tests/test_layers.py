@@ -31,6 +31,7 @@ ROWS = {
     "reporting": 4,
     "training": 5,
     "training.loop": 6,
+    "training.setup": 6,
     "training.evaluate": 6,
     "cli": 7,
     "__main__": 8,

@@ -16,7 +16,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 
 # Target name -> module path of the projection.
-_PATHS = {
+PATHS = {
     "q": ("layers", "attn", "q"),
     "k": ("layers", "attn", "k"),
     "v": ("layers", "attn", "v"),
@@ -36,24 +36,32 @@ def init_lora(
     reference implementation of Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 
     Raises:
-        ValueError: a target that is no projection, or a rank below 1.
+        ValueError: a target that is no projection, a rank below 1, or one larger than
+            a side of a target's kernel, beyond which it adds nothing.
     """
-    unknown = sorted(set(targets) - set(_PATHS))
+    unknown = sorted(set(targets) - set(PATHS))
     if unknown or not targets:
         raise ValueError(
-            f"lora targets must be some of {sorted(_PATHS)}, got {list(targets)}"
+            f"lora targets must be some of {sorted(PATHS)}, got {list(targets)}"
         )
     if rank < 1:
         raise ValueError(f"lora rank must be at least 1, got {rank}")
     shapes = _flat(abstract_params(model))
+    for name in targets:
+        sides = shapes[(*PATHS[name], "kernel")].shape[1:]
+        if rank > min(sides):
+            raise ValueError(
+                f"lora rank must be at most {min(sides)}, got {rank}: the kernel of "
+                f"{name!r} is {sides[0]} x {sides[1]}"
+            )
     adapters = {}
-    for name, one_key in zip(_PATHS, jax.random.split(key, len(_PATHS)), strict=True):
+    for name, one_key in zip(PATHS, jax.random.split(key, len(PATHS)), strict=True):
         if name in targets:
-            num_layers, fan_in, fan_out = shapes[(*_PATHS[name], "kernel")].shape
+            num_layers, fan_in, fan_out = shapes[(*PATHS[name], "kernel")].shape
             shape, bound = (num_layers, fan_in, rank), fan_in**-0.5
             a = jax.random.uniform(one_key, shape, minval=-bound, maxval=bound)
-            adapters[(*_PATHS[name], "a")] = a
-            adapters[(*_PATHS[name], "b")] = jnp.zeros((num_layers, rank, fan_out))
+            adapters[(*PATHS[name], "a")] = a
+            adapters[(*PATHS[name], "b")] = jnp.zeros((num_layers, rank, fan_out))
     return traverse_util.unflatten_dict(adapters)
 
 
@@ -74,14 +82,15 @@ def lora_axes(model: Decoder, adapters: PyTree) -> PyTree:
 def merge_lora(params: PyTree, adapters: PyTree, config: ModelConfig) -> PyTree:
     """Returns parameters of a model without adapters that computes the same.
 
-    Each adapted kernel becomes W + lora_scale a b, in float32.
+    Each adapted kernel becomes W + lora_scale a b. All are float32: in a narrower type
+    most of what small adapters add would be rounded away.
 
     Raises:
         ValueError: `config.lora_scale` is not set.
     """
     if config.lora_scale is None:
         raise ValueError("ModelConfig.lora_scale is None; set it to alpha / rank")
-    merged = _flat(params)
+    merged = {path: leaf.astype(jnp.float32) for path, leaf in _flat(params).items()}
     factors = _flat(adapters)
     for path in {path[:-1] for path in factors}:
         a, b = factors[(*path, "a")], factors[(*path, "b")]

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -38,6 +38,8 @@ RULES: tuple[tuple[str, Any], ...] = (
 def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of all devices (or of `devices`) with axes data, fsdp, tensor.
 
+    Under mode "pmap", which repeats parameters, fsdp is a part of data.
+
     Raises:
       ValueError: if the sizes do not multiply to the number of devices; the message
         names sizes that do.
@@ -55,6 +57,8 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
             f"mesh {wanted} does not fit {len(devices)} devices; use data 1, fsdp -1, "
             "tensor 1, or sizes whose product is the number of devices."
         )
+    if config.mode == "pmap":
+        sizes = [len(devices), 1, 1]
     return jax.make_mesh(
         tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
@@ -174,6 +178,30 @@ def to_first(values: PyTree) -> PyTree:
         return whole if first else None
 
     return jax.tree.map(fetch, values)
+
+
+def check_processes(mesh: Mesh, mode: Literal["jit", "pmap"]) -> None:
+    """Refuse a mesh in which several processes hold the same rows of a batch.
+
+    Each process makes rows of its own and has them rewarded: no two may differ about
+    one row.
+
+    Raises:
+      ValueError: naming a size of the tensor axis that fits; for "pmap" on several
+        processes.
+    """
+    if mode == "pmap" and jax.process_count() > 1:
+        raise ValueError(
+            "mesh.mode 'pmap' is for one process; mode 'jit' with data -1 and fsdp 1 "
+            "is the same data parallelism on several."
+        )
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    if (owners != owners[..., :1]).any():
+        fits = np.gcd(mesh.shape["tensor"], len(mesh.local_devices))
+        raise ValueError(
+            f"mesh.tensor {mesh.shape['tensor']} reaches over processes, of which each "
+            f"has {len(mesh.local_devices)} devices; use {fits}."
+        )
 
 
 def check_batch(mesh: Mesh, prompts: int) -> None:

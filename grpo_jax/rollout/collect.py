@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, PyTree
 
 from grpo_jax.config import SamplingConfig, TrainConfig
-from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.rollout import prompts as texts
@@ -30,11 +30,12 @@ class Collector:
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         task: Task,
         runner: RewardRunner,
         config: TrainConfig,
+        *,
         mesh: Mesh,
         agreement: Agreement | None = None,
     ) -> None:

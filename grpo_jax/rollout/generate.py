@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from grpo_jax.config import SamplingConfig
-from grpo_jax.models.decoder import Cache, Decoder
+from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.rollout import sampling as draws
 
 
@@ -50,11 +50,11 @@ class _Loop(struct.PyTreeNode):
     logp: Float[Array, "N G T"]
     lengths: Int[Array, "N G"]
     finished: Bool[Array, "N G"]
-    cache: Cache
+    cache: PyTree
 
 
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     params: PyTree,
     prompts: Int[Array, "N P"],
     lengths: Int[Array, " N"],
@@ -108,7 +108,7 @@ def generate(
     static_argnames=("model", "group_size", "max_new_tokens", "sampling", "stop_ids"),
 )
 def _generate(
-    model: Decoder,
+    model: LanguageModel,
     variables: PyTree,
     prompts: Int[Array, "N P"],
     lengths: Int[Array, " N"],
@@ -196,7 +196,7 @@ def _append(
 
 
 def _next_token(
-    model: Decoder,
+    model: LanguageModel,
     head: Float[Array, "D V"],
     hidden: Float[Array, "N G D"],
     uniform: Float[Array, "N G"],
@@ -233,7 +233,11 @@ def _uniforms(keys: Key[Array, "N G"], step: Int[Array, ""]) -> Float[Array, "N 
 
 
 def _check(
-    model: Decoder, prompts: Array, lengths: Array, group_size: int, new_tokens: int
+    model: LanguageModel,
+    prompts: Array,
+    lengths: Array,
+    group_size: int,
+    new_tokens: int,
 ) -> None:
     if prompts.ndim != 2 or lengths.shape != prompts.shape[:1]:
         raise ValueError(

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, PyTree
 
 from grpo_jax.config import MeshConfig, SamplingConfig
-from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout import prompts as texts
 from grpo_jax.rollout.collect import unpadded, with_stop_ids
@@ -97,7 +97,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Decoder,
+    model: LanguageModel,
     params: PyTree,
     tokenizer: Tokenizer,
     task: Task,
@@ -144,7 +144,7 @@ def evaluate(
 
 
 def complete(
-    model: Decoder,
+    model: LanguageModel,
     params: PyTree,
     tokenizer: Tokenizer,
     prompts: Sequence[Any],
@@ -200,7 +200,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         rows: Sequence[Row],
         mesh: Mesh,

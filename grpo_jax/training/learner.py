@@ -16,12 +16,17 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from grpo_jax import objective
 from grpo_jax.config import TrainConfig
-from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout.generate import in_compute_dtype
 from grpo_jax.rollout.groups import Rollout
 from grpo_jax.training.optimizer import make_optimizer, make_schedule
-from grpo_jax.training.state import Batch, make_train_state, microbatches
+from grpo_jax.training.state import (
+    Batch,
+    make_train_state,
+    microbatches,
+    policy_variables,
+)
 from grpo_jax.training.step import (
     Metrics,
     advantages_from_rewards,
@@ -41,7 +46,7 @@ class Learner:
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         params: PyTree,
         config: TrainConfig,
         mesh: Mesh,
@@ -62,7 +67,7 @@ class Learner:
         )
         self._compute_dtype = model.config.dtype
         self.state = make_train_state(params, tx, base=base)
-        self.reference = self._frozen_reference() if config.objective.kl_coef else None
+        self.reference = self._first_reference() if config.objective.kl_coef else None
 
     def score(self, rollout: Rollout) -> Batch:
         """The rollout on the devices, with the log-probs that its updates will need.
@@ -120,24 +125,28 @@ class Learner:
     def refresh_reference(self) -> None:
         """Make the policy as it is now the reference."""
         if self.reference is not None:
-            self.reference = self._frozen_reference()
+            self.reference = policy_variables(self._frozen_policy(), self.state.base)
 
     def _update_once(self, batch: Batch) -> Metrics:
         self.state, metrics = self._step(self.state, batch)
         return metrics
 
-    def _frozen_reference(self) -> PyTree:
+    def _first_reference(self) -> PyTree:
         if self.state.base is not None:
+            # Fresh adapters change nothing, so the base stands for the policy.
             return {"params": self.state.base}
+        return {"params": self._frozen_policy()}
+
+    def _frozen_policy(self) -> PyTree:
         # A copy: the state's own arrays are donated to the next update.
         own = lambda cast, leaf: jnp.copy(leaf) if cast is leaf else cast  # noqa: E731
         params = self.state.params
         cast = in_compute_dtype(params, self._compute_dtype)
-        return {"params": jax.tree.map(own, cast, params)}
+        return jax.tree.map(own, cast, params)
 
 
 def score_batch(
-    model: Decoder, config: TrainConfig, variables: PyTree, batch: Batch
+    model: LanguageModel, config: TrainConfig, variables: PyTree, batch: Batch
 ) -> Float[Array, "N G T"]:
     """Log-probs of the completions under `variables`, microbatch by microbatch."""
     group = batch.completions.shape[1]

@@ -6,9 +6,8 @@ killed and started again repeats the step it lost and ends in the same bits.
 
 import contextlib
 import dataclasses
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,18 +26,16 @@ from grpo_jax.reporting.console import Console
 from grpo_jax.reporting.logs import attach_log_file
 from grpo_jax.reporting.plots import plot_runs
 from grpo_jax.reporting.trackers import make_tracker
-from grpo_jax.rollout.collect import Collector, over_processes, score_rows
+from grpo_jax.rollout.collect import Collector, over_processes
 from grpo_jax.rollout.groups import Rollout
-from grpo_jax.rollout.rewards import RewardRunner
-from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.base import RewardFunction, Row, Task
 from grpo_jax.training import run_dir as directories
+from grpo_jax.training import setup
 from grpo_jax.training.checkpoint import Checkpoints
 from grpo_jax.training.digest import params_sha256
-from grpo_jax.training.evaluate import Completed, Evaluator, judge
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.policy import load_policy
-from grpo_jax.training.preemption import longer_than_grace, stop_requests
+from grpo_jax.training.preemption import GraceCheck, stop_requests
 from grpo_jax.training.references import References
 from grpo_jax.training.state import Batch
 from grpo_jax.weights.pretrained import save_pretrained
@@ -113,7 +110,7 @@ def train(
         # First of all: until then a signal ends this process, or is lost on it.
         stack.enter_context(stop_requests(agreement))
         with agreement.phase("start"):
-            task = _choose_task(config, dataset, rewards, eval_dataset)
+            task = setup.choose_task(config, dataset, rewards, eval_dataset)
             run = _open_run(config, task, agreement, stack)
         return run.to_the_end()
 
@@ -122,8 +119,10 @@ def _open_run(
     config: TrainConfig, task: Task, agreement: Agreement, stack: contextlib.ExitStack
 ) -> "_Run":
     mesh = meshes.make_mesh(config.mesh)
+    meshes.check_processes(mesh, config.mesh.mode)
     meshes.check_batch(mesh, config.prompts_per_step // config.minibatches)
-    path = Path(config.run_dir or Path("runs") / _file_name(task.name))
+    path = Path(config.run_dir or Path("runs") / setup.file_name(task.name))
+    path = path.expanduser()
     if jax.process_index() == 0:
         stack.enter_context(directories.claim(path))
         directories.check_config(path, config)
@@ -148,15 +147,25 @@ class _Run:
         self.config, self.task, self.mesh, self.path = config, task, mesh, path
         self.agreement = agreement
         self.first = jax.process_index() == 0
-        runner = stack.enter_context(contextlib.closing(_make_runner(config, task)))
+        runner = stack.enter_context(
+            contextlib.closing(setup.make_runner(config, task))
+        )
         self.tracker = make_tracker(config.report, path, enabled=self.first)
         stack.callback(self.tracker.close)
         self.policy = load_policy(config, mesh)
         model, tokenizer = self.policy.model, self.policy.tokenizer
         self.collector = Collector(
-            model, tokenizer, task, runner, config, mesh, agreement
+            model,
+            tokenizer,
+            task,
+            runner,
+            config,
+            mesh=mesh,
+            agreement=agreement,
         )
-        self.evaluate = self._make_evaluation(runner)
+        self.evaluate = setup.make_evaluation(
+            self.policy, task, runner, config, mesh, agreement=agreement
+        )
         self.console = stack.enter_context(
             Console(config.steps, config.report, enabled=self.first)
         )
@@ -169,6 +178,9 @@ class _Run:
         stack.callback(self.checkpoints.close)
         self.references = References(
             path / "references", config, report=self.console.warning
+        )
+        self.grace = GraceCheck(
+            config.checkpoint.grace_seconds, report=self.console.warning
         )
         self.progress = Progress()
 
@@ -218,11 +230,11 @@ class _Run:
         rollout, batch, rounds = collected
         metrics = over_processes(rollout) | self.learner.update(batch)
         self._check_finite(step, metrics)
-        metrics |= self._describe(rollout, time.perf_counter() - start)
         self._advance(
             step=step,
             position=self.progress.position + rounds * self.config.prompts_per_step,
         )
+        metrics |= self._describe(rollout, time.perf_counter() - start)
         if self._due(self.config.eval_every):
             measured = self.evaluate(self.learner.state.variables)
             self._advance(accuracy=measured.get(names.ACCURACY), measured_at=step)
@@ -234,9 +246,7 @@ class _Run:
             if written:
                 self.tracker.log_completions(rows, step)
             self._log(step, metrics)
-            self._warn_once(
-                longer_than_grace(metrics, self.config.checkpoint.grace_seconds)
-            )
+            self.grace.check(metrics)
             shown = rows[step % len(rows)]
             self.console.sample(shown["prompt"], shown["completion"], shown["rewards"])
         self.references.refresh_after(step, self.learner)
@@ -282,6 +292,7 @@ class _Run:
             **names.completion_metrics(lengths, finished),
             **names.reward_metrics(rewards),
             **self.compiles.metrics(),
+            "num_completions": self.progress.position * self.config.group_size,
             "time/step": seconds,
             "tokens_per_second/rollout": tokens / spent["time/rollout"],
             names.TOKENS_PER_SECOND: tokens / seconds,
@@ -335,16 +346,17 @@ class _Run:
         return self.evaluate(self.learner.state.variables).get(names.ACCURACY)
 
     def _result(self, status: directories.Status, **values: Any) -> TrainResult:
+        params = self.policy.merged(self.learner.state.params)
         summary = {
             "status": status,
             "accuracy_before": self.progress.accuracy_before,
             **values,
             "steps": self.progress.step,
             "seconds": self.progress.seconds,
-            "params_sha256": params_sha256(self.learner.state.params),
+            "params_sha256": params_sha256(params),
         }
         return TrainResult(
-            params=self.policy.merged(self.learner.state.params),
+            params=params,
             tokenizer=self.policy.tokenizer,
             run_dir=self.path,
             history=names.read_metrics(self.path) if self.first else [],
@@ -369,81 +381,3 @@ class _Run:
     def _set_status(self, status: directories.Status) -> None:
         if self.first:
             directories.write_manifest(self.path, self.config, self.mesh, status)
-
-    def _make_evaluation(
-        self, runner: RewardRunner
-    ) -> Callable[[PyTree], dict[str, float]]:
-        """What measures the policy on held-out prompts, if there are any."""
-        config, task = self.config, self.task
-        rows = [task.test[i] for i in range(min(config.eval_prompts, len(task.test)))]
-        if not rows:
-            return lambda variables: {}
-        evaluator = Evaluator(
-            self.policy.model,
-            self.policy.tokenizer,
-            rows,
-            self.mesh,
-            max_prompt_tokens=config.max_prompt_tokens,
-            max_new_tokens=config.max_new_tokens,
-            sampling=dataclasses.replace(config.sampling, temperature=0.0),
-        )
-
-        def evaluate(variables: PyTree) -> dict[str, float]:
-            start = time.perf_counter()
-            completions = evaluator.complete(variables)
-            with self.agreement.phase("evaluation"):
-                if task.is_correct is not None:
-                    result = judge(completions.texts, rows, task.is_correct)
-                    metrics = {
-                        names.ACCURACY: result.accuracy,
-                        "eval/standard_error": result.standard_error,
-                    }
-                else:
-                    metrics = {"eval/reward": _mean_reward(runner, rows, completions)}
-            return metrics | {"time/eval": time.perf_counter() - start}
-
-        return evaluate
-
-
-def _mean_reward(
-    runner: RewardRunner, rows: Sequence[Row], completed: Completed
-) -> float:
-    first_texts = [group[0] for group in completed.texts]
-    first_ids = [group[0] for group in completed.ids]
-    scores = score_rows(runner, rows, first_texts, first_ids, step=0)
-    return float(np.nanmean(scores.total))
-
-
-def _make_runner(config: TrainConfig, task: Task) -> RewardRunner:
-    chosen = dataclasses.replace(
-        config.rewards,
-        weights=config.rewards.weights or task.reward_weights,
-        isolate=config.rewards.isolate or task.isolate,
-    )
-    runner = RewardRunner(task.rewards, chosen, max_steps=config.steps)
-    runner.check_columns(task.train[0])
-    return runner
-
-
-def _choose_task(
-    config: TrainConfig,
-    dataset: Sequence[Row] | None,
-    rewards: RewardFunction | Sequence[RewardFunction] | None,
-    eval_dataset: Sequence[Row] | None,
-) -> Task:
-    if dataset is None:
-        if eval_dataset is not None:
-            raise ValueError("eval_dataset needs a dataset; give both or neither.")
-        task = load_task(config.task, data=config.data, seed=config.seed)
-        if rewards is None:
-            return task
-        functions = (rewards,) if callable(rewards) else tuple(rewards)
-        return dataclasses.replace(task, rewards=functions, reward_weights=None)
-    if rewards is None:
-        raise ValueError("a dataset needs rewards: functions that score completions.")
-    return task_from_rows(dataset, rewards, eval_rows=eval_dataset)
-
-
-def _file_name(task: str) -> str:
-    """The name of a task as that of a folder."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(task).stem).strip("-.") or "run"

@@ -1,6 +1,7 @@
 """The policy of a run: loaded from files onto the mesh, or from a checkpoint."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ from jaxtyping import PyTree
 from grpo_jax.config import TrainConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
+from grpo_jax.models.lora import init_lora, lora_axes, merge_lora
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training import run_dir as directories
 from grpo_jax.training.checkpoint import Checkpoints
-from grpo_jax.weights.pretrained import Pretrained, load_pretrained
+from grpo_jax.weights.adapter import Adapter
+from grpo_jax.weights.pretrained import (
+    Pretrained,
+    load_pretrained,
+    load_without_weights,
+)
 from grpo_jax.weights.tokenizer import Tokenizer
 
 
@@ -27,8 +34,9 @@ class Policy:
     Attributes:
       model: the decoder with the compute dtype and remat of the run.
       tokenizer: its tokenizer.
-      trained: the parameters that are trained: all of them, or adapters.
-      base: the frozen parameters under adapters; None without adapters.
+      trained: the parameters that are trained: all of them, or adapters; float32.
+      base: the frozen parameters under adapters, in the compute dtype, which needs no
+        more of them; None without adapters.
     """
 
     model: Decoder
@@ -37,17 +45,15 @@ class Policy:
     base: PyTree | None = None
 
     def merged(self, trained: PyTree) -> PyTree:
-        """Parameters of the plain model that acts like the trained one."""
-        return trained
+        """Float32 parameters of the plain model that acts like the trained one."""
+        if self.base is None:
+            return trained
+        return _merge(self.base, trained, self.model.config)
 
-    def pretrained(self, trained: PyTree) -> Pretrained:
-        """The trained model, ready to be exported."""
-        return Pretrained(
-            model=self.model,
-            params=self.merged(trained),
-            tokenizer=self.tokenizer,
-            config=self.model.config,
-        )
+    def pretrained(self, params: PyTree) -> Pretrained:
+        """The plain model with parameters that `merged` gave, ready to be exported."""
+        config = dataclasses.replace(self.model.config, lora_scale=None)
+        return Pretrained(Decoder(config), params, self.tokenizer, config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,38 +70,43 @@ class Restored:
 def load_policy(config: TrainConfig, mesh: Mesh) -> Policy:
     """The model that `config` names, each parameter born where the mesh wants it.
 
+    With `config.lora` fresh adapters are trained, and the model's parameters are their
+    frozen base.
+
     Raises:
-      ValueError: if the model cannot be read or does not divide over the mesh.
+      ValueError: if the model cannot be read or does not divide over the mesh, or if
+        the adapters do not fit it.
     """
-
-    def place(model: Decoder) -> PyTree:
-        return meshes.parameter_shardings(
-            param_axes(model), abstract_params(model), mesh
+    loaded = _load(config, mesh)
+    chosen, rank = for_run(loaded.config, config), config.lora.rank
+    if rank is None:
+        return Policy(
+            model=Decoder(chosen), tokenizer=loaded.tokenizer, trained=loaded.params
         )
-
-    loaded = load_pretrained(config.model, sharding=place)
+    model = Decoder(dataclasses.replace(chosen, lora_scale=config.lora.scale))
     return Policy(
-        model=Decoder(for_run(loaded.config, config)),
+        model=model,
         tokenizer=loaded.tokenizer,
-        trained=loaded.params,
+        trained=_fresh_adapters(model, config, mesh, rank=rank),
+        base=loaded.params,
     )
 
 
 def for_run(model: ModelConfig, config: TrainConfig) -> ModelConfig:
     """The model's configuration with the compute dtype and remat of a run."""
-    dtype = config.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     remat = config.remat
     if remat == "auto":
         remat = "layer" if _activation_bytes(model, config) > 2**31 else "none"
-    return dataclasses.replace(model, dtype=dtype, remat=remat)
+    return dataclasses.replace(model, dtype=_compute_dtype(config), remat=remat)
 
 
 def restore(
     run_dir: str | Path, step: int | None = None, mesh: Mesh | None = None
 ) -> Restored:
     """The parameters of a run at a step (the newest by default), on any devices.
+
+    Adapters are merged into their base, which is read again from the run's model in
+    the compute dtype of this machine.
 
     Args:
       mesh: where the parameters go; None is the default device, whatever mesh the run
@@ -104,13 +115,13 @@ def restore(
     Raises:
       ValueError: if the directory holds no run or no such step.
     """
-    path = Path(run_dir)
-    config = directories.read_config(path)
-    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint)
-    found, params, _ = checkpoints.restore_params(step)
-    checkpoints.close()
-    loaded = load_pretrained(config.model)
-    model = Decoder(for_run(loaded.config, config))
+    config, found, params = _read_trained(Path(run_dir), step)
+    if config.lora.rank is not None:
+        base = _load(config, mesh)
+        scaled = dataclasses.replace(base.config, lora_scale=config.lora.scale)
+        params = _merge(base.params, params, scaled)
+    model_config, tokenizer = load_without_weights(config.model)
+    model = Decoder(for_run(model_config, config))
     if mesh is None:
         place: Any = SingleDeviceSharding(jax.devices()[0])
     else:
@@ -119,9 +130,27 @@ def restore(
         params=jax.device_put(params, place),
         model=model,
         config=config,
-        tokenizer=loaded.tokenizer,
+        tokenizer=tokenizer,
         step=found,
     )
+
+
+def restore_adapter(
+    run_dir: str | Path, step: int | None = None
+) -> tuple[int, Adapter, ModelConfig]:
+    """The adapters of a run: step, adapters, and the configuration of their base.
+
+    Raises:
+      ValueError: as `restore`, and if the run trained all weights.
+    """
+    config, found, params = _read_trained(Path(run_dir), step)
+    if config.lora.rank is None:
+        raise ValueError(
+            f"the run in {run_dir} has no adapters: it trained all weights (lora.rank "
+            "is null). Export the whole model."
+        )
+    adapter = Adapter(params=params, alpha=config.lora.alpha, base_name=config.model)
+    return found, adapter, load_without_weights(config.model)[0]
 
 
 def open_policy(
@@ -145,6 +174,59 @@ def open_policy(
         tokenizer=loaded.tokenizer,
         step=None,
     )
+
+
+def _read_trained(path: Path, step: int | None) -> tuple[TrainConfig, int, PyTree]:
+    """The configuration of a run, and the newest or another step, on the host."""
+    config = directories.read_config(path)
+    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint)
+    found, params, _ = checkpoints.restore_params(step)
+    checkpoints.close()
+    return config, found, params
+
+
+def _load(config: TrainConfig, mesh: Mesh | None) -> Pretrained:
+    """The model of a run: master parameters, or a base that stays as it is."""
+
+    def dtype(path: str) -> str:
+        # Norms multiply in float32.
+        whole = config.lora.rank is None or path.endswith("/scale")
+        return "float32" if whole else _compute_dtype(config)
+
+    if mesh is None:
+        return load_pretrained(config.model, dtype=dtype)
+
+    def place(model: Decoder) -> PyTree:
+        return meshes.parameter_shardings(
+            param_axes(model), abstract_params(model), mesh
+        )
+
+    return load_pretrained(config.model, dtype=dtype, sharding=place)
+
+
+def _compute_dtype(config: TrainConfig) -> str:
+    if config.compute_dtype != "auto":
+        return config.compute_dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _fresh_adapters(
+    model: Decoder, config: TrainConfig, mesh: Mesh, *, rank: int
+) -> PyTree:
+    """Adapters that change nothing yet, each born where the mesh wants it."""
+    init = functools.partial(init_lora, model, rank=rank, targets=config.lora.targets)
+    # Rollouts fold in their step, from 1 on.
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    shapes = jax.eval_shape(init, key)
+    places = meshes.parameter_shardings(lora_axes(model, shapes), shapes, mesh)
+    return jax.jit(init, out_shardings=places)(key)
+
+
+def _merge(base: PyTree, adapters: PyTree, config: ModelConfig) -> PyTree:
+    """Adapters and base as plain parameters, which lie where those of the base do."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, base)
+    merge = functools.partial(merge_lora, config=config)
+    return jax.jit(merge, out_shardings=places)(base, adapters)
 
 
 def _activation_bytes(model: ModelConfig, config: TrainConfig) -> int:

@@ -14,12 +14,13 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from grpo_jax.parallel.agreement import Agreement
 
 _LOG = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_PHASES = ("time/rollout", "time/reward", "time/score", "time/update", "time/eval")
 
 
 @contextlib.contextmanager
@@ -55,17 +56,30 @@ def stop_requests(agreement: Agreement) -> Iterator[None]:
         os.close(reading)
 
 
-def longer_than_grace(metrics: Mapping[str, float], grace_seconds: float) -> str | None:
-    """A warning that names the longest phase of a step if it outlasts the grace."""
-    phases = ("time/rollout", "time/reward", "time/score", "time/update", "time/eval")
-    seconds, name = max((metrics.get(name, 0.0), name) for name in phases)
-    if seconds <= grace_seconds:
-        return None
-    return (
-        f"{name.removeprefix('time/')} took {seconds:.0f} s, longer than "
-        f"checkpoint.grace_seconds {grace_seconds:g}: a run that is stopped in it may "
-        "lose the steps after its last checkpoint; lower checkpoint.every"
-    )
+class GraceCheck:
+    """Reports, once, a phase of a step that outlasts the grace between the signals.
+
+    The first step is left out: it compiles.
+    """
+
+    def __init__(self, grace_seconds: float, *, report: Callable[[str], None]) -> None:
+        self._grace = grace_seconds
+        self._report = report
+        self._steps = 0
+        self._told = False
+
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Look at the times of one more step."""
+        self._steps += 1
+        seconds, name = max((metrics.get(name, 0.0), name) for name in _PHASES)
+        if self._steps == 1 or self._told or seconds <= self._grace:
+            return
+        self._told = True
+        self._report(
+            f"{name.removeprefix('time/')} took {seconds:.0f} s, longer than "
+            f"checkpoint.grace_seconds {self._grace:g}: a run that is stopped in it "
+            "may lose the steps after its last checkpoint; lower checkpoint.every"
+        )
 
 
 def _watch(reading: int, agreement: Agreement) -> None:

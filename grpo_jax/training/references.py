@@ -33,9 +33,8 @@ class References:
             return
         learner.refresh_reference()
         if learner.reference is not None:
-            only = TrainState(
-                step=jnp.int32(step), params=learner.reference["params"], opt_state=()
-            )
+            kept = learner.reference[_renewed(learner)]
+            only = TrainState(step=jnp.int32(step), params=kept, opt_state=())
             # On disk before any checkpoint that needs it.
             self._saved.save(step, only, {}, wait=True)
 
@@ -47,6 +46,14 @@ class References:
         """
         made = step // self._every * self._every if self._every else 0
         if made and learner.reference is not None:
-            like = learner.reference["params"]
+            name = _renewed(learner)
+            if name not in learner.reference:
+                learner.refresh_reference()  # for the places of its arrays
+            like = learner.reference[name]
             _, params, _ = self._saved.restore_params(made, like=like)
-            learner.reference = {"params": params}
+            learner.reference = {**learner.reference, name: params}
+
+
+def _renewed(learner: Learner) -> str:
+    """The collection of the reference that changes; a frozen base does not."""
+    return "params" if learner.state.base is None else "lora"

@@ -29,7 +29,7 @@ from grpo_jax.reporting.metrics import METRICS_FILE, plain
 Status = Literal["running", "preempted", "failed", "finished"]
 
 # What does not make another run of it: where it is kept and how work is spread.
-_FREE_FIELDS = ("run_dir", "mesh", "report")
+_FREE_FIELDS = ("run_dir", "mesh", "report", "checkpoint.grace_seconds")
 _PACKAGES = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Settings that can change speed or bits. Only these: an environment holds secrets.
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64")

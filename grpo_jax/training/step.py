@@ -11,14 +11,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from grpo_jax import objective
 from grpo_jax.config import ObjectiveConfig, TrainConfig
-from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.objective import Mean
+from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training.state import Batch, TrainState, microbatches, policy_variables
 
 # Axis name of the devices under pmap.
@@ -30,7 +32,7 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 
 
 def policy_logprobs(
-    model: Decoder,
+    model: LanguageModel,
     variables: PyTree,
     prompts: Int[Array, "N P"],
     prompt_lengths: Int[Array, " N"],
@@ -82,7 +84,7 @@ def advantages_from_rewards(
 
 
 def make_train_step(
-    model: Decoder, tx: optax.GradientTransformation, config: TrainConfig
+    model: LanguageModel, tx: optax.GradientTransformation, config: TrainConfig
 ) -> Step:
     """A pure ``step(state, batch, *, axis_name=None) -> (state, metrics)``.
 
@@ -119,17 +121,39 @@ def compile_train_step(
 
     "jit" follows the shardings of the state, which the new state keeps. "pmap" runs the
     same step as plain data parallelism: the state is on every device, the batch is
-    split over all of them.
+    split over all of them. A frozen base is not donated: it is the reference's, too.
 
     Raises:
       ValueError: for another mode; under pmap, when called, for a number of prompts
         that the devices do not divide.
     """
     if mode == "jit":
-        return _JitStep(step)
+        return _with_base(_JitStep(_apart(step)))
     if mode == "pmap":
-        return _pmap_step(step, mesh)
+        return _with_base(_pmap_step(_apart(step), mesh))
     raise ValueError(f"mode must be 'jit' or 'pmap', got {mode!r}.")
+
+
+def _apart(step: Step) -> Step:
+    """The step with the frozen base as an argument of its own, which stays as it is."""
+
+    def apart(
+        state: TrainState, base: PyTree | None, batch: Batch, **options: Any
+    ) -> tuple[TrainState, Metrics]:
+        state, metrics = step(state.replace(base=base), batch, **options)
+        return state.replace(base=None), metrics
+
+    return apart
+
+
+def _with_base(apart: Step) -> Step:
+    """The step that `_apart` took apart, as it was."""
+
+    def call(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        new, metrics = apart(state.replace(base=None), state.base, batch)
+        return new.replace(base=state.base), metrics
+
+    return call
 
 
 class _JitStep:
@@ -139,26 +163,34 @@ class _JitStep:
         self._step = step
         self._compiled: Any = None
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def __call__(
+        self, state: TrainState, base: PyTree | None, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
         if self._compiled is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+            # As the state that comes back is: else the second call compiles again.
+            state = jax.device_put(state, shardings)
             self._compiled = jax.jit(
                 self._step, donate_argnums=0, out_shardings=(shardings, None)
             )
-        return self._compiled(state, batch)
+        return self._compiled(state, base, batch)
 
 
 def _pmap_step(step: Step, mesh: Mesh) -> Step:
     devices = list(mesh.devices.flat)
+    own, everywhere = Mesh(devices, (_DEVICES,)), meshes.replicated(mesh)
     mapped = jax.pmap(
         functools.partial(step, axis_name=_DEVICES),
         axis_name=_DEVICES,
-        in_axes=(None, 0),
+        in_axes=(None, None, 0),
         out_axes=(None, None),
         devices=devices,
+        donate_argnums=0,
     )
 
-    def call(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def call(
+        state: TrainState, base: PyTree | None, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
         prompts = batch.prompts.shape[0]
         if prompts % len(devices):
             raise ValueError(
@@ -166,13 +198,19 @@ def _pmap_step(step: Step, mesh: Mesh) -> Step:
                 f"{-(-prompts // len(devices)) * len(devices)}."
             )
         split = lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:])  # noqa: E731
-        return mapped(state, jax.tree.map(split, batch))
+        batch = jax.tree.map(split, batch)
+        state, base = jax.device_put((state, base), everywhere)
+        # A map has one axis, its own: the names of the mesh's axes mean nothing in it.
+        with jax.set_mesh(own), nn.logical_axis_rules(()):
+            results = mapped(state, base, batch)
+        # The same buffers, as arrays of the mesh that everything else runs on.
+        return jax.device_put(results, everywhere)
 
     return call
 
 
 def _loss_totals(
-    model: Decoder,
+    model: LanguageModel,
     config: TrainConfig,
     base: PyTree | None,
     params: PyTree,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 # What an export consists of; a folder that holds anything else is not replaced.
 _OURS = (
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "*.safetensors",
     "*.safetensors.index.json",

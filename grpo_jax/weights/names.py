@@ -14,6 +14,7 @@ from flax import traverse_util
 from jaxtyping import PyTree
 
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.lora import PATHS
 
 
 class Tensor(Protocol):
@@ -62,6 +63,37 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
     ]
     if not config.tie_embeddings:
         rows.append(_whole("lm_head/kernel", "lm_head", "output", (width, vocab)))
+    return tuple(rows)
+
+
+def adapter_table(
+    config: ModelConfig, *, rank: int, targets: Sequence[str]
+) -> tuple[Parameter, ...]:
+    """Both factors of every adapter, with their tensors in the spelling of PEFT."""
+    kernels = {row.path: row for row in parameter_table(config)}
+    rows = []
+    for target in targets:
+        path = "/".join(PATHS[target])
+        kernel = kernels[f"{path}/kernel"]
+        num_layers, inward, outward = kernel.shape
+        for factor, kind, shape in (
+            ("a", "lora_A", (num_layers, inward, rank)),
+            ("b", "lora_B", (num_layers, rank, outward)),
+        ):
+            ending = f".{kind}.weight"
+            names = tuple(
+                f"base_model.model.{name.removesuffix('.weight')}{ending}"
+                for name in kernel.names
+            )
+            rows.append(
+                dataclasses.replace(
+                    kernel,
+                    path=f"{path}/{factor}",
+                    shape=shape,
+                    names=names,
+                    gguf_names=(),
+                )
+            )
     return tuple(rows)
 
 
@@ -130,15 +162,21 @@ def read_parameter(
 def parameter_tensors(
     config: ModelConfig, params: PyTree, *, dtype: Any = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The Hugging Face names and values of a tree, one at a time, C-contiguous.
+    """The tensors of a model's parameters, as `table_tensors` gives them."""
+    return table_tensors(parameter_table(config), params, dtype=dtype)
+
+
+def table_tensors(
+    table: Sequence[Parameter], params: PyTree, *, dtype: Any = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The names in files and the values of a tree, one at a time, C-contiguous.
 
     `dtype` None keeps that of the parameters. One parameter at a time is on the host.
 
     Raises:
-        ValueError: the tree is not one of this configuration.
+        ValueError: the tree is not one of this table.
     """
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
-    table = parameter_table(config)
     given = {path: tuple(values.shape) for path, values in flat.items()}
     needed = {row.path: row.shape for row in table}
     if given != needed:

@@ -40,6 +40,8 @@ EMBEDDED = "embedded"
 
 # A model -> the tree of its parameters' shardings.
 Placement = Callable[[Decoder], PyTree]
+# The path of a parameter, as in "layers/attn/q/kernel" -> the name of its dtype.
+DtypeOf = Callable[[str], str]
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
@@ -60,7 +62,7 @@ def load_pretrained(
     name_or_path: str | os.PathLike[str],
     *,
     revision: str | None = None,
-    dtype: str = "float32",
+    dtype: str | DtypeOf = "float32",
     sharding: Placement | None = None,
 ) -> Pretrained:
     """The model in a folder, a GGUF file, on the Hugging Face hub, or "embedded".
@@ -69,7 +71,8 @@ def load_pretrained(
 
     Args:
         revision: branch, tag or commit on the hub.
-        dtype: of the parameters; that of compute is the configuration's.
+        dtype: of the parameters, one for all or by path; that of compute is the
+            configuration's.
         sharding: gives the sharding with which each parameter is born, as a tree like
             the parameters. Only the parts of this process's devices are read. None is
             the default device.
@@ -78,26 +81,23 @@ def load_pretrained(
         ValueError: naming the file or name: not found, incomplete, damaged, of a kind
             that is not supported, or whose parts do not fit each other.
     """
-    if dtype not in _DTYPES:
+    if isinstance(dtype, str) and dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
-    path = _find(str(name_or_path), revision)
-    if path.is_file():
-        gguf_model = open_gguf(path)
-        config, tensors = gguf_model.config, gguf_model.tensors
-        tokenizer = _gguf_tokenizer(path, gguf_model)
-    else:
-        config = _read_config(path)
-        tensors = safetensors.open_folder(path)
-        tokenizer = Tokenizer.from_folder(path, config)
-    check_tensors(parameter_table(config), tensors, source=str(path))
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, the model has "
-            f"{config.vocab_size} embeddings; they are not from the same model, or the "
-            "model was not resized after tokens were added"
-        )
-    params = _read_params(config, tensors, np.dtype(jnp.dtype(dtype)), sharding)
-    return Pretrained(Decoder(config), params, tokenizer, config)
+    source = _open(str(name_or_path), revision)
+    params = _read_params(source.config, source.tensors, dtype, sharding)
+    return Pretrained(Decoder(source.config), params, source.tokenizer, source.config)
+
+
+def load_without_weights(
+    name_or_path: str | os.PathLike[str], *, revision: str | None = None
+) -> tuple[ModelConfig, Tokenizer]:
+    """The configuration and the tokenizer of a model; checks its files as loading does.
+
+    Raises:
+        ValueError: as `load_pretrained`.
+    """
+    source = _open(str(name_or_path), revision)
+    return source.config, source.tokenizer
 
 
 def save_pretrained(
@@ -129,6 +129,35 @@ def save_pretrained(
         tokenizer.save(place)
         _write_json(place / "config.json", hf)
         _write_json(place / "generation_config.json", _generation(config, tokenizer))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """The files of a model, open and checked, with its weights unread."""
+
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    tokenizer: Tokenizer
+
+
+def _open(name: str, revision: str | None) -> _Source:
+    path = _find(name, revision)
+    if path.is_file():
+        gguf_model = open_gguf(path)
+        config, tensors = gguf_model.config, gguf_model.tensors
+        tokenizer = _gguf_tokenizer(path, gguf_model)
+    else:
+        config = _read_config(path)
+        tensors = safetensors.open_folder(path)
+        tokenizer = Tokenizer.from_folder(path, config)
+    check_tensors(parameter_table(config), tensors, source=str(path))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, the model has "
+            f"{config.vocab_size} embeddings; they are not from the same model, or the "
+            "model was not resized after tokens were added"
+        )
+    return _Source(config, tensors, tokenizer)
 
 
 def _find(name: str, revision: str | None) -> pathlib.Path:
@@ -191,26 +220,25 @@ def _gguf_tokenizer(path: pathlib.Path, model: GgufModel) -> Tokenizer:
 def _read_params(
     config: ModelConfig,
     tensors: Mapping[str, Tensor],
-    dtype: np.dtype,
+    dtype: str | DtypeOf,
     sharding: Placement | None,
 ) -> PyTree:
-    table = parameter_table(config)
-    if sharding is None:
-        flat = {
-            row.path: jnp.asarray(
-                read_parameter(
-                    row, tensors, (slice(None),) * len(row.shape), dtype=dtype
-                )
-            )
-            for row in table
-        }
-    else:
+    places: dict[str, Any] = {}
+    if sharding is not None:
         tree = sharding(Decoder(config))
-        places: dict[str, Any] = dict(traverse_util.flatten_dict(tree, sep="/"))
-        flat = {
-            row.path: _read_sharded(row, tensors, dtype, places[row.path])
-            for row in table
-        }
+        places = dict(traverse_util.flatten_dict(tree, sep="/"))
+    flat = {}
+    for row in parameter_table(config):
+        stored = np.dtype(
+            jnp.dtype(dtype if isinstance(dtype, str) else dtype(row.path))
+        )
+        if row.path in places:
+            flat[row.path] = _read_sharded(row, tensors, stored, places[row.path])
+        else:
+            whole = (slice(None),) * len(row.shape)
+            flat[row.path] = jnp.asarray(
+                read_parameter(row, tensors, whole, dtype=stored)
+            )
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -44,7 +44,7 @@ def open_folder(folder: pathlib.Path) -> Mapping[str, Tensor]:
             whose tensors are not those of the index or not floating point.
     """
     if (folder / SINGLE).is_file():
-        return _open_file(folder / SINGLE)
+        return open_file(folder / SINGLE)
     if (folder / INDEX).is_file():
         return _open_shards(folder)
     pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
@@ -73,10 +73,7 @@ def write_folder(
 
     def flush() -> None:
         path = folder / f"shard-{len(shards)}.part"
-        # transformers refuses files that do not say which framework wrote them.
-        safetensors.numpy.save_file(pending, path, metadata={"format": "pt"})
-        # It makes files that only the owner can read; the folder says who should.
-        path.chmod(folder.stat().st_mode & 0o666)
+        write_file(path, pending)
         shards.append((path, list(pending)))
         pending.clear()
 
@@ -88,6 +85,14 @@ def write_folder(
         total += values.nbytes
     flush()
     _name_shards(folder, shards, total)
+
+
+def write_file(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes named C-contiguous arrays into one file."""
+    # transformers refuses files that do not say which framework wrote them.
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    # It makes files that only the owner can read; the folder says who should.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _name_shards(
@@ -105,7 +110,12 @@ def _name_shards(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
+def open_file(path: pathlib.Path) -> dict[str, Tensor]:
+    """The tensors of one file by name, unread.
+
+    Raises:
+        ValueError: naming the file that is damaged or holds tensors of another format.
+    """
     try:
         handle = safetensors.safe_open(path, framework="numpy")
     except safetensors.SafetensorError as error:
@@ -133,7 +143,7 @@ def _open_shards(folder: pathlib.Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder / INDEX} lists shards that are lost: {lost}")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        shard = _open_file(folder / file)
+        shard = open_file(folder / file)
         listed = {name for name, place in weight_map.items() if place == file}
         if shard.keys() != listed:
             raise ValueError(

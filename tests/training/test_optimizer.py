@@ -88,11 +88,11 @@ def test_gradients_are_clipped_by_their_global_norm_before_adam(limit):
     grads = jax.tree.map(lambda leaf: 2.0 * jnp.ones_like(leaf), small_params())
     tx = make_optimizer(config, total_updates=10)
     _, state = tx.update(grads, tx.init(small_params()), small_params())
-    norm = float(optax.global_norm(grads))
+    norm = float(optax.tree.norm(grads))
     scale = min(1.0, (limit or np.inf) / norm)
     moments = [s.mu for s in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(s)]
     np.testing.assert_allclose(
-        optax.global_norm(moments[0]), 0.1 * norm * scale, rtol=1e-5
+        optax.tree.norm(moments[0]), 0.1 * norm * scale, rtol=1e-5
     )
 
 

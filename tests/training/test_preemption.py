@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.training import preemption
 from grpo_jax.training.preemption import stop_requests
 
@@ -18,19 +19,29 @@ from grpo_jax.training.preemption import stop_requests
 def test_the_first_signal_is_a_request_and_the_second_ends_the_process(
     number, monkeypatch
 ):
-    codes = []
-    monkeypatch.setattr(preemption.os, "_exit", codes.append)
-    with stop_requests() as stop:
-        assert not stop.requested
+    codes, ended = [], threading.Event()
+
+    def end(code):
+        codes.append(code)
+        ended.set()
+
+    monkeypatch.setattr(preemption.os, "_exit", end)
+    agreement = Agreement()
+    with stop_requests(agreement):
+        assert not agreement.asked
         signal.raise_signal(number)
-        assert stop.requested and not codes
+        assert agreement.asked and not agreement.stop and not codes
+        with agreement.phase("any"):
+            pass
+        assert agreement.stop
         signal.raise_signal(number)
+        assert ended.wait(timeout=30)
     assert codes == [128 + number]
 
 
 def test_handlers_are_put_back():
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(KeyError), stop_requests():
+    with pytest.raises(KeyError), stop_requests(Agreement()):
         raise KeyError
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
@@ -40,20 +51,20 @@ def test_outside_of_the_main_thread_nothing_is_handled():
     seen = []
 
     def work():
-        with stop_requests() as stop:
-            seen.append((stop.requested, signal.getsignal(signal.SIGTERM) is before))
+        with stop_requests(Agreement()):
+            seen.append(signal.getsignal(signal.SIGTERM) is before)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [(False, True)]
+    assert seen == [True]
 
 
 def command(folder, run_dir):
     return [
         *(sys.executable, "-m", "grpo_jax", "train"),
         *("--model", str(folder), "--run-dir", str(run_dir), "--task", "arithmetic"),
-        *("--steps", "40", "--prompts-per-step", "2", "--group-size", "2"),
+        *("--steps", "15", "--prompts-per-step", "2", "--group-size", "2"),
         *("--max-new-tokens", "4", "--eval-every", "0", "--eval-prompts", "0"),
         *("--checkpoint.every", "1000", "--optimizer.learning-rate", "1e-3"),
         # Moves the parameters even where no answer is right.
@@ -110,4 +121,4 @@ def test_a_process_that_is_terminated_saves_and_resumes_to_the_same_bits(
     digests = [read(path, "summary.json")["params_sha256"] for path in (whole, stopped)]
     assert digests[0] == digests[1]
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, 16))

@@ -343,7 +343,7 @@ def test_a_checkout_tells_its_commit_and_whether_files_differ(tmp_path, copied):
     git("init", "-q")
     git("add", "-A")
     git("commit", "-q", "-m", "One")
-    git("tag", "v1")  # a tag must not stand in for the commit
+    git("tag", "-a", "v1", "-m", "One")  # a tag must not stand in for the commit
     commit = git("rev-parse", "HEAD")
     assert revision(tmp_path) == commit
     (copied / "code.py").write_text("a = 2\n")

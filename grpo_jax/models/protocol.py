@@ -1,0 +1,110 @@
+"""LanguageModel: all that sampling, scoring and training ask of a model.
+
+`Decoder` is one. Any Flax Linen module with these members trains as well: no other
+attribute is read, and `forward` or the like is not needed.
+"""
+
+from typing import Any, Protocol
+
+from jaxtyping import Array, Float, Int, PyTree
+
+
+class LanguageModelConfig(Protocol):
+    """The facts about a model that the library reads."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head's logits; token ids of prompts must lie below it."""
+        ...
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Most tokens of a prompt with its completion."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion where the sampling names none of its own."""
+        ...
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """What fills the end of sampled rows; None is 0. Never compared with."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Name of the number type of compute.
+
+        Sampling casts every parameter to it once, except those named `scale`.
+        """
+        ...
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """The c of c tanh(x / c) on the product with the head, or None."""
+        ...
+
+
+class LanguageModel(Protocol):
+    """A Flax Linen module that completes and scores token sequences.
+
+    `apply` is Linen's; the other methods run inside it, with variables
+    `{"params": params}` or, with adapters, `{"params": base, "lora": adapters}`, both
+    plain nested dicts. The module is a static argument of compiled functions, so its
+    fields must be hashable. Prompts are right-padded, with any ids in the padding; a
+    completion follows the last real token of its prompt. Hidden states times `head()`
+    are logits.
+    """
+
+    @property
+    def config(self) -> LanguageModelConfig:
+        """Facts about the model."""
+        ...
+
+    def apply(self, variables: Any, *args: Any, method: Any = None) -> Any:
+        """Returns what a method of the module computes with these variables."""
+        ...
+
+    def prefill(
+        self, prompts: Int[Array, "N P"], lengths: Int[Array, " N"]
+    ) -> tuple[Float[Array, "N D"], Any]:
+        """Returns hidden states that predict each first own token, and a prefix.
+
+        The prefix is any pytree; `decode` gets it unchanged.
+        """
+        ...
+
+    def decode(
+        self, tokens: Int[Array, "N G"], step: Any, prefix: Any, cache: Any
+    ) -> tuple[Float[Array, "N G D"], Any]:
+        """Returns hidden states that predict own token `step + 1`, and the new cache.
+
+        `tokens` are the completions' own tokens `step`, traced and counted from 0; the
+        cache is what this method returned for the step before, or that of `init_cache`.
+        Its shapes and dtypes must stay.
+        """
+        ...
+
+    def score(
+        self,
+        prompts: Int[Array, "N P"],
+        lengths: Int[Array, " N"],
+        completions: Int[Array, "N G T"],
+    ) -> Float[Array, "N G T D"]:
+        """Returns hidden states of which entry t predicts `completions[..., t]`.
+
+        Differentiable in the parameters. They must be those of `prefill` and `decode`
+        up to rounding, or the policy that is trained is not the one that is sampled.
+        """
+        ...
+
+    def head(self) -> Float[Array, "D V"]:
+        """Returns the matrix that turns hidden states to logits, in compute dtype."""
+        ...
+
+    def init_cache(
+        self, num_prompts: int, group_size: int, max_new_tokens: int
+    ) -> PyTree:
+        """Returns the cache before the first own token; called without variables."""
+        ...

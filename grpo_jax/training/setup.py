@@ -1,0 +1,116 @@
+"""What a run is made of: its task, its rewards and how it measures a policy."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from grpo_jax.config import TrainConfig
+from grpo_jax.parallel.agreement import Agreement
+from grpo_jax.reporting import metrics as names
+from grpo_jax.rollout.collect import score_rows
+from grpo_jax.rollout.rewards import RewardRunner
+from grpo_jax.tasks import load_task, task_from_rows
+from grpo_jax.tasks.base import RewardFunction, Row, Task
+from grpo_jax.training.evaluate import Completed, Evaluator, judge
+from grpo_jax.training.policy import Policy
+
+Evaluation = Callable[[PyTree], dict[str, float]]
+
+
+def choose_task(
+    config: TrainConfig,
+    dataset: Sequence[Row] | None,
+    rewards: RewardFunction | Sequence[RewardFunction] | None,
+    eval_dataset: Sequence[Row] | None,
+) -> Task:
+    """The caller's own rows and rewards, or the task that `config` names.
+
+    Raises:
+      ValueError: if rows come without rewards, or the task cannot be loaded.
+    """
+    if dataset is None:
+        if eval_dataset is not None:
+            raise ValueError("eval_dataset needs a dataset; give both or neither.")
+        task = load_task(config.task, data=config.data, seed=config.seed)
+        if rewards is None:
+            return task
+        functions = (rewards,) if callable(rewards) else tuple(rewards)
+        return dataclasses.replace(task, rewards=functions, reward_weights=None)
+    if rewards is None:
+        raise ValueError("a dataset needs rewards: functions that score completions.")
+    return task_from_rows(dataset, rewards, eval_rows=eval_dataset)
+
+
+def file_name(task: str) -> str:
+    """The name of a task as that of a folder."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(task).stem).strip("-.") or "run"
+
+
+def make_runner(config: TrainConfig, task: Task) -> RewardRunner:
+    """The reward functions of the task, called as `config` and the task ask for."""
+    chosen = dataclasses.replace(
+        config.rewards,
+        weights=config.rewards.weights or task.reward_weights,
+        isolate=config.rewards.isolate or task.isolate,
+    )
+    runner = RewardRunner(task.rewards, chosen, max_steps=config.steps)
+    runner.check_columns(task.train[0])
+    return runner
+
+
+def make_evaluation(
+    policy: Policy,
+    task: Task,
+    runner: RewardRunner,
+    config: TrainConfig,
+    mesh: Mesh,
+    *,
+    agreement: Agreement,
+) -> Evaluation:
+    """What measures a policy on held-out prompts; it gives nothing if there are none.
+
+    Greedy accuracy where the task can tell right from wrong, else the mean reward.
+    """
+    rows = [task.test[i] for i in range(min(config.eval_prompts, len(task.test)))]
+    if not rows:
+        return lambda variables: {}
+    evaluator = Evaluator(
+        policy.model,
+        policy.tokenizer,
+        rows,
+        mesh,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_new_tokens=config.max_new_tokens,
+        sampling=dataclasses.replace(config.sampling, temperature=0.0),
+    )
+
+    def evaluate(variables: PyTree) -> dict[str, float]:
+        start = time.perf_counter()
+        completed = evaluator.complete(variables)
+        with agreement.phase("evaluation"):
+            if task.is_correct is not None:
+                result = judge(completed.texts, rows, task.is_correct)
+                metrics = {
+                    names.ACCURACY: result.accuracy,
+                    "eval/standard_error": result.standard_error,
+                }
+            else:
+                metrics = {"eval/reward": _mean_reward(runner, rows, completed)}
+        return metrics | {"time/eval": time.perf_counter() - start}
+
+    return evaluate
+
+
+def _mean_reward(
+    runner: RewardRunner, rows: Sequence[Row], completed: Completed
+) -> float:
+    first_texts = [group[0] for group in completed.texts]
+    first_ids = [group[0] for group in completed.ids]
+    scores = score_rows(runner, rows, first_texts, first_ids, step=0)
+    return float(np.nanmean(scores.total))

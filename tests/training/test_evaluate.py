@@ -1,0 +1,201 @@
+"""pass@k and majority by hand and by counting; accuracy of a model that copies."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from grpo_jax.config import SamplingConfig
+from grpo_jax.tasks.base import Task
+from grpo_jax.training.evaluate import (
+    Evaluation,
+    Evaluator,
+    complete,
+    evaluate,
+    judge,
+    one_device,
+)
+
+
+def make_evaluation(correct, completions=None):
+    correct = np.array(correct, bool)
+    texts = completions or [["x"] * correct.shape[1]] * len(correct)
+    return Evaluation(correct=correct, completions=texts)
+
+
+def counted_pass_at(correct, k):
+    """The share of all choices of k samples that hold a right one."""
+    shares = [
+        np.mean([any(chosen) for chosen in itertools.combinations(row, k)])
+        for row in correct
+    ]
+    return np.mean(shares)
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+def test_pass_at_k_counts_every_choice_of_k_samples(k):
+    correct = np.random.default_rng(k).random((7, 6)) < 0.3
+    given = make_evaluation(correct).pass_at(k)
+    assert given == pytest.approx(counted_pass_at(correct, k))
+
+
+def test_pass_at_one_is_the_accuracy_and_at_all_any_right_one():
+    evaluation = make_evaluation([[1, 0, 0, 0], [0, 0, 0, 0]])
+    assert evaluation.accuracy == 0.125 == evaluation.pass_at(1)
+    assert evaluation.pass_at(4) == 0.5
+    # 1 - C(3, 2) / C(4, 2) = 1/2 for the first prompt, 0 for the second.
+    assert evaluation.pass_at(2) == 0.25
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_pass_at_more_than_was_sampled_is_refused(k):
+    with pytest.raises(ValueError, match=f"between 1 and 4 samples, got {k}"):
+        make_evaluation([[1, 0, 0, 0]]).pass_at(k)
+
+
+def test_the_majority_s_answer_decides():
+    evaluation = make_evaluation(
+        [[0, 1, 1], [1, 0, 0], [1, 0, 1], [0, 1, 0]],
+        [["2", "3", " 3 "], ["1", "4", "4"], ["5", "6", "5"], ["7", "8", "9"]],
+    )
+    # Right, wrong, right; of answers given once each, the first: wrong.
+    assert evaluation.majority() == 0.5
+
+
+def test_completions_without_an_answer_do_not_vote():
+    evaluation = make_evaluation([[0, 0, 1], [0, 0, 0]], [["", "", "3"], ["", "", ""]])
+    assert evaluation.majority(lambda text: text or None) == 0.5
+
+
+def test_the_standard_error_is_over_prompts():
+    evaluation = make_evaluation([[1, 1], [1, 0], [0, 0], [0, 0]])
+    # Shares 1, 0.5, 0, 0: mean 0.375, variance 0.6875 / 3.
+    assert evaluation.standard_error == pytest.approx(math.sqrt(0.6875 / 3 / 4))
+    assert math.isnan(make_evaluation([[1, 0]]).standard_error)
+
+
+def test_the_summary_has_powers_of_two_up_to_the_samples():
+    summary = make_evaluation([[1, 0, 0, 0, 1, 0], [0] * 6]).summary()
+    assert [name for name in summary if name.startswith("pass@")] == [
+        "pass@1",
+        "pass@2",
+        "pass@4",
+    ]
+    assert summary["prompts"] == 2 and summary["samples"] == 6
+    assert summary["majority@6"] == 0.5
+    single = make_evaluation([[1], [0]]).summary()
+    assert set(single) == {"prompts", "samples", "accuracy", "standard_error"}
+
+
+def test_each_completion_is_judged_by_its_own_row():
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
+    judged = judge([["1", "2"], ["1", "2"]], rows, lambda text, r: text == r["answer"])
+    np.testing.assert_array_equal(judged.correct, [[True, False], [False, True]])
+
+
+@pytest.fixture(scope="module")
+def copier(tiny_policy):
+    """Parameters with which the model repeats the last byte of its prompt for ever."""
+    params = jax.tree.map(np.array, tiny_policy.params)
+    # Layers add nothing to the embedding, which is nearest to itself.
+    params["layers"]["attn"]["o"]["kernel"][:] = 0.0
+    params["layers"]["mlp"]["down"]["kernel"][:] = 0.0
+    params["final_norm"]["scale"][:] = 10.0
+    table = np.random.default_rng(0).normal(size=(264, 32)).astype(np.float32)
+    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    params["embed"]["embedding"] = table
+    return jax.tree.map(jax.numpy.asarray, params)
+
+
+def make_task(answers, **changes):
+    rows = [
+        {"prompt": f"q{c}", "answer": a}
+        for c, a in zip("abcdef", answers, strict=False)
+    ]
+    fields = {
+        "name": "copying",
+        "train": rows,
+        "test": rows,
+        "rewards": (lambda completions, **_: [0.0] * len(completions),),
+        "is_correct": lambda text, row: text == row["answer"],
+    }
+    return Task(**(fields | changes))
+
+
+def test_greedy_accuracy_of_a_model_that_copies(tiny_policy, copier):
+    task = make_task(["aaaa", "bbbb", "xxxx", "dddd", "eeee"])
+    result = evaluate(
+        tiny_policy.model, copier, tiny_policy.tokenizer, task, max_new_tokens=4
+    )
+    assert result.correct[:, 0].tolist() == [True, True, False, True, True]
+    assert result.accuracy == 0.8
+    assert result.completions[2] == ["cccc"]
+
+
+def test_the_size_of_batches_changes_no_completion(tiny_policy):
+    rows = [{"prompt": f"q{c}"} for c in "abcde"]
+
+    def texts(batch_size):
+        evaluator = Evaluator(
+            tiny_policy.model,
+            tiny_policy.tokenizer,
+            rows,
+            one_device(),
+            max_prompt_tokens=16,
+            max_new_tokens=4,
+            samples=2,
+            sampling=SamplingConfig(stop_ids=()),
+            batch_size=batch_size,
+        )
+        return evaluator.complete({"params": tiny_policy.params})
+
+    whole = texts(128)
+    # Three batches of two, the last of which is filled up.
+    parts = texts(2)
+    assert parts.ids == whole.ids and parts.texts == whole.texts
+    assert len(whole.ids) == 5 and all(len(group) == 2 for group in whole.ids)
+    assert len({tuple(one) for group in whole.ids for one in group}) == 10
+
+
+def test_the_first_prompts_are_taken_and_samples_repeat_by_the_seed(tiny_policy):
+    model, params, tokenizer = (
+        tiny_policy.model,
+        tiny_policy.params,
+        tiny_policy.tokenizer,
+    )
+    task = make_task(["aaaa", "bbbb", "cccc"])
+    options = {
+        "prompts": 2,
+        "samples": 3,
+        "max_new_tokens": 4,
+        "sampling": SamplingConfig(stop_ids=()),
+    }
+    given = [
+        evaluate(model, params, tokenizer, task, seed=seed, **options)
+        for seed in (0, 0, 1)
+    ]
+    assert given[0].correct.shape == (2, 3)
+    assert given[0].completions == given[1].completions != given[2].completions
+
+
+def test_prompts_without_a_task_may_fill_the_context_but_for_their_completions(
+    tiny_policy, copier
+):
+    # 70 tokens are padded to no more than 128 - 50, not to the next power of two.
+    texts = complete(
+        tiny_policy.model,
+        copier,
+        tiny_policy.tokenizer,
+        ["q" * 70, "qb"],
+        max_new_tokens=50,
+    )
+    assert texts == [["q" * 50], ["b" * 50]]
+
+
+@pytest.mark.parametrize("changes", [{"test": ()}, {"is_correct": None}])
+def test_a_task_that_cannot_be_judged_is_refused(changes, tiny_policy):
+    task = make_task(["a"], **changes)
+    with pytest.raises(ValueError, match="task 'copying' has no held-out prompts"):
+        evaluate(tiny_policy.model, {}, tiny_policy.tokenizer, task)

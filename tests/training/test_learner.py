@@ -1,0 +1,230 @@
+"""Several updates per rollout, the reference, and how rewards become advantages."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.config import ObjectiveConfig, OptimizerConfig
+from grpo_jax.objective import standardized_advantages
+from grpo_jax.rollout.groups import Rollout
+from grpo_jax.training.learner import Learner, advantages_and_mask, score_batch
+from grpo_jax.training.step import policy_logprobs
+
+REWARDS = np.array([[0.0, 1, 2, 3], [1, 1, 1, 1], [0, 0, 0, 5], [-1, 1, 0, 0]])
+
+
+def make_rollout(batch, **changes):
+    lengths = np.asarray(batch.mask.sum(axis=-1))
+    fields = {
+        "rows": [{"prompt": "x"}] * len(lengths),
+        "prompts": np.asarray(batch.prompts),
+        "prompt_lengths": np.asarray(batch.prompt_lengths),
+        "tokens": np.asarray(batch.completions),
+        "logp": np.asarray(batch.sampler_logp),
+        "lengths": lengths,
+        "finished": lengths < 5,
+        "completions": ["y"] * lengths.size,
+        "counts": np.ones(len(lengths), bool),
+        "rewards": REWARDS,
+    }
+    return Rollout(**(fields | changes))
+
+
+@pytest.fixture
+def make_learner(bigram, tools, meshes_of):
+    model, params = bigram
+
+    def make(**changes):
+        changes = {"optimizer": OptimizerConfig(learning_rate=0.05)} | changes
+        config = tools.make_config(**changes)
+        return Learner(model, params(), config, meshes_of(1, 1, 1))
+
+    return make
+
+
+@pytest.fixture
+def rollout(tools):
+    return make_rollout(tools.make_batch())
+
+
+def one_step(learner, rollout):
+    batch = learner.with_advantages(learner.score(rollout), rollout)
+    return batch, learner.update(batch)
+
+
+def test_the_first_kl_is_zero_and_later_ones_are_not(make_learner, rollout):
+    learner = make_learner()
+    kl = [one_step(learner, rollout)[1]["kl"] for _ in range(3)]
+    assert kl[0] == pytest.approx(0.0, abs=1e-6)
+    assert kl[2] > kl[1] > 1e-5
+
+
+def test_a_refreshed_reference_is_the_policy_and_stays_where_it_was(
+    make_learner, rollout
+):
+    learner = make_learner()
+    one_step(learner, rollout)
+    learner.refresh_reference()
+    frozen = jax.tree.map(np.asarray, learner.reference["params"])
+    assert one_step(learner, rollout)[1]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert one_step(learner, rollout)[1]["kl"] > 1e-5
+    # Its arrays are its own: the state's were donated to the updates.
+    for one, other in zip(
+        jax.tree.leaves(learner.reference["params"]),
+        jax.tree.leaves(frozen),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_without_a_penalty_no_reference_is_held(make_learner, rollout):
+    learner = make_learner(objective=ObjectiveConfig(kl_coef=0.0))
+    assert learner.reference is None
+    batch, metrics = one_step(learner, rollout)
+    assert batch.ref_logp is None and "kl" not in metrics
+    learner.refresh_reference()
+    assert learner.reference is None
+
+
+def test_a_single_update_is_on_policy(make_learner, rollout):
+    batch, metrics = one_step(make_learner(), rollout)
+    assert batch.old_logp is None
+    assert metrics["importance_ratio/mean"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_old_log_probs_are_those_of_the_policy_that_met_the_rollout(
+    make_learner, rollout, bigram
+):
+    model, params = bigram
+    learner = make_learner(updates_per_rollout=3, minibatches=2)
+    batch = learner.with_advantages(learner.score(rollout), rollout)
+    expected = policy_logprobs(
+        model,
+        {"params": params()},
+        rollout.prompts,
+        rollout.prompt_lengths,
+        rollout.tokens,
+        temperature=0.9,
+    ).logp
+    np.testing.assert_allclose(batch.old_logp, expected, rtol=1e-5)
+    ratios, taken = [], []
+    update_once = learner._update_once
+
+    def spy(part):
+        taken.append(np.asarray(part.old_logp))
+        metrics = update_once(part)
+        ratios.append(float(metrics["importance_ratio/mean"]))
+        return metrics
+
+    learner._update_once = spy
+    metrics = learner.update(batch)
+    # Minibatches take every second prompt; each pass sees the same old log-probs.
+    for number, part in enumerate(taken):
+        np.testing.assert_array_equal(part, batch.old_logp[number % 2 :: 2])
+    assert ratios[0] == pytest.approx(1.0, abs=1e-6)
+    assert all(abs(ratio - 1.0) > 1e-4 for ratio in ratios[1:])
+    assert metrics["importance_ratio/mean"] == pytest.approx(np.mean(ratios))
+    assert int(learner.state.step) == 6
+
+
+def test_the_rate_told_is_that_of_the_last_update(make_learner, rollout):
+    optimizer = OptimizerConfig(learning_rate=0.1, schedule="linear")
+    learner = make_learner(optimizer=optimizer, steps=2, updates_per_rollout=2)
+    # Rates of the four updates: 0.1, 0.075, 0.05, 0.025.
+    rates = [one_step(learner, rollout)[1]["learning_rate"] for _ in range(2)]
+    np.testing.assert_allclose(rates, [0.075, 0.025], rtol=1e-5)
+
+
+def test_the_difference_to_the_sampler_is_that_of_the_first_update(
+    make_learner, rollout, bigram
+):
+    model, params = bigram
+    own = policy_logprobs(
+        model,
+        {"params": params()},
+        rollout.prompts,
+        rollout.prompt_lengths,
+        rollout.tokens,
+        temperature=0.9,
+    ).logp
+    exact = dataclasses.replace(rollout, logp=np.asarray(own))
+    learner = make_learner(updates_per_rollout=3)
+    _, metrics = one_step(learner, exact)
+    assert metrics["sampler_logp_diff/max"] < 1e-5
+
+
+@pytest.mark.parametrize("size", [16, 8, 4, 2])
+def test_scores_do_not_depend_on_the_microbatch(size, bigram, tools):
+    model, params = bigram
+    batch, variables = tools.make_batch(), {"params": params()}
+    whole = score_batch(model, tools.make_config(), variables, batch)
+    config = tools.make_config(microbatch_size=size)
+    parts = score_batch(model, config, variables, batch)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+def advantages(tools, rewards=REWARDS, lengths=None, finished=None, **objective):
+    shape = np.shape(rewards)
+    lengths = np.full(shape, 4) if lengths is None else np.asarray(lengths)
+    config = tools.make_config(objective=ObjectiveConfig(**objective))
+    return advantages_and_mask(
+        jnp.asarray(rewards, jnp.float32),
+        jnp.asarray(lengths),
+        jnp.ones(shape, bool) if finished is None else jnp.asarray(finished),
+        jnp.asarray(np.arange(7) < lengths[..., None]),
+        config=config,
+    )
+
+
+def test_a_completion_without_a_reward_leaves_its_group(tools):
+    given, mask = advantages(tools, [[1.0, 3.0, np.nan, np.nan]], advantage="centered")
+    # The mean of 1 and 3 is 2.
+    np.testing.assert_allclose(given, [[-1, 1, 0, 0]])
+    assert mask.all(axis=-1).sum() == 0 and mask.any(axis=-1).all()
+
+
+def test_truncated_completions_do_not_count_where_they_are_masked(tools):
+    finished = np.array([[True, False, True, False]])
+    rewards = [[0.0, 1.0, 2.0, 3.0]]
+    _, mask = advantages(tools, rewards, finished=finished, mask_truncated=True)
+    np.testing.assert_array_equal(mask.any(axis=-1), finished)
+    _, mask = advantages(tools, rewards, finished=finished)
+    assert mask.any(axis=-1).all()
+
+
+def test_long_completions_are_penalized_toward_the_limit(tools):
+    # The limit is 7 and the tail 4 tokens: lengths 3, 5, 6, 7 lose 0, 1/2, 3/4, 1.
+    given, _ = advantages(
+        tools,
+        [[1.0, 1.0, 1.0, 1.0]],
+        lengths=[[3, 5, 6, 7]],
+        overlong_tokens=4,
+        advantage="centered",
+    )
+    # Rewards 1, 0.5, 0.25, 0 have the mean 0.4375.
+    np.testing.assert_allclose(given, [[0.5625, 0.0625, -0.1875, -0.4375]], rtol=1e-6)
+
+
+def test_a_deviation_over_the_batch_is_that_of_all_rewards(tools):
+    given, _ = advantages(tools, advantage="standardized", std_over="batch")
+    expected = (REWARDS - REWARDS.mean(axis=1, keepdims=True)) / (
+        REWARDS.std(ddof=1) + 1e-4
+    )
+    np.testing.assert_allclose(given, expected, rtol=1e-5)
+
+
+def test_groups_that_do_not_count_do_not_enter_the_batch_s_deviation(
+    make_learner, rollout
+):
+    objective = ObjectiveConfig(advantage="standardized", std_over="batch")
+    learner = make_learner(objective=objective)
+    counts = np.array([True, False, True, True])
+    partial = dataclasses.replace(rollout, counts=counts)
+    batch = learner.with_advantages(learner.score(partial), partial)
+    expected = standardized_advantages(jnp.asarray(REWARDS[counts]), std_over="batch")
+    np.testing.assert_allclose(batch.advantages[counts], expected, rtol=1e-5)
+    np.testing.assert_array_equal(batch.advantages[1], 0.0)
+    assert not batch.mask[1].any()

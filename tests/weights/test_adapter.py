@@ -1,0 +1,198 @@
+"""Adapters in PEFT's own files: what it wrote we read, and what we write it reads."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import traverse_util
+
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.weights.adapter import Adapter, load_adapter, save_adapter
+from grpo_jax.weights.names import parameter_table
+
+REFERENCE = pathlib.Path(__file__).parent / "references" / "adapter.npz"
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A base model, and the folder in which PEFT saved adapters of it."""
+
+    config: ModelConfig
+    params: dict
+    tokens: np.ndarray
+    logits: np.ndarray
+    folder: pathlib.Path
+    weights: dict
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("peft")
+    with np.load(REFERENCE) as data:
+        config = ModelConfig.from_hf(json.loads(str(data["config"])))
+        weights = {
+            name.removeprefix("weights/"): data[name].astype(np.float32)
+            for name in data.files
+            if name.startswith("weights/")
+        }
+        (folder / "adapter_config.json").write_text(str(data["adapter_config"]))
+        (folder / "adapter_model.safetensors").write_bytes(data["adapter_model"])
+        tokens, logits = data["tokens"], data["logits"]
+    flat = {}
+    for row in parameter_table(config):
+        parts = [weights[name] for name in row.names]
+        parts = [part.T for part in parts] if row.transposed else parts
+        flat[row.path] = np.stack(parts) if row.stacked else parts[0]
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    return Reference(config, params, tokens, logits, folder, weights)
+
+
+@pytest.fixture
+def adapter(reference):
+    return load_adapter(reference.folder, reference.config)
+
+
+def logits_with(reference, adapter):
+    config = dataclasses.replace(reference.config, lora_scale=adapter.scale)
+    model, lengths = Decoder(config), np.full(len(reference.tokens), 11)
+
+    def logits(variables):
+        hidden = model.apply(variables, reference.tokens, lengths, method=model.forward)
+        return hidden @ model.apply(variables, method=model.head)
+
+    return jax.jit(logits)({"params": reference.params, "lora": adapter.params})
+
+
+def test_adapters_of_peft_give_its_logits(reference, adapter):
+    assert (adapter.rank, adapter.alpha) == (3, 5.0)
+    assert adapter.targets == ("q", "k", "v", "o", "gate", "up", "down")
+    error = np.abs(logits_with(reference, adapter) - reference.logits).max()
+    assert error < 1e-5 * reference.logits.std()
+
+
+def test_what_is_written_is_what_peft_wrote(reference, adapter, tmp_path):
+    save_adapter(tmp_path / "out", adapter, reference.config)
+    theirs = safetensors.numpy.load_file(reference.folder / "adapter_model.safetensors")
+    ours = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        assert ours[name].dtype == values.dtype
+        np.testing.assert_array_equal(ours[name], values, err_msg=name)
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    expected = json.loads((reference.folder / "adapter_config.json").read_text())
+    # PEFT saves a set, in no order.
+    for options in (written, expected):
+        options["target_modules"] = sorted(options["target_modules"])
+    assert written == {name: expected.get(name) for name in written}
+    # What we leave out is off.
+    rest = {name: expected[name] for name in expected.keys() - written.keys()}
+    harmless = ("peft_version", "megatron_core", "qalora_group_size")
+    assert not {n: v for n, v in rest.items() if v and n not in harmless}
+
+
+def test_an_adapter_comes_back_with_its_bits(reference, adapter, tmp_path):
+    kept = {name: adapter.params["layers"]["attn"][name] for name in ("v", "q")}
+    fewer = Adapter(params={"layers": {"attn": kept}}, alpha=1.5, base_name="some/base")
+    save_adapter(tmp_path / "out", fewer, reference.config)
+    again = load_adapter(tmp_path / "out", reference.config)
+    assert (again.alpha, again.base_name) == (1.5, "some/base")
+    assert again.targets == ("q", "v") and again.scale == 0.5
+    for name, factors in kept.items():
+        for factor, values in factors.items():
+            np.testing.assert_array_equal(
+                again.params["layers"]["attn"][name][factor], values
+            )
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("use_dora", True),
+        ("use_rslora", True),
+        ("bias", "all"),
+        ("rank_pattern", {"q_proj": 4}),
+        ("modules_to_save", ["lm_head"]),
+        ("init_lora_weights", "pissa"),
+        ("peft_type", "LOHA"),
+        ("some_new_option", 1),
+        ("r", 0),
+    ],
+)
+def test_options_that_change_the_adapters_are_refused(
+    reference, tmp_path, option, value
+):
+    copy_of(reference, tmp_path, options={option: value})
+    with pytest.raises(ValueError, match=f"not supported: {option}="):
+        load_adapter(tmp_path, reference.config)
+
+
+def copy_of(reference, folder, *, options=None, tensors=None):
+    file = "adapter_config.json"
+    known = json.loads((reference.folder / file).read_text())
+    (folder / file).write_text(json.dumps(known | (options or {})))
+    arrays = safetensors.numpy.load_file(reference.folder / "adapter_model.safetensors")
+    arrays |= tensors or {}
+    arrays = {name: values for name, values in arrays.items() if values is not None}
+    safetensors.numpy.save_file(arrays, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({FIRST: None}, f"1 missing \\({FIRST}\\)"),
+        ({FIRST: np.zeros((2, 16), "float32")}, r"1 misshaped .*\[2, 16\].*\[3, 16\]"),
+        ({"base_model.model.lm_head.lora_A.weight": np.zeros(1, "float32")}, "lm_head"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(reference, tmp_path, tensors, message):
+    copy_of(reference, tmp_path, tensors=tensors)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path, reference.config)
+
+
+def test_a_folder_without_adapters_says_what_is_missing(reference, tmp_path):
+    with pytest.raises(ValueError, match=r"it has no adapter_config\.json"):
+        load_adapter(tmp_path, reference.config)
+    copy_of(reference, tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors; pickled"):
+        load_adapter(tmp_path, reference.config)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_adapter(tmp_path, reference.config)
+
+
+def test_adapters_of_another_model_are_not_written(reference, adapter, tmp_path):
+    other = dataclasses.replace(reference.config, intermediate_size=32)
+    with pytest.raises(ValueError, match=r"layers/mlp/down/a: given \(2, 24, 3\)"):
+        save_adapter(tmp_path / "out", adapter, other)
+    assert not (tmp_path / "out").exists()
+    empty = Adapter(params={}, alpha=1.0, base_name=None)
+    with pytest.raises(ValueError, match="none of the projections"):
+        save_adapter(tmp_path / "out", empty, reference.config)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default::FutureWarning")  # between the two libraries
+def test_peft_loads_what_is_written(reference, adapter, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    save_adapter(tmp_path / "out", adapter, reference.config)
+    with np.load(REFERENCE) as data:
+        hf = transformers.LlamaConfig(**json.loads(str(data["config"])))
+    base = transformers.LlamaForCausalLM(hf).eval().float()
+    state = {name: torch.from_numpy(v) for name, v in reference.weights.items()}
+    base.load_state_dict(state)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(reference.tokens).long()).logits.numpy()
+    np.testing.assert_allclose(
+        logits_with(reference, adapter), theirs, atol=1e-5 * theirs.std()
+    )
