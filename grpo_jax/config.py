@@ -63,8 +63,8 @@ class ObjectiveConfig(Section):
     ] = "sequence_mean"
     # Leave out completions that hit the length limit before they ended.
     mask_truncated: bool = False
-    # Length in tokens, before the limit, in which a penalty grows to -1 (DAPO).
-    overlong_tokens: Count | None = None
+    # Last share of max_new_tokens in which a penalty grows to -1 (DAPO).
+    overlong_share: Share | None = None
     # Rewards of standardized advantages are divided by the deviation of this set.
     std_over: Literal["group", "batch"] = "group"
     # Extra rollouts a step may take to replace groups of equal rewards (DAPO).
@@ -129,6 +129,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "aggregation": "token_mean",
         "clip_high": 0.28,
         "kl_coef": 0.0,
+        "overlong_share": 0.2,  # 4,096 of 20,480 tokens
         "resample_limit": 4,
     },
     "gspo": {
@@ -336,12 +337,6 @@ class TrainConfig(Section):
                 f"microbatch_size {self.microbatch_size} must hold whole groups of "
                 f"{group} and divide the {sequences} sequences of an update, or divide "
                 f"a group; {group} always does"
-            )
-        tail = self.objective.overlong_tokens
-        if tail is not None and tail >= self.max_new_tokens:
-            yield (
-                f"objective.overlong_tokens {tail} must be below max_new_tokens "
-                f"{self.max_new_tokens}"
             )
         if self.sampling.temperature == 0:
             yield (

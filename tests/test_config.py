@@ -85,11 +85,6 @@ REFUSED = [
         {"sampling": SamplingConfig(temperature=0)},
         "sampling.temperature must be above 0 in training|1.0 is usual",
     ),
-    (
-        TrainConfig,
-        {"objective": ObjectiveConfig(overlong_tokens=64), "max_new_tokens": 64},
-        "objective.overlong_tokens 64 must be below max_new_tokens 64",
-    ),
     (ObjectiveConfig, {"clip_low": 0}, "objective.clip_low|positive number, got 0"),
     (ObjectiveConfig, {"clip_low": NAN}, "objective.clip_low|got nan"),
     (ObjectiveConfig, {"clip_low": 1, "clip_high": 2}, "clip_low must be below 1"),
@@ -120,7 +115,7 @@ REFUSED = [
         "objective.sampler_correction_cap",
     ),
     (ObjectiveConfig, {"entropy_coef": -1}, "objective.entropy_coef"),
-    (ObjectiveConfig, {"overlong_tokens": 0}, "objective.overlong_tokens"),
+    (ObjectiveConfig, {"overlong_share": 0}, "objective.overlong_share"),
     (ObjectiveConfig, {"resample_limit": -1}, "objective.resample_limit"),
     (ObjectiveConfig, {"mask_truncated": 1}, "objective.mask_truncated must be a bool"),
     (
@@ -193,7 +188,6 @@ def test_a_wrong_value_is_refused_with_field_value_and_remedy(section, wrong, wo
         {"prompts_per_step": 4, "group_size": 8, "microbatch_size": 16},
         {"prompts_per_step": 4, "group_size": 8, "microbatch_size": 32},
         {"prompts_per_step": 6, "minibatches": 3, "microbatch_size": 16},
-        {"objective": ObjectiveConfig(overlong_tokens=63), "max_new_tokens": 64},
         {"sampling": SamplingConfig(temperature=1e-3)},
     ],
 )
@@ -229,6 +223,7 @@ PAPERS = {
         "clip_high": 0.28,
         "aggregation": "token_mean",
         "kl_coef": 0.0,
+        "overlong_share": 0.2,
         "resample_limit": 4,
     },
     # GSPO, section 5.1: clipping ranges 3e-4 and 4e-4 of the sequence's ratio.
@@ -274,7 +269,7 @@ def test_a_preset_has_the_numbers_of_its_paper(name):
         "sampler_correction_cap": None,
         "aggregation": "sequence_mean",
         "mask_truncated": False,
-        "overlong_tokens": None,
+        "overlong_share": None,
         "std_over": "group",
         "resample_limit": 0,
         "reference_every": None,
@@ -302,8 +297,8 @@ def test_what_is_left_out_suits_the_model():
     assert embedded.model == EMBEDDED
     # Eight tokens hold any answer of the arithmetic task; a chat model thinks aloud.
     assert (embedded.max_new_tokens, other.max_new_tokens) == (8, 256)
-    # A small model moves by 1e-3; a pretrained one is broken by it.
-    assert embedded.optimizer.learning_rate == 1e-3
+    # A small model moves by 2e-4; a pretrained one is broken by it.
+    assert embedded.optimizer.learning_rate == 2e-4
     assert other.optimizer.learning_rate == 1e-6
     resolved = {"steps", "prompts_per_step", "max_new_tokens", "eval_every"}
     resolved |= {"eval_prompts", "optimizer"}

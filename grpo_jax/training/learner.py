@@ -187,10 +187,10 @@ def advantages_and_mask(
     chosen = config.objective
     valid = ~jnp.isnan(rewards)
     rewards = jnp.where(valid, rewards, 0.0)
-    if chosen.overlong_tokens is not None:
-        rewards += objective.overlong_penalty(
-            lengths, max_length=config.max_new_tokens, cache=chosen.overlong_tokens
-        )
+    if chosen.overlong_share is not None:
+        limit = config.max_new_tokens
+        tail = max(1, round(chosen.overlong_share * limit))
+        rewards += objective.overlong_penalty(lengths, max_length=limit, cache=tail)
     if chosen.mask_truncated:
         mask = mask & finished[..., None]
     return advantages_from_rewards(rewards, valid, chosen), mask

@@ -201,7 +201,7 @@ def test_long_completions_are_penalized_toward_the_limit(tools):
         tools,
         [[1.0, 1.0, 1.0, 1.0]],
         lengths=[[3, 5, 6, 7]],
-        overlong_tokens=4,
+        overlong_share=4 / 7,
         advantage="centered",
     )
     # Rewards 1, 0.5, 0.25, 0 have the mean 0.4375.

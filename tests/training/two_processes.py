@@ -13,6 +13,8 @@ import signal
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from grpo_jax import (
     CheckpointConfig,
@@ -64,6 +66,13 @@ def fail():
     raise OSError("no disk left")
 
 
+def connect():
+    """Meet over all devices now: Gloo gives up when one process compiles for long."""
+    mesh = meshes.make_mesh(MeshConfig())
+    rows = meshes.to_mesh(mesh, np.ones(jax.local_device_count(), np.float32))
+    jax.block_until_ready(jax.jit(jnp.sum)(rows))
+
+
 def seen(result):
     return {
         "status": result.summary["status"],
@@ -83,13 +92,14 @@ def refusal(config, **options):
 
 def main(model, folder):
     meshes.initialize_processes(MeshConfig())
+    connect()
     data = {"dataset": ROWS, "eval_dataset": ROWS[:3]}
     whole = make_config(model, f"{folder}/whole")
     stopped = make_config(model, f"{folder}/stopped")
     failed = make_config(model, f"{folder}/failed")
     terminate = in_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    uneven = dataclasses.replace(failed, prompts_per_step=12)
-    wide = dataclasses.replace(failed, mesh=MeshConfig(fsdp=1, tensor=8))
+    uneven = dataclasses.replace(failed, prompts_per_step=6)
+    wide = dataclasses.replace(failed, mesh=MeshConfig(fsdp=1, tensor=4))
     report = {
         "whole": seen(train(whole, rewards=letters, **data)),
         "stopped": seen(train(stopped, rewards=terminate, **data)),
