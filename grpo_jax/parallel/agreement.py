@@ -31,8 +31,8 @@ class Agreement:
 
         At its end every process learns in one small all-gather whether another failed
         in it, and whether one was asked to stop. All must run the same phases in the
-        same order. A process that fails between phases is not waited for by an
-        agreement: its exit ends the others, by their broken connections.
+        same order. When a process fails elsewhere, JAX ends the others once it has
+        left, at the latest after the time it allows for shutting down, 5 minutes.
 
         Raises:
           RuntimeError: where another process failed; the error itself is raised there.

@@ -171,7 +171,7 @@ def complete(
 
 def one_device() -> Mesh:
     """A mesh of the default device alone."""
-    return meshes.make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    return meshes.make_mesh(MeshConfig(), devices=jax.local_devices()[:1])
 
 
 def judge(

@@ -61,9 +61,13 @@ class Learner:
         self._step = compile_train_step(
             make_train_step(model, tx, config), mesh, mode=config.mesh.mode
         )
-        self._score = jax.jit(functools.partial(score_batch, model, config))
+        # Each process reads the rows of its own prompts.
+        rows = meshes.batch_sharding(mesh)
+        self._score = jax.jit(
+            functools.partial(score_batch, model, config), out_shardings=rows
+        )
         self._advantages = jax.jit(
-            functools.partial(advantages_and_mask, config=config)
+            functools.partial(advantages_and_mask, config=config), out_shardings=rows
         )
         self._compute_dtype = model.config.dtype
         self.state = make_train_state(params, tx, base=base)

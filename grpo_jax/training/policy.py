@@ -123,7 +123,7 @@ def restore(
     model_config, tokenizer = load_without_weights(config.model)
     model = Decoder(for_run(model_config, config))
     if mesh is None:
-        place: Any = SingleDeviceSharding(jax.devices()[0])
+        place: Any = SingleDeviceSharding(jax.local_devices()[0])
     else:
         place = meshes.parameter_shardings(param_axes(model), params, mesh)
     return Restored(

@@ -16,6 +16,8 @@ from grpo_jax.training.digest import named_leaves
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.policy import load_policy
 
+pytestmark = pytest.mark.slow
+
 MESHES = {
     "1x1x1": MeshConfig(fsdp=1),
     "8x1x1": MeshConfig(data=8),

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from grpo_jax import load_pretrained, restore, train
-from grpo_jax.config import MeshConfig
-from grpo_jax.parallel import mesh as meshes
 from grpo_jax.reporting import metrics as names
 from grpo_jax.training.digest import params_sha256
+
+pytestmark = pytest.mark.slow
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -183,8 +183,3 @@ def test_meshes_and_batches_that_do_not_fit_the_processes_are_refused(reports):
         assert "use 8" in report["uneven"]
         assert "mesh.tensor 4 reaches over processes" in report["wide"]
         assert "use 2" in report["wide"]
-
-
-def test_lists_of_several_processes_need_no_joining_in_one():
-    assert meshes.gather_lists(["a"]) == ["a"]
-    meshes.check_processes(meshes.make_mesh(MeshConfig(tensor=8)), "jit")
