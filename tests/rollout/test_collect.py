@@ -35,7 +35,7 @@ def make_collector(tiny_policy, meshes_of):
             task,
             RewardRunner(task.rewards, RewardsConfig()),
             make_config(**changes),
-            meshes_of(1, 1, 1),
+            mesh=meshes_of(1, 1, 1),
         )
 
     return make
