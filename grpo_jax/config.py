@@ -53,6 +53,8 @@ class ObjectiveConfig(Section):
     cispo_max_weight: Positive | None = None
     # Weight of the KL to the frozen reference (beta); 0 holds no reference.
     kl_coef: NotNegative = 0.04
+    # Add the KL to the loss per token, or take it from the reward per sequence (RLOO).
+    kl_in: Literal["loss", "reward"] = "loss"
     kl_estimator: Literal["k2", "k3"] = "k3"  # per-token KL estimator
     entropy_coef: NotNegative = 0.0  # weight of the entropy bonus
     # Cap of the truncated importance weight between sampler and learner; None is off.
@@ -150,7 +152,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "advantage": "leave_one_out",
         "surrogate": "likelihood",
         "aggregation": "sequence_sum",
-        "kl_coef": 0.0,
+        "kl_in": "reward",
     },
 }
 

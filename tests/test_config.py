@@ -247,7 +247,7 @@ PAPERS = {
         "advantage": "leave_one_out",
         "surrogate": "likelihood",
         "aggregation": "sequence_sum",
-        "kl_coef": 0.0,
+        "kl_in": "reward",
     },
 }
 
@@ -264,6 +264,7 @@ def test_a_preset_has_the_numbers_of_its_paper(name):
         "dual_clip": None,
         "cispo_max_weight": None,
         "kl_coef": 0.04,
+        "kl_in": "loss",
         "kl_estimator": "k3",
         "entropy_coef": 0.0,
         "sampler_correction_cap": None,

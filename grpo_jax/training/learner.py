@@ -102,6 +102,15 @@ class Learner:
             self._mesh,
             (counted.astype(np.float32), rollout.lengths, rollout.finished),
         )
+        chosen = self._config.objective
+        if chosen.kl_in == "reward" and batch.ref_logp is not None:
+            rewards = less_kl(
+                rewards,
+                batch.sampler_logp,
+                batch.ref_logp,
+                batch.mask,
+                kl_coef=chosen.kl_coef,
+            )
         advantages, mask = self._advantages(rewards, lengths, finished, batch.mask)
         return batch.replace(advantages=advantages, mask=mask)
 
@@ -172,6 +181,24 @@ def score_batch(
         return score(jax.tree.map(lambda leaf: leaf[0], parts))
     logp = lax.map(score, parts)
     return jnp.moveaxis(logp, 0, 1).reshape(batch.completions.shape)
+
+
+@functools.partial(jax.jit, static_argnames="kl_coef")
+def less_kl(
+    rewards: Float[Array, "N G"],
+    logp: Float[Array, "N G T"],
+    ref_logp: Float[Array, "N G T"],
+    mask: Bool[Array, "N G T"],
+    *,
+    kl_coef: float,
+) -> Float[Array, "N G"]:
+    """Rewards less β log(π(y|x) / π_ref(y|x)), the KL of a sequence in one sample.
+
+    Ahmadian et al. 2024, eq. 2, https://arxiv.org/abs/2402.14740. `logp` is that of the
+    policy that sampled, in nats; masked tokens take no part.
+    """
+    ratios = jnp.where(mask, logp - ref_logp, 0.0)
+    return rewards - kl_coef * jnp.sum(ratios, axis=-1)
 
 
 def advantages_and_mask(

@@ -241,7 +241,7 @@ def _loss_totals(
         clip_high=chosen.clip_high,
         dual_clip=chosen.dual_clip,
         cispo_max_weight=chosen.cispo_max_weight,
-        kl_coef=chosen.kl_coef,
+        kl_coef=chosen.kl_coef if chosen.kl_in == "loss" else 0.0,
         kl_estimator=chosen.kl_estimator,
         entropy_coef=chosen.entropy_coef,
         sampler_correction_cap=chosen.sampler_correction_cap,

@@ -10,7 +10,12 @@ import pytest
 from grpo_jax.config import ObjectiveConfig, OptimizerConfig
 from grpo_jax.objective import standardized_advantages
 from grpo_jax.rollout.groups import Rollout
-from grpo_jax.training.learner import Learner, advantages_and_mask, score_batch
+from grpo_jax.training.learner import (
+    Learner,
+    advantages_and_mask,
+    less_kl,
+    score_batch,
+)
 from grpo_jax.training.step import policy_logprobs
 
 REWARDS = np.array([[0.0, 1, 2, 3], [1, 1, 1, 1], [0, 0, 0, 5], [-1, 1, 0, 0]])
@@ -106,7 +111,7 @@ def test_old_log_probs_are_those_of_the_policy_that_met_the_rollout(
         {"params": params()},
         rollout.prompts,
         rollout.prompt_lengths,
-        rollout.tokens,
+        jnp.asarray(rollout.tokens),
         temperature=0.9,
     ).logp
     np.testing.assert_allclose(batch.old_logp, expected, rtol=1e-5)
@@ -147,7 +152,7 @@ def test_the_difference_to_the_sampler_is_that_of_the_first_update(
         {"params": params()},
         rollout.prompts,
         rollout.prompt_lengths,
-        rollout.tokens,
+        jnp.asarray(rollout.tokens),
         temperature=0.9,
     ).logp
     exact = dataclasses.replace(rollout, logp=np.asarray(own))
@@ -228,3 +233,14 @@ def test_groups_that_do_not_count_do_not_enter_the_batch_s_deviation(
     np.testing.assert_allclose(batch.advantages[counts], expected, rtol=1e-5)
     np.testing.assert_array_equal(batch.advantages[1], 0.0)
     assert not batch.mask[1].any()
+
+
+def test_the_kl_of_a_sequence_can_be_taken_from_its_reward():
+    # Two sequences; log-ratios 0.5 and 0.25 count, the third is masked.
+    rewards = jnp.array([[1.0, jnp.nan]])
+    logp = jnp.array([[[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]]])
+    ref_logp = jnp.array([[[-1.5, -2.25, -9.0], [-2.0, -2.0, -2.0]]])
+    mask = jnp.array([[[True, True, False], [True, True, True]]])
+    given = less_kl(rewards, logp, ref_logp, mask, kl_coef=0.1)
+    # 1 - 0.1 (0.5 + 0.25) = 0.925; no reward stays no reward.
+    np.testing.assert_allclose(given, [[0.925, np.nan]], rtol=1e-6)
