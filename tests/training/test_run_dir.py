@@ -159,7 +159,7 @@ def test_fields_left_out_of_a_file_suit_its_model(tmp_path):
         write_yaml(tmp_path, "optimizer: {warmup_steps: 4}")
     )
     # The embedded model keeps its own learning rate beside the warm-up that is given.
-    assert config.optimizer == OptimizerConfig(learning_rate=1e-3, warmup_steps=4)
+    assert config.optimizer == OptimizerConfig(learning_rate=2e-4, warmup_steps=4)
 
 
 def test_another_model_gets_its_own_defaults_but_keeps_what_the_file_says(tmp_path):
