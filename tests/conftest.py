@@ -8,6 +8,15 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Compilation is the cost of a JAX suite. Tiny programs gain nothing from being
+# optimized, and a private cache lets processes and the next run share what is compiled.
+# By environment, so that the processes that tests start do the same.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    f"{tempfile.gettempdir()}/grpo_jax_test_cache_{os.getuid()}",
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import hypothesis
 import jax
@@ -18,14 +27,10 @@ import pytest
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
+pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).mkdir(mode=0o700, exist_ok=True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-# A private cache keeps compilation, the cost of a JAX suite, out of the second run.
-_cache = pathlib.Path(tempfile.gettempdir()) / f"grpo_jax_test_cache_{os.getuid()}"
-_cache.mkdir(mode=0o700, exist_ok=True)
-jax.config.update("jax_compilation_cache_dir", str(_cache))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ a page share their names, from top to bottom, as if a reader typed them.
 """
 
 import functools
-import os
 import pathlib
 import re
 import shlex
@@ -13,7 +12,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-import jax
 import pytest
 
 from grpo_jax import cli, objective
@@ -155,11 +153,9 @@ def test_the_code_of_a_page_runs(page, tmp_path):
     program = tmp_path / "page.py"
     program.write_text("\n".join(lines) + "\n")
     # As a reader has it: one device, and none of the strict settings of the tests.
-    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     done = subprocess.run(
         [sys.executable, program],
         cwd=tmp_path,
-        env=os.environ | cache,
         capture_output=True,
         text=True,
     )

@@ -1,15 +1,23 @@
-"""Keys and values that outlive a call: of prompts, and of tokens generated so far."""
+"""Keys and values that outlive a call: of prompts, and of tokens generated so far.
 
+Those of all layers are one array with a leading axis of layers, or a tuple with an
+array per layer: a loop over tokens reads and writes such arrays where they lie, while
+it would copy a layer out of a stack at every token.
+"""
+
+import jax
+import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 
 @struct.dataclass
 class Prefix:
     """Keys and values of right-padded prompts, and how many tokens of each are real.
 
-    Of a whole model the arrays are [L, N, P, K, h]; of one layer, [N, P, K, h].
+    Of a whole model the arrays are [L, N, P, K, h], or L of [N, P, K, h]; of one layer,
+    [N, P, K, h].
     """
 
     keys: Float[Array, "*L N P K h"]
@@ -21,7 +29,8 @@ class Prefix:
 class Cache:
     """Keys and values of own tokens, all layers; entries not yet written are 0.
 
-    Heads come before the group, so that attention reads a layer without rearranging it.
+    One array [L, N, K, G, T, h], or L of [N, K, G, T, h]. Heads come before the group,
+    so that attention reads a layer without rearranging it.
     """
 
     keys: Float[Array, "L N K G T h"]
@@ -33,25 +42,69 @@ def write(
     keys: Float[Array, "N K G 1 h"],
     values: Float[Array, "N K G 1 h"],
     *,
-    layer: Int[Array, ""],
+    layer: Int[Array, ""] | int,
     step: Int[Array, ""] | int,
 ) -> Cache:
     """Returns the cache with one token's keys and values put at a layer and step.
 
-    Within a loop that carries the cache, XLA makes this a write in place.
+    Within a loop that carries the cache, XLA makes this a write in place. The layer of
+    a cache in parts is a plain number.
     """
-    start = (layer, 0, 0, 0, step, 0)
-    return Cache(
-        keys=lax.dynamic_update_slice(cache.keys, keys[None], start),
-        values=lax.dynamic_update_slice(cache.values, values[None], start),
-    )
+
+    def put(old: PyTree, new: Array) -> PyTree:
+        if isinstance(old, tuple):
+            start = (0, 0, 0, step, 0)
+            put = lax.dynamic_update_slice(old[layer], new, start)
+            return (*old[:layer], put, *old[layer + 1 :])
+        start = (layer, 0, 0, 0, step, 0)
+        return lax.dynamic_update_slice(old, new[None], start)
+
+    return Cache(keys=put(cache.keys, keys), values=put(cache.values, values))
 
 
 def of_layer(
-    cache: Cache, layer: Int[Array, ""]
+    cache: Cache, layer: Int[Array, ""] | int
 ) -> tuple[Float[Array, "N K G T h"], Float[Array, "N K G T h"]]:
     """Returns the keys and the values of one layer."""
-    return (
-        lax.dynamic_index_in_dim(cache.keys, layer, axis=0, keepdims=False),
-        lax.dynamic_index_in_dim(cache.values, layer, axis=0, keepdims=False),
-    )
+
+    def take(stored: PyTree) -> Array:
+        if isinstance(stored, tuple):
+            return stored[layer]
+        return lax.dynamic_index_in_dim(stored, layer, axis=0, keepdims=False)
+
+    return take(cache.keys), take(cache.values)
+
+
+def apart(stacked: PyTree, count: int) -> tuple[PyTree, ...]:
+    """Returns the tree of each of `count` layers from a tree of stacked arrays."""
+    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
+
+
+def regroup(
+    prefix: Prefix,
+    cache: Cache,
+    prompts: Int[Array, "S M"],
+    slots: Int[Array, "S M W"],
+) -> tuple[Prefix, Cache]:
+    """Returns prefix and cache of other groups, made of some of the present sequences.
+
+    The prompts, and the sequences of the cache, are taken as S equal parts in order.
+    New group m of a part belongs to its prompt `prompts[s, m]`, and its sequence w is
+    its old sequence `slots[s, m, w]`, both counted within the part. Parts that lie on
+    different devices stay there. Arrays are those of single layers.
+    """
+    parts = prompts.shape[0]
+
+    take = jax.vmap(lambda rows, at: rows[at])
+
+    def of_prompts(x: Array) -> Array:
+        taken = take(x.reshape(parts, -1, *x.shape[1:]), prompts)
+        return taken.reshape(-1, *x.shape[1:])
+
+    def of_sequences(x: Array) -> Array:
+        _, k, _, t, h = x.shape
+        rows = jnp.swapaxes(x, 1, 2).reshape(parts, -1, k, t, h)
+        taken = take(rows, slots).reshape(-1, slots.shape[2], k, t, h)
+        return jnp.swapaxes(taken, 1, 2)
+
+    return jax.tree.map(of_prompts, prefix), jax.tree.map(of_sequences, cache)

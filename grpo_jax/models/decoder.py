@@ -5,6 +5,7 @@ another way to attend. Layers are stacked on a leading axis and scanned, so comp
 does not grow with depth. Hidden states are returned after the final norm.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from grpo_jax.models.attention import attention, head_major
 from grpo_jax.models.block import Layer, PerLayer, per_layer_data, rotary_tables
 from grpo_jax.models.cache import Cache, Prefix
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.layers import Embedding, Projection, RMSNorm
+from grpo_jax.models.layers import Embedding, Projection, RMSNorm, read_by_rows
 
 
 class Decoder(nn.Module):
@@ -105,8 +106,42 @@ class Decoder(nn.Module):
             return layer(x, tables, data, attend), None
 
         carry, prompts = (self.embed(tokens), cache), (prefix.keys, prefix.values)
-        (x, cache), _ = self._scan(body, carry, prompts)
+        in_turn = self._unroll if isinstance(prefix.keys, tuple) else self._scan
+        (x, cache), _ = in_turn(body, carry, prompts)
         return self.final_norm(x), cache
+
+    def unstack(
+        self, variables: PyTree, prefix: Prefix, cache: Cache
+    ) -> tuple[PyTree, Prefix, Cache]:
+        """Returns the three with each layer in arrays of its own, to decode faster.
+
+        `decode` takes them as it takes the stacked ones, and computes the same. Kernels
+        become [out, in]: a product with few rows reads such a kernel as it lies. Called
+        outside of `apply`.
+        """
+        count = self.config.num_layers
+        variables = {
+            collection: {
+                name: dict(enumerate(caches.apart(read_by_rows(tree), count)))
+                if name == "layers"
+                else tree
+                for name, tree in trees.items()
+            }
+            for collection, trees in variables.items()
+        }
+        keys, values = (caches.apart(x, count) for x in (prefix.keys, prefix.values))
+        own = Cache(*(caches.apart(x, count) for x in (cache.keys, cache.values)))
+        return variables, Prefix(keys, values, prefix.lengths), own
+
+    def regroup(
+        self,
+        prefix: Prefix,
+        cache: Cache,
+        prompts: Int[Array, "S M"],
+        slots: Int[Array, "S M W"],
+    ) -> tuple[Prefix, Cache]:
+        """Returns the prefix and cache of other groups: `cache.regroup`."""
+        return caches.regroup(prefix, cache, prompts, slots)
 
     def score(
         self,
@@ -223,6 +258,17 @@ class Decoder(nn.Module):
             scale=self.config.attention_scale,
             softcap=self.config.attention_softcap,
         )
+
+    def _unroll(self, body: Callable, carry: PyTree, apart: PyTree) -> Any:
+        """Returns what `_scan` does, with parameters and entries from `unstack`."""
+        plain = Layer(self.config, parent=None)
+        count = self.config.num_layers
+        for i, data in enumerate(caches.apart(per_layer_data(self.config), count)):
+            own = {name: trees["layers"][i] for name, trees in self.variables.items()}
+            layer = functools.partial(plain.apply, own)
+            entry = tuple(arrays[i] for arrays in apart)
+            carry, _ = body(layer, carry, (data.replace(index=i), entry))
+        return carry, None
 
     def _scan(self, body: Callable, carry: PyTree, stacked: PyTree) -> Any:
         """Returns what a scan of `body(layer, carry, (data, entry))` over layers does.

@@ -9,12 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import traverse_util
 from flax.linen.spmd import with_logical_constraint
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from grpo_jax.models.config import ModelConfig
 
 _KERNEL_INIT = nn.initializers.normal(0.02)
+# A kernel kept as [out, in], by the name of its parameter.
+_BY_ROWS = "kernel_by_rows"
 
 
 class RMSNorm(nn.Module):
@@ -82,7 +85,9 @@ class Projection(nn.Module):
     def setup(self):
         """Declares the kernel and the bias."""
         shape, axes = (self.in_features, self.out_features), self.axes
-        self.kernel = _parameter(self, "kernel", _KERNEL_INIT, shape, axes)
+        self.by_rows = self.has_variable("params", _BY_ROWS)
+        if not self.by_rows:
+            self.kernel = _parameter(self, "kernel", _KERNEL_INIT, shape, axes)
         if self.use_bias:
             zeros = nn.initializers.zeros
             self.bias = _parameter(self, "bias", zeros, shape[1:], axes[1:])
@@ -92,7 +97,10 @@ class Projection(nn.Module):
         # As one matrix: on CPU the gradient of a product with two leading axes is not
         # recognized as a matrix product, and takes ten times as long.
         rows = x.reshape(-1, x.shape[-1])
-        y = rows @ self.kernel.astype(x.dtype)
+        if self.by_rows:
+            y = rows @ self.get_variable("params", _BY_ROWS).T.astype(x.dtype)
+        else:
+            y = rows @ self.kernel.astype(x.dtype)
         if self.use_bias:
             y = y + self.bias.astype(x.dtype)[None, :]
         if self.has_variable("lora", "a"):
@@ -138,6 +146,22 @@ class GatedMLP(nn.Module):
             use_bias=self.config.mlp_bias,
             lora_scale=self.config.lora_scale,
         )
+
+
+def read_by_rows(params: PyTree) -> PyTree:
+    """Returns the parameters with each kernel [..., in, out] as [..., out, in].
+
+    `Projection` takes both. A product of few rows of x with a kernel by rows needs no
+    rearranged copy of the kernel, which on a CPU takes longer than the product.
+    """
+    flat = traverse_util.flatten_dict(params)
+    turned = {
+        (*path[:-1], _BY_ROWS): jnp.swapaxes(leaf, -1, -2)
+        for path, leaf in flat.items()
+        if path[-1] == "kernel"
+    }
+    kept = {path: leaf for path, leaf in flat.items() if path[-1] != "kernel"}
+    return traverse_util.unflatten_dict(kept | turned)
 
 
 def activation(x: Float[Array, "..."], *, kind: str) -> Float[Array, "..."]:

@@ -4,7 +4,7 @@
 attribute is read, and `forward` or the like is not needed.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -107,4 +107,37 @@ class LanguageModel(Protocol):
         self, num_prompts: int, group_size: int, max_new_tokens: int
     ) -> PyTree:
         """Returns the cache before the first own token; called without variables."""
+        ...
+
+
+@runtime_checkable
+class DecodesApart(Protocol):
+    """What a model may offer besides, to sample faster: layers apart, moving slots.
+
+    Without it the sampler decodes with what `apply`, `prefill` and `init_cache` take
+    and give, all completions until the last one ends. `Decoder` has both methods.
+    """
+
+    def unstack(
+        self, variables: PyTree, prefix: Any, cache: Any
+    ) -> tuple[PyTree, Any, Any]:
+        """Returns the three in the form in which `decode` is fastest.
+
+        Called once per rollout, outside of `apply`, before the first `decode`.
+        """
+        ...
+
+    def regroup(
+        self,
+        prefix: Any,
+        cache: Any,
+        prompts: Int[Array, "S M"],
+        slots: Int[Array, "S M W"],
+    ) -> tuple[Any, Any]:
+        """Returns prefix and cache for S x M groups of W sequences out of the present.
+
+        Prompts and sequences count as S equal parts in order. New group m of part s has
+        the prompt of the part's old group `prompts[s, m]`; its sequence w is the part's
+        old sequence `slots[s, m, w]`, sequences counted group by group.
+        """
         ...

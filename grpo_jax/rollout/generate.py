@@ -2,7 +2,8 @@
 
 The completions of a group share the prompt's keys and values. The key of a token is
 folded from (key, prompt, sample, token), so what is drawn for a prompt does not depend
-on the prompts beside it.
+on the prompts beside it. As completions end, those that go on are moved together into
+fewer slots (`rollout.slots`), so that a few long ones do not cost what all of them did.
 """
 
 import functools
@@ -15,8 +16,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from grpo_jax.config import SamplingConfig
-from grpo_jax.models.protocol import LanguageModel
+from grpo_jax.models.protocol import DecodesApart, LanguageModel
+from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout import sampling as draws
+from grpo_jax.rollout import slots
 
 
 class Completions(struct.PyTreeNode):
@@ -43,14 +46,17 @@ class Completions(struct.PyTreeNode):
 
 
 class _Loop(struct.PyTreeNode):
-    """State of the loop: the token at `step - 1` is the last one drawn."""
+    """State of the loop: the token at `step - 1` is the last one drawn.
+
+    Arrays are those of the M x W slots in use, of which each holds a completion.
+    """
 
     step: Int[Array, ""]
-    tokens: Int[Array, "N G T"]
-    logp: Float[Array, "N G T"]
-    lengths: Int[Array, "N G"]
-    finished: Bool[Array, "N G"]
-    cache: PyTree
+    tokens: Int[Array, "M W T"]
+    logp: Float[Array, "M W T"]
+    lengths: Int[Array, "M W"]
+    finished: Bool[Array, "M W"]
+    keys: Key[Array, "M W"]
 
 
 def generate(
@@ -122,40 +128,61 @@ def _generate(
 ) -> Completions:
     # Cast once, not at every token.
     variables = in_compute_dtype(variables, model.config.dtype)
-    apply = functools.partial(model.apply, variables)
-    head: Any = apply(method=model.head)
-    last, prefix = apply(prompts, lengths, method=model.prefill)
-    keys = _sample_keys(key, prompt_ids, group_size)
+    # By rows, as a tied embedding lies in memory: a product of few rows reads it so.
+    head: Any = model.apply(variables, method=model.head).T
+    last, prefix = model.apply(variables, prompts, lengths, method=model.prefill)
     shape = (prompts.shape[0], group_size)
+    cache = model.init_cache(*shape, max_new_tokens)
+    layouts = [slots.Layout(*shape)]
+    if isinstance(model, DecodesApart):
+        variables, prefix, cache = model.unstack(variables, prefix, cache)
+        if stop_ids:
+            layouts = slots.layouts(*shape, parts=_batch_parts())
     blank = _Loop(
         step=jnp.int32(0),
         tokens=jnp.full((*shape, max_new_tokens), model.config.pad_token_id or 0),
         logp=jnp.zeros((*shape, max_new_tokens)),
         lengths=jnp.zeros(shape, jnp.int32),
         finished=jnp.zeros(shape, bool),
-        cache=model.init_cache(*shape, max_new_tokens),
+        keys=_sample_keys(key, prompt_ids, group_size),
     )
 
-    def draw(state: _Loop, hidden: Float[Array, "N G D"]) -> _Loop:
-        uniform = _uniforms(keys, state.step)
+    def draw(state: _Loop, hidden: Float[Array, "M W D"]) -> _Loop:
+        uniform = _uniforms(state.keys, state.step)
         token, logp = _next_token(model, head, hidden, uniform, sampling)
         return _append(state, token, logp, stop_ids)
 
-    def unfinished(state: _Loop) -> Bool[Array, ""]:
-        return (state.step < max_new_tokens) & ~jnp.all(state.finished)
-
-    def advance(state: _Loop) -> _Loop:
-        token = lax.dynamic_index_in_dim(
-            state.tokens, state.step - 1, axis=-1, keepdims=False
-        )
-        hidden, cache = apply(
-            token, state.step - 1, prefix, state.cache, method=model.decode
-        )
-        return draw(state.replace(cache=cache), hidden)
-
     first = jnp.broadcast_to(last[:, None, :], (*shape, last.shape[-1]))
-    end = lax.while_loop(unfinished, advance, draw(blank, first))
-    return Completions(end.tokens, end.lengths, end.logp, end.finished)
+    state = draw(blank, first)
+    places = slots.first_places(layouts[0])
+    ended = state
+    for layout, smaller in zip(layouts, [*layouts[1:], None], strict=True):
+        if layout is not layouts[0]:
+            ended = _put_back(ended, state, places)
+            places, moves = slots.move_together(places, state.finished, layout)
+            state = _take(ended, places).replace(step=state.step)
+            prefix, cache = model.regroup(prefix, cache, *moves)
+
+        def goes_on(carry: tuple[_Loop, Any], places=places, smaller=smaller) -> Array:
+            state, _ = carry
+            going = (state.step < max_new_tokens) & ~jnp.all(state.finished)
+            if smaller is None:
+                return going
+            return going & ~slots.fit(places, state.finished, smaller)
+
+        def advance(carry: tuple[_Loop, Any], prefix=prefix) -> tuple[_Loop, Any]:
+            state, cache = carry
+            token = lax.dynamic_index_in_dim(
+                state.tokens, state.step - 1, axis=-1, keepdims=False
+            )
+            hidden, cache = model.apply(
+                variables, token, state.step - 1, prefix, cache, method=model.decode
+            )
+            return draw(state, hidden), cache
+
+        state, cache = lax.while_loop(goes_on, advance, (state, cache))
+    ended = _put_back(ended, state, places)
+    return Completions(ended.tokens, ended.lengths, ended.logp, ended.finished)
 
 
 def in_compute_dtype(variables: PyTree, dtype: str) -> PyTree:
@@ -168,6 +195,42 @@ def in_compute_dtype(variables: PyTree, dtype: str) -> PyTree:
         return leaf if path[-1].key == "scale" else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, variables)
+
+
+def _put_back(ended: _Loop, state: _Loop, places: slots.Places) -> _Loop:
+    """All completions, with what the slots hold of them; `ended` has N x G of them."""
+    index = places.index.reshape(-1)
+
+    def put(old: Array, new: Array) -> Array:
+        flat = old.reshape(-1, *old.shape[2:])
+        new = new.reshape(-1, *new.shape[2:])
+        return flat.at[index].set(new, mode="drop").reshape(old.shape)
+
+    return ended.replace(
+        tokens=put(ended.tokens, state.tokens),
+        logp=put(ended.logp, state.logp),
+        lengths=put(ended.lengths, state.lengths),
+        finished=put(ended.finished, state.finished),
+    )
+
+
+def _take(ended: _Loop, places: slots.Places) -> _Loop:
+    """What the slots hold of all completions; an empty slot has finished."""
+    index = places.index
+    held = index < ended.finished.size
+
+    def take(x: Array) -> Array:
+        return x.reshape(-1, *x.shape[2:])[jnp.where(held, index, 0)]
+
+    arrays = {name: x for name, x in vars(ended).items() if name != "step"}
+    state = ended.replace(**{name: take(x) for name, x in arrays.items()})
+    return state.replace(finished=state.finished | ~held)
+
+
+def _batch_parts() -> int:
+    """Into how many parts the mesh in use, if any, splits a batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else meshes.batch_shards(mesh)
 
 
 def _append(
@@ -197,14 +260,14 @@ def _append(
 
 def _next_token(
     model: LanguageModel,
-    head: Float[Array, "D V"],
-    hidden: Float[Array, "N G D"],
-    uniform: Float[Array, "N G"],
+    head: Float[Array, "V D"],
+    hidden: Float[Array, "M W D"],
+    uniform: Float[Array, "M W"],
     sampling: SamplingConfig,
-) -> tuple[Int[Array, "N G"], Float[Array, "N G"]]:
+) -> tuple[Int[Array, "M W"], Float[Array, "M W"]]:
     shape = hidden.shape[:-1]
     rows = hidden.reshape(-1, hidden.shape[-1])
-    logits = jnp.dot(rows, head, preferred_element_type=jnp.float32)
+    logits = jnp.dot(rows, head.T, preferred_element_type=jnp.float32)
     if (cap := model.config.logit_softcap) is not None:
         logits = cap * jnp.tanh(logits / cap)
     token, logp = draws.sample_token(

@@ -63,17 +63,18 @@ def test_score_equals_forward_on_the_concatenation(tiny):
     assert_trees_close(shared, repeated, 1e-5)
 
 
-def test_decode_equals_score(tiny):
+@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
+def test_decode_equals_score(tiny, apart):
     model, (n, g, t) = tiny.model, tiny.completions.shape
     last, prefix = jax.jit(
         lambda: model.apply(
             tiny.variables, tiny.prompts, tiny.lengths, method=model.prefill
         )
     )()
-    step = jax.jit(
-        lambda *args: model.apply(tiny.variables, *args, method=model.decode)
-    )
-    cache = model.init_cache(n, g, t)
+    variables, cache = tiny.variables, model.init_cache(n, g, t)
+    if apart:
+        variables, prefix, cache = model.unstack(variables, prefix, cache)
+    step = jax.jit(lambda *args: model.apply(variables, *args, method=model.decode))
     hidden = [jnp.broadcast_to(last[:, None], (n, g, last.shape[-1]))]
     for i in range(t - 1):
         out, cache = step(tiny.completions[..., i], i, prefix, cache)

@@ -13,6 +13,7 @@ from grpo_jax.config import SamplingConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout import generate as generating
+from grpo_jax.rollout import slots
 from grpo_jax.rollout.generate import generate
 from grpo_jax.rollout.sampling import sample_token
 from grpo_jax.training.step import policy_logprobs
@@ -206,6 +207,42 @@ def test_the_loop_stops_when_every_completion_has_ended(tiny_policy, monkeypatch
     jax.effects_barrier()
     assert len(calls) == 1
     assert (np.asarray(drawn.lengths) == 1).all()
+
+
+@pytest.fixture
+def few_slots(monkeypatch):
+    """Layouts down to a single slot, for programs compiled while it is in use."""
+    monkeypatch.setattr(slots, "_FEWEST_SLOTS", 1)
+    generating._generate.clear_cache()
+    yield
+    generating._generate.clear_cache()
+
+
+def test_moving_completions_together_changes_nothing(tiny_policy, sampled, few_slots):
+    again = sample(tiny_policy, *prompts_and_lengths())
+    np.testing.assert_array_equal(again.tokens, sampled.tokens)
+    np.testing.assert_array_equal(again.lengths, sampled.lengths)
+    np.testing.assert_array_equal(again.finished, sampled.finished)
+    np.testing.assert_allclose(again.logp, sampled.logp, atol=1e-5)
+
+
+def test_tokens_take_fewer_slots_as_completions_end(
+    tiny_policy, few_slots, monkeypatch
+):
+    used = []
+
+    def noted(logits, uniform, **options):
+        jax.debug.callback(lambda: used.append(len(uniform)))
+        return sample_token(logits, uniform, **options)
+
+    monkeypatch.setattr(generating.draws, "sample_token", noted)
+    drawn = sample(tiny_policy, *prompts_and_lengths())
+    jax.effects_barrier()
+    lengths = np.asarray(drawn.lengths)
+    going = [int((lengths > step).sum()) for step in range(len(used))]
+    assert used[0] == 12 and used[-1] < 12
+    assert sorted(used, reverse=True) == used
+    assert all(slot >= alive for slot, alive in zip(used, going, strict=True))
 
 
 def test_a_mesh_draws_what_one_device_draws(tiny_policy, sampled, meshes_of):

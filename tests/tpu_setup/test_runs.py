@@ -157,7 +157,8 @@ def test_a_run_that_saved_on_a_signal_of_the_platform_is_not_finished(installed)
     saving = "trap 'exit 0' TERM; echo ready; while :; do sleep 0.1; done"
     installed.run("run", "--", "bash", "-c", saving)
     for worker in range(2):
-        while "ready" not in log(installed, worker):
+        # The log names the command too, before it has started.
+        while "ready" not in log(installed, worker).splitlines():
             time.sleep(0.05)
         os.killpg(int((installed.worker(worker) / "run/pid").read_text()), SIGTERM)
     wait_for(installed, "interrupted")

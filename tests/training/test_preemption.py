@@ -1,7 +1,6 @@
 """The first signal is a request, the second the end; a stopped process resumes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -74,18 +73,9 @@ def command(folder, run_dir):
 
 @pytest.fixture
 def start(tiny_policy):
-    import jax
-
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-
     def start(run_dir):
         return subprocess.Popen(
             command(tiny_policy.folder, run_dir),
-            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

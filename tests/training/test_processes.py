@@ -34,12 +34,7 @@ def start(arguments, *, process, port, stderr):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "2",
-        # Only process 0 writes to the cache; the other compiles every time.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0"
-        " --xla_llvm_disable_expensive_passes=true",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "GRPO_COORDINATOR": f"localhost:{port}",
         "GRPO_NUM_PROCESSES": "2",
         "GRPO_PROCESS_ID": str(process),

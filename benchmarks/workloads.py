@@ -1,0 +1,145 @@
+"""What the benchmarks run: the same work for this library and for its peers.
+
+Nothing here imports JAX or PyTorch, so that each script pays for its own framework only.
+"""
+
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+WORDS = (
+    "time year people way day man thing woman life child world school state family "
+    "student group country problem hand part place case week company system program "
+    "question work government number night point home water room mother area money "
+    "story fact month lot right study book eye job word business issue side kind head "
+    "house service friend father power hour game line end member law car city name"
+).split()
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A step: `prompts` x `group` completions of exactly `new_tokens` tokens.
+
+    Every prompt has exactly `prompt_tokens`. `model` is a folder that `models.py`
+    makes, or the name of the model that comes with the package.
+    """
+
+    name: str
+    model: str
+    prompts: int
+    group: int
+    prompt_tokens: int
+    new_tokens: int
+    steps: int
+    kl_coef: float = 0.04
+
+    @property
+    def sequences(self) -> int:
+        """Completions of a step."""
+        return self.prompts * self.group
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a step samples."""
+        return self.sequences * self.new_tokens
+
+
+WORKLOADS = {
+    work.name: work
+    for work in (
+        Workload("tiny", "tiny", 8, 8, 32, 32, steps=14),
+        Workload("smol", "smol", 4, 8, 128, 64, steps=4),
+        Workload("long", "tiny", 4, 16, 512, 64, steps=6),
+    )
+}
+
+
+def exact_prompts(
+    encode: Callable[[str], Sequence[int]], count: int, tokens: int, *, seed: int = 0
+) -> list[str]:
+    """Texts of which each has exactly `tokens` tokens."""
+    rng = random.Random(seed)
+    plain = [word for word in WORDS if len(encode(f"the {word}")) == 2]
+    plain = plain or WORDS
+    texts = []
+    while len(texts) < count:
+        words: list[str] = []
+        while len(encode(" ".join(words))) < tokens:
+            words.append(rng.choice(plain))
+        text = " ".join(words)
+        if len(encode(text)) == tokens:
+            texts.append(text)
+    return texts
+
+
+def reward(completions: Iterable[str]) -> list[float]:
+    """Cheap, and different within a group: the share of distinct characters."""
+    return [len(set(text)) / 30 for text in completions]
+
+
+def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The median of every number over the rows."""
+    return {
+        name: statistics.median(row[name] for row in rows)
+        for name in rows[0]
+        if isinstance(rows[0][name], int | float)
+    }
+
+
+def record(
+    system: str, work: Workload, phases: dict[str, float], **more: Any
+) -> dict[str, Any]:
+    """One line of results: seconds per phase with all that they depend on."""
+    return {
+        "system": system,
+        "workload": asdict(work),
+        "seconds": {name: round(value, 4) for name, value in phases.items()},
+        "tokens_per_second": round(work.tokens / phases["step"], 2),
+        "peak_gib": round(
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2
+        ),
+        **more,
+        "machine": {
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "python": platform.python_version(),
+        },
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Versions of the packages that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def publish(line: dict[str, Any], out: Path | None) -> None:
+    """Print a result as one JSON line, and append it to `out`."""
+    text = json.dumps(line)
+    print(text, flush=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a") as file:
+            file.write(text + "\n")
+
+
+def _cpu_name() -> str:
+    for row in Path("/proc/cpuinfo").read_text().splitlines():
+        if row.startswith("model name"):
+            return row.split(":", 1)[1].strip()
+    return platform.processor()
