@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.models import rope
 from grpo_jax.models.attention import SelfAttention
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.experts import ExpertsMLP
 from grpo_jax.models.layers import GatedMLP, RMSNorm, constrain
 
 # Wider than any sequence: stands for "no window" where another layer has one.
@@ -39,7 +40,8 @@ class Layer(nn.Module):
         self.attn_norm = self._norm()
         self.attn = SelfAttention(self.config)
         self.mlp_norm = self._norm()
-        self.mlp = GatedMLP(self.config)
+        mlp = GatedMLP if self.config.experts is None else ExpertsMLP
+        self.mlp = mlp(self.config)
         if self.config.sandwich_norm:
             self.post_attn_norm = self._norm()
             self.post_mlp_norm = self._norm()

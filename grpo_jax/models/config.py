@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from grpo_jax.models import hf_config
 from grpo_jax.models.rope import RopeConfig
+from grpo_jax.models.routing import ExpertsConfig
 
 _SIZES = (
     "vocab_size",
@@ -65,6 +66,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    experts: ExpertsConfig | None = None  # in place of the MLP
     dtype: str = "float32"  # of compute; parameters stay float32
     remat: Literal["none", "layer", "dots"] = "none"  # what backward recomputes
     lora_scale: float | None = None  # alpha / rank; needed when adapters are given
@@ -73,6 +75,13 @@ class ModelConfig:
         problems = [*_range_problems(self), *_relation_problems(self)]
         if problems:
             raise ValueError("ModelConfig: " + "; ".join(problems))
+
+    @property
+    def active_width(self) -> int:
+        """Features of the MLP, or of the experts, that one token passes through."""
+        if self.experts is None:
+            return self.intermediate_size
+        return self.experts.per_token * self.experts.width
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
@@ -135,6 +144,8 @@ def _relation_problems(config: ModelConfig) -> Iterator[str]:
         )
     if config.head_dim % 2:
         yield f"head_dim must be even for rotary embeddings, got {config.head_dim}"
+    if config.experts is not None and config.mlp_bias:
+        yield "mlp_bias must be False: experts have no biases"
     for name in ("layer_rope", "layer_window"):
         count = len(getattr(config, name))
         if count != config.num_layers:

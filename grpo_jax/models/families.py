@@ -39,7 +39,11 @@ IGNORED_KEYS = frozenset(
 )
 
 # Keys that change the model, and the one value at which this decoder is that model.
-FIXED_KEYS: Mapping[str, Any] = {"pretraining_tp": 1, "partial_rotary_factor": 1.0}
+FIXED_KEYS: Mapping[str, Any] = {
+    "pretraining_tp": 1,
+    "partial_rotary_factor": 1.0,
+    "decoder_sparse_step": 1,  # experts in every layer
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class Family:
     norm_offset: float = 0.0
     scaled_embedding: bool = False  # embeddings times sqrt(D)
     ignored: frozenset[str] = frozenset()  # keys this class alone disregards
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other names
 
 
 _SHARED = {
@@ -76,6 +81,8 @@ _QWEN_WINDOWS = {
     "max_window_layers": 28,
     "layer_types": None,
 }
+# The loss that balances experts is of training by supervision.
+_EXPERTS_IGNORED = frozenset({"router_aux_loss_coef"})
 _GEMMA = {
     "rms_norm_eps": 1e-6,
     "hidden_activation": "gelu_pytorch_tanh",
@@ -132,6 +139,44 @@ FAMILIES: Mapping[str, Family] = {
         },
         windows="late",
         qk_norm=True,
+    ),
+    "MixtralForCausalLM": Family(
+        model_type="mixtral",
+        defaults=_SHARED
+        | {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
+            "sliding_window": None,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        default_theta=1_000_000.0,
+        windows="all",
+        ignored=_EXPERTS_IGNORED,
+        aliases={"num_experts": "num_local_experts"},
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        model_type="qwen3_moe",
+        defaults=_SHARED
+        | {
+            "max_position_embeddings": 32_768,
+            "num_key_value_heads": 4,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+        },
+        windows="all",
+        qk_norm=True,
+        # Unlike in Qwen3, a window in use is one of all layers.
+        ignored=_EXPERTS_IGNORED | {"max_window_layers"},
+        aliases={"num_local_experts": "num_experts"},
     ),
     "Gemma2ForCausalLM": Family(
         model_type="gemma2",

@@ -11,6 +11,7 @@ from typing import Any
 from grpo_jax.models import families
 from grpo_jax.models.families import FAMILIES, Family
 from grpo_jax.models.rope import RopeConfig
+from grpo_jax.models.routing import ExpertsConfig
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -51,6 +52,7 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
     """
     architecture = _architecture(hf)
     family = FAMILIES[architecture]
+    hf = {family.aliases.get(key, key): value for key, value in hf.items()}
     _check_keys(hf, family)
     values = {**family.defaults, **hf}
     width, heads = values["hidden_size"], values["num_attention_heads"]
@@ -74,6 +76,7 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         "attention_scale": values.get("query_pre_attn_scalar", head_dim) ** -0.5,
         "embedding_scale": width**0.5 if family.scaled_embedding else 1.0,
         "eos_token_ids": _token_ids(values["eos_token_id"]),
+        "experts": _experts(values),
     }
     layer_types = _layer_types(values, family)
     window = _window(values)
@@ -107,6 +110,7 @@ def write(fields: Mapping[str, Any]) -> dict[str, Any]:
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "query_pre_attn_scalar": round(fields["attention_scale"] ** -2),
         **_write_windows(fields, family),
+        **_write_experts(fields["experts"]),
     }
     activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
     values["hidden_act"] = activations[fields["activation"]]
@@ -175,6 +179,31 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
 def _window(values: Mapping[str, Any]) -> int | None:
     in_use = values.get("use_sliding_window", True)
     return values.get("sliding_window") if in_use else None
+
+
+def _experts(values: Mapping[str, Any]) -> ExpertsConfig | None:
+    if "num_experts_per_tok" not in values:
+        return None
+    count = values.get("num_experts", values.get("num_local_experts"))
+    return ExpertsConfig(
+        count=count,
+        per_token=values["num_experts_per_tok"],
+        width=values.get("moe_intermediate_size", values["intermediate_size"]),
+        # Mixtral has no such key: its weights always sum to 1.
+        normalized=values.get("norm_topk_prob", True),
+    )
+
+
+def _write_experts(experts: ExpertsConfig | None) -> dict[str, Any]:
+    if experts is None:
+        return {}
+    return {
+        "num_experts": experts.count,
+        "num_local_experts": experts.count,
+        "num_experts_per_tok": experts.per_token,
+        "moe_intermediate_size": experts.width,
+        "norm_topk_prob": experts.normalized,
+    }
 
 
 def _layer_types(values: Mapping[str, Any], family: Family) -> list[str]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from grpo_jax.models.config import ModelConfig
 
-_KERNEL_INIT = nn.initializers.normal(0.02)
+KERNEL_INIT = nn.initializers.normal(0.02)
 # A kernel kept as [out, in], by the name of its parameter.
 _BY_ROWS = "kernel_by_rows"
 
@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
         """Returns x normalized over its last axis."""
         # A fresh norm multiplies by 1, whatever the offset.
         init = nn.initializers.constant(1.0 - self.offset)
-        scale = _parameter(self, "scale", init, x.shape[-1:], ("norm",))
+        scale = parameter(self, "scale", init, x.shape[-1:], ("norm",))
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normalized = wide * jax.lax.rsqrt(mean_square + self.eps)
@@ -54,7 +54,7 @@ class Embedding(nn.Module):
     def setup(self):
         """Declares the table."""
         shape, axes = (self.vocab_size, self.features), ("vocab", "embed")
-        self.embedding = _parameter(self, "embedding", _KERNEL_INIT, shape, axes)
+        self.embedding = parameter(self, "embedding", KERNEL_INIT, shape, axes)
 
     def __call__(self, tokens: Int[Array, "N S"]) -> Float[Array, "N S D"]:
         """Returns the scaled embeddings in the compute dtype."""
@@ -87,10 +87,10 @@ class Projection(nn.Module):
         shape, axes = (self.in_features, self.out_features), self.axes
         self.by_rows = self.has_variable("params", _BY_ROWS)
         if not self.by_rows:
-            self.kernel = _parameter(self, "kernel", _KERNEL_INIT, shape, axes)
+            self.kernel = parameter(self, "kernel", KERNEL_INIT, shape, axes)
         if self.use_bias:
             zeros = nn.initializers.zeros
-            self.bias = _parameter(self, "bias", zeros, shape[1:], axes[1:])
+            self.bias = parameter(self, "bias", zeros, shape[1:], axes[1:])
 
     def __call__(self, x: Float[Array, "N S I"]) -> Float[Array, "N S O"]:
         """Returns the projected x, in the dtype of x."""
@@ -181,7 +181,7 @@ def constrain(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
     return with_logical_constraint(x, axes)
 
 
-def _parameter(
+def parameter(
     module: nn.Module,
     name: str,
     init: Any,

@@ -27,6 +27,11 @@ PATHS = {
 }
 
 
+def adaptable(config: ModelConfig) -> tuple[str, ...]:
+    """Returns the targets that this model has: all projections, but not experts."""
+    return tuple(n for n, path in PATHS.items() if not config.experts or "attn" in path)
+
+
 def init_lora(
     model: Decoder, key: Key[Array, ""], *, rank: int, targets: tuple[str, ...]
 ) -> PyTree:
@@ -39,10 +44,11 @@ def init_lora(
         ValueError: a target that is no projection, a rank below 1, or one larger than
             a side of a target's kernel, beyond which it adds nothing.
     """
-    unknown = sorted(set(targets) - set(PATHS))
-    if unknown or not targets:
+    known = adaptable(model.config)
+    if not targets or not set(targets) <= set(known):
+        experts = "" if model.config.experts is None else "; experts have no adapters"
         raise ValueError(
-            f"lora targets must be some of {sorted(PATHS)}, got {list(targets)}"
+            f"lora targets must be some of {sorted(known)}, got {list(targets)}{experts}"
         )
     if rank < 1:
         raise ValueError(f"lora rank must be at least 1, got {rank}")

@@ -8,6 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int, PyTree
 
+# Names of parameters that are used in float32, whatever the dtype of compute: scales of
+# norms, and routers, in which a rounding could choose another expert.
+WIDE = ("scale", "router")
+
 
 class LanguageModelConfig(Protocol):
     """The facts about a model that the library reads."""
@@ -36,7 +40,7 @@ class LanguageModelConfig(Protocol):
     def dtype(self) -> str:
         """Name of the number type of compute.
 
-        Sampling casts every parameter to it once, except those named `scale`.
+        Sampling casts every parameter to it once, except those of a name in `WIDE`.
         """
         ...
 

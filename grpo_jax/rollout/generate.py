@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from grpo_jax.config import SamplingConfig
-from grpo_jax.models.protocol import DecodesApart, LanguageModel
+from grpo_jax.models.protocol import WIDE, DecodesApart, LanguageModel
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout import sampling as draws
 from grpo_jax.rollout import slots
@@ -188,11 +188,11 @@ def _generate(
 def in_compute_dtype(variables: PyTree, dtype: str) -> PyTree:
     """The variables as the model rounds them where it uses them.
 
-    Norms multiply in float32, so their scales stay as they are.
+    Norms and routers work in float32, so what is theirs stays as it is.
     """
 
     def cast(path: tuple, leaf: Array) -> Array:
-        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+        return leaf if path[-1].key in WIDE else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, variables)
 

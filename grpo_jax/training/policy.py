@@ -15,6 +15,7 @@ from grpo_jax.config import TrainConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.models.lora import init_lora, lora_axes, merge_lora
+from grpo_jax.models.protocol import WIDE
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training import run_dir as directories
 from grpo_jax.training.checkpoint import Checkpoints
@@ -189,8 +190,7 @@ def _load(config: TrainConfig, mesh: Mesh | None) -> Pretrained:
     """The model of a run: master parameters, or a base that stays as it is."""
 
     def dtype(path: str) -> str:
-        # Norms multiply in float32.
-        whole = config.lora.rank is None or path.endswith("/scale")
+        whole = config.lora.rank is None or path.split("/")[-1] in WIDE
         return "float32" if whole else _compute_dtype(config)
 
     if mesh is None:
@@ -235,5 +235,5 @@ def _activation_bytes(model: ModelConfig, config: TrainConfig) -> int:
     tokens = sequences * config.max_new_tokens
     # A part of a group holds the whole prompt.
     tokens += -(-sequences // config.group_size) * config.max_prompt_tokens
-    width = 12 * model.hidden_size + 4 * model.intermediate_size
+    width = 12 * model.hidden_size + 4 * model.active_width
     return int(np.prod([tokens, width, model.num_layers, 4], dtype=np.int64))

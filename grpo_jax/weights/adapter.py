@@ -17,7 +17,7 @@ from flax import traverse_util
 from jaxtyping import PyTree
 
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.lora import PATHS
+from grpo_jax.models.lora import PATHS, adaptable
 from grpo_jax.weights import safetensors
 from grpo_jax.weights.folder import replaced_folder
 from grpo_jax.weights.names import (
@@ -139,7 +139,7 @@ def load_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
         )
     tensors = safetensors.open_file(path / TENSORS)
     rank = options["r"]
-    every = {n: adapter_table(config, rank=rank, targets=(n,)) for n in PATHS}
+    every = {n: adapter_table(config, rank=rank, targets=(n,)) for n in adaptable(config)}
     # A target with any tensor must have all of them.
     found = [
         target

@@ -17,6 +17,22 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.lora import PATHS
 
 
+# Architecture -> the router, the list of experts, and gate, up and down in each. These
+# are the tensors of files; transformers 5 joins those of experts when it reads them.
+_EXPERT_NAMES = {
+    "MixtralForCausalLM": (
+        "block_sparse_moe.gate",
+        "block_sparse_moe.experts",
+        ("w1", "w3", "w2"),
+    ),
+    "Qwen3MoeForCausalLM": (
+        "mlp.gate",
+        "mlp.experts",
+        ("gate_proj", "up_proj", "down_proj"),
+    ),
+}
+
+
 class Tensor(Protocol):
     """A tensor in a file, of which a part can be read without the rest."""
 
@@ -41,15 +57,15 @@ class Parameter:
 
     path: str  # keys joined by "/"
     shape: tuple[int, ...]  # with the axis of layers, if stacked
-    stacked: bool  # one tensor per layer, instead of one tensor
+    stacked: int  # leading axes with a tensor per index: layers, then experts
     transposed: bool  # the file holds [out, in]
-    names: tuple[str, ...]  # Hugging Face names
-    gguf_names: tuple[str, ...]
+    names: tuple[str, ...]  # Hugging Face names, the last stacked axis fastest
+    gguf_names: tuple[str, ...]  # empty where no GGUF file is read
 
     @property
     def file_shape(self) -> tuple[int, ...]:
         """The shape of each of its tensors in a file."""
-        shape = self.shape[1:] if self.stacked else self.shape
+        shape = self.shape[self.stacked :]
         return shape[::-1] if self.transposed else shape
 
 
@@ -59,6 +75,7 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
     rows = [
         _whole("embed/embedding", "model.embed_tokens", "token_embd", (vocab, width)),
         *(_stacked(config.num_layers, *row) for row in _layer_rows(config)),
+        *_expert_rows(config),
         _whole("final_norm/scale", "model.norm", "output_norm", (width,)),
     ]
     if not config.tie_embeddings:
@@ -148,10 +165,10 @@ def read_parameter(
         slice(*part.indices(size)[:2])
         for part, size in zip(index, parameter.shape, strict=True)
     )
-    layers, own = (bounds[0], bounds[1:]) if parameter.stacked else (slice(1), bounds)
+    stack, own = bounds[: parameter.stacked], bounds[parameter.stacked :]
     values = np.empty([part.stop - part.start for part in bounds], dtype)
-    pieces = values if parameter.stacked else values[None]
-    for piece, name in zip(pieces, parameter.names[layers], strict=True):
+    names = np.reshape(parameter.names, parameter.shape[: parameter.stacked])[stack]
+    for piece, name in zip(_pieces(values, parameter), names.flat, strict=True):
         if parameter.transposed:
             piece[...] = tensors[name].read(own[::-1]).T
         else:
@@ -189,9 +206,7 @@ def table_tensors(
         raise ValueError(f"params do not fit the configuration: {'; '.join(wrong)}")
     for row in table:
         values = np.asarray(flat[row.path])
-        for piece, name in zip(
-            values if row.stacked else values[None], row.names, strict=True
-        ):
+        for piece, name in zip(_pieces(values, row), row.names, strict=True):
             piece = piece.T if row.transposed else piece
             # safetensors writes a transposed view as if it were not transposed.
             yield name, np.ascontiguousarray(piece, dtype=dtype or piece.dtype)
@@ -233,9 +248,38 @@ def _layer_rows(
         ("mlp/up", "mlp.up_proj", "ffn_up", (width, hidden), "mlp"),
         ("mlp/down", "mlp.down_proj", "ffn_down", (hidden, width), "mlp"),
     ):
+        if path.startswith("mlp/") and config.experts is not None:
+            continue
         yield f"{path}/kernel", hf, gguf, shape
         if bias in _biases(config):
             yield f"{path}/bias", hf, gguf, shape[1:]
+
+
+def _expert_rows(config: ModelConfig) -> Iterator[Parameter]:
+    if config.experts is None:
+        return
+    count, inner = config.experts.count, config.experts.width
+    width, layers = config.hidden_size, range(config.num_layers)
+    router, module, files = _EXPERT_NAMES[config.architecture]
+    for path, shape, names in (
+        ("router", (width, count), [f"{router}.weight"]),
+        *(
+            (path, (count, *sizes), [f"{module}.{e}.{file}.weight" for e in range(count)])
+            for path, sizes, file in (
+                ("gate", (width, inner), files[0]),
+                ("up", (width, inner), files[1]),
+                ("down", (inner, width), files[2]),
+            )
+        ),
+    ):
+        yield Parameter(
+            path=f"layers/mlp/{path}",
+            shape=(config.num_layers, *shape),
+            stacked=len(shape) - 1,
+            transposed=True,
+            names=tuple(f"model.layers.{i}.{name}" for i in layers for name in names),
+            gguf_names=(),
+        )
 
 
 def _biases(config: ModelConfig) -> set[str]:
@@ -251,7 +295,7 @@ def _whole(path: str, hf: str, gguf: str, shape: tuple[int, ...]) -> Parameter:
     return Parameter(
         path=path,
         shape=shape,
-        stacked=False,
+        stacked=0,
         transposed=path.endswith("/kernel"),
         names=(f"{hf}.weight",),
         gguf_names=(f"{gguf}.weight",),
@@ -265,11 +309,16 @@ def _stacked(
     return Parameter(
         path=f"layers/{path}",
         shape=(num_layers, *shape),
-        stacked=True,
+        stacked=1,
         transposed=path.endswith("/kernel"),
         names=tuple(f"model.layers.{i}.{hf}.{kind}" for i in range(num_layers)),
         gguf_names=tuple(f"blk.{i}.{gguf}.{kind}" for i in range(num_layers)),
     )
+
+
+def _pieces(values: np.ndarray, parameter: Parameter) -> np.ndarray:
+    """What belongs to one tensor each, on the leading axis; a view."""
+    return values.reshape(-1, *values.shape[parameter.stacked :])
 
 
 def _is_redundant(name: str) -> bool:

@@ -133,7 +133,7 @@ class Reference:
         for row in parameter_table(config):
             parts = [self.weights[name].astype(np.float32) for name in row.names]
             parts = [part.T for part in parts] if row.transposed else parts
-            flat[row.path] = np.stack(parts) if row.stacked else parts[0]
+            flat[row.path] = np.stack(parts).reshape(row.shape)
         assert {n for row in parameter_table(config) for n in row.names} == {
             *self.weights
         }

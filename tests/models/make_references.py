@@ -8,8 +8,10 @@ float16 numbers, so that the files stay small and lose nothing.
 
 import json
 import pathlib
+import tempfile
 
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 
@@ -100,6 +102,18 @@ CASES = {
 }
 
 
+MIXTRAL = {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 6}
+QWEN3_MOE = {
+    "head_dim": 8,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "attention_bias": True,
+}
+# Later than the others, so that theirs keep their seeds.
+CASES |= {"mixtral": ("Mixtral", MIXTRAL), "qwen3_moe": ("Qwen3Moe", QWEN3_MOE)}
+
+
 def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
     """Gives every parameter values of which none is trivially 0 or 1."""
     with torch.no_grad():
@@ -112,6 +126,13 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
             else:
                 value = noise * (1.0 if "embed" in name else 0.3)
             parameter.copy_(value.half().float())
+
+
+def stored_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of the model's files, which for experts differ from its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return safetensors.torch.load_file(f"{folder}/model.safetensors")
 
 
 def reference(kind: str, options: dict, seed: int) -> dict[str, np.ndarray]:
@@ -131,8 +152,7 @@ def reference(kind: str, options: dict, seed: int) -> dict[str, np.ndarray]:
             logits[row, :length] = model(tokens[row : row + 1, :length]).logits[0]
     weights = {
         f"weights/{key}": value.half().numpy()
-        for key, value in model.state_dict().items()
-        if not (key == "lm_head.weight" and config.tie_word_embeddings)
+        for key, value in stored_weights(model).items()
     }
     return {
         "config": np.array(json.dumps(config.to_dict())),

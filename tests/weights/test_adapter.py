@@ -48,7 +48,7 @@ def reference(tmp_path_factory):
     for row in parameter_table(config):
         parts = [weights[name] for name in row.names]
         parts = [part.T for part in parts] if row.transposed else parts
-        flat[row.path] = np.stack(parts) if row.stacked else parts[0]
+        flat[row.path] = np.stack(parts).reshape(row.shape)
     params = traverse_util.unflatten_dict(flat, sep="/")
     return Reference(config, params, tokens, logits, folder, weights)
 

@@ -1,0 +1,83 @@
+"""The mixture of experts in the place of a layer's gated MLP."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import spmd
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.layers import KERNEL_INIT, activation, parameter
+from grpo_jax.models.routing import ExpertKernels, route, through_experts
+
+
+class ExpertsMLP(nn.Module):
+    """A router and its experts in the place of a gated MLP.
+
+    The router is used in float32, whatever the compute dtype: a rounded logit could
+    send a token elsewhere in sampling than in training.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        """Declares the router and the experts' stacked kernels."""
+        experts, width = self.config.experts, self.config.hidden_size
+        assert experts is not None, "the layer has experts only if its config has"
+        count, inner = experts.count, experts.width
+        axes = ("expert", "embed", "mlp")
+        self.router = parameter(
+            self, "router", KERNEL_INIT, (width, count), ("embed", "expert")
+        )
+        into, out_of = (count, width, inner), (count, inner, width)
+        self.gate = parameter(self, "gate", KERNEL_INIT, into, axes)
+        self.up = parameter(self, "up", KERNEL_INIT, into, axes)
+        self.down = parameter(
+            self, "down", KERNEL_INIT, out_of, ("expert", "mlp", "embed")
+        )
+
+    def __call__(self, x: Float[Array, "N S D"]) -> Float[Array, "N S D"]:
+        """Returns the output of the block, without the residual."""
+        experts = self.config.experts
+        assert experts is not None, "checked in setup"
+        act = functools.partial(activation, kind=self.config.activation)
+        kernels = ExpertKernels(
+            gate=self.gate.astype(x.dtype),
+            up=self.up.astype(x.dtype),
+            down=self.down.astype(x.dtype),
+        )
+
+        def mix(x: Array, router: Array, kernels: ExpertKernels) -> Array:
+            rows = x.reshape(-1, x.shape[-1])
+            routing = route(
+                rows.astype(jnp.float32) @ router.astype(jnp.float32),
+                per_token=experts.per_token,
+                normalized=experts.normalized,
+            )
+            return through_experts(rows, routing, kernels, act=act).reshape(x.shape)
+
+        return _by_shard(mix, x, self.router, kernels)
+
+
+def _by_shard(mix: Callable, x: Array, *weights: Any) -> Array:
+    """Returns mix(x, *weights), where each device mixes its own rows of the batch.
+
+    Left to the compiler, a sort over all rows would bring all to every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    batch = (spmd.logical_to_mesh_axes(("batch",)) or P(None))[0]
+    names = (batch,) if isinstance(batch, str) else batch or ()
+    parts = math.prod(mesh.shape[name] for name in names if name in mesh.shape)
+    if parts == 1 or x.shape[0] % parts:
+        return mix(x, *weights)
+    whole = jax.tree.map(lambda _: P(), weights)
+    split = P(names)
+    return jax.shard_map(
+        mix, in_specs=(split, *whole), out_specs=split, axis_names=set(names)
+    )(x, *weights)

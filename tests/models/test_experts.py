@@ -1,0 +1,136 @@
+"""Mixture of experts: routing, the fast path against the reference, meshes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from grpo_jax.config import MeshConfig
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.experts import ExpertsMLP
+from grpo_jax.models.lora import init_lora
+from grpo_jax.models.routing import (
+    ExpertKernels,
+    ExpertsConfig,
+    Routing,
+    route,
+    through_all_experts,
+    through_experts,
+)
+from grpo_jax.parallel.mesh import RULES, make_mesh
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def test_the_likeliest_experts_are_chosen_and_weighed_by_their_probabilities():
+    # e^logit = 1, 4, 2, 1: probabilities 1/8, 4/8, 2/8, 1/8.
+    logits = jnp.log(jnp.array([[1.0, 4.0, 2.0, 1.0]]))
+    as_is = route(logits, per_token=2, normalized=False)
+    np.testing.assert_array_equal(as_is.experts, [[1, 2]])
+    np.testing.assert_allclose(as_is.weights, [[0.5, 0.25]], rtol=1e-6)
+    summed = route(logits, per_token=2, normalized=True)
+    np.testing.assert_allclose(summed.weights, [[2 / 3, 1 / 3]], rtol=1e-6)
+
+
+def test_a_token_gets_the_weighted_outputs_of_its_experts():
+    # One feature, inner width 1: expert e computes gate * up * down = x^2 * c_e.
+    scales = jnp.array([1.0, 10.0, 100.0])[:, None, None]
+    kernels = ExpertKernels(
+        gate=jnp.ones((3, 1, 1)), up=jnp.ones((3, 1, 1)), down=scales
+    )
+    routing = Routing(
+        experts=jnp.array([[2, 0], [1, 2]]), weights=jnp.array([[0.5, 2.0], [3.0, 0.1]])
+    )
+    for through in (through_experts, through_all_experts):
+        out = through(jnp.array([[1.0], [2.0]]), routing, kernels, act=lambda x: x)
+        # 0.5 * 100 + 2 * 1; 4 * (3 * 10 + 0.1 * 100).
+        np.testing.assert_allclose(out, [[52.0], [160.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("popular", [False, True], ids=["spread", "one expert"])
+def test_the_fast_path_is_the_reference_with_its_gradient(popular):
+    count, rows = 5, 12
+    x, logits = draw(rows, 8), draw(rows, count, seed=1)
+    if popular:  # every token to experts 3 and 0, so that the others' blocks are empty
+        logits = logits + jnp.array([30.0, 0.0, 0.0, 60.0, 0.0])[None]
+    kernels = ExpertKernels(
+        gate=draw(count, 8, 6, seed=2),
+        up=draw(count, 8, 6, seed=3),
+        down=draw(count, 6, 8, seed=4),
+    )
+
+    def loss(through, x, logits, kernels):
+        routing = route(logits, per_token=2, normalized=not popular)
+        out = through(x, routing, kernels, act=nn.silu)
+        return jnp.sum(out * draw(rows, 8, seed=5)), out
+
+    results = [
+        jax.jit(jax.grad(loss, argnums=(1, 2, 3), has_aux=True), static_argnums=0)(
+            through, x, logits, kernels
+        )
+        for through in (through_experts, through_all_experts)
+    ]
+    for ours, expected in zip(*map(jax.tree.leaves, results), strict=True):
+        scale = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(ours, expected, atol=1e-5 * max(scale, 1e-3))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2, 1)])
+def test_every_device_of_a_mesh_mixes_its_own_tokens(plain, sizes):
+    experts = ExpertsConfig(count=4, per_token=2, width=16, normalized=True)
+    module = ExpertsMLP(dataclasses.replace(plain.model.config, experts=experts))
+    x = draw(8, 6, 32)
+    params = {
+        name: draw(*leaf.shape, seed=7)
+        for name, leaf in nn.meta.unbox(
+            jax.eval_shape(lambda: module.init(jax.random.key(0), x))["params"]
+        ).items()
+    }
+
+    def loss(params, x):
+        out = module.apply({"params": params}, x)
+        return jnp.sum(out**2), out
+
+    run = jax.jit(jax.grad(loss, has_aux=True))
+    alone = run.lower(params, x).compile()
+    expected = alone(params, x)
+    data, fsdp, tensor = sizes
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        split = jax.device_put(x, jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+        apart = run.lower(params, split).compile()
+        found = apart(params, split)
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        scale = float(jnp.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)
+    # A sort of all tokens on every device would leave each the work of all.
+    flops = [program.cost_analysis()["flops"] for program in (alone, apart)]
+    assert flops[1] < 1.2 * flops[0] / (data * fsdp)
+
+
+def test_the_router_works_in_float32(plain):
+    # Two experts whose logits differ by less than bfloat16 resolves at 1.
+    experts = ExpertsConfig(count=2, per_token=1, width=4, normalized=True)
+    config = dataclasses.replace(plain.model.config, experts=experts)
+    params = {
+        "router": jnp.zeros((32, 2)).at[0].set(jnp.array([1.0, 1.0 + 2.0**-12])),
+        "gate": jnp.ones((2, 32, 4)),
+        "up": jnp.ones((2, 32, 4)),
+        "down": jnp.stack([jnp.zeros((4, 32)), jnp.ones((4, 32))]),
+    }
+    x = jnp.ones((1, 1, 32), jnp.bfloat16)
+    assert float(jnp.abs(ExpertsMLP(config).apply({"params": params}, x)).min()) > 1.0
+
+
+def test_adapters_of_experts_are_refused(plain):
+    experts = ExpertsConfig(count=4, per_token=2, width=16, normalized=True)
+    model = Decoder(dataclasses.replace(plain.model.config, experts=experts))
+    with pytest.raises(ValueError, match=r"\['k', 'o', 'q', 'v'\].*experts have no"):
+        init_lora(model, jax.random.key(0), rank=2, targets=("q", "up"))
+    adapters = init_lora(model, jax.random.key(0), rank=2, targets=("q", "o"))
+    assert set(adapters["layers"]) == {"attn"}
