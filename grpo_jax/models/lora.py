@@ -46,9 +46,9 @@ def init_lora(
     """
     known = adaptable(model.config)
     if not targets or not set(targets) <= set(known):
-        experts = "" if model.config.experts is None else "; experts have no adapters"
+        why = "" if model.config.experts is None else "; experts have no adapters"
         raise ValueError(
-            f"lora targets must be some of {sorted(known)}, got {list(targets)}{experts}"
+            f"lora targets must be some of {sorted(known)}, got {list(targets)}{why}"
         )
     if rank < 1:
         raise ValueError(f"lora rank must be at least 1, got {rank}")

@@ -54,9 +54,7 @@ class ExpertKernels:
     down: Float[Array, "E F D"]
 
 
-def route(
-    logits: Float[Array, "R E"], *, per_token: int, normalized: bool
-) -> Routing:
+def route(logits: Float[Array, "R E"], *, per_token: int, normalized: bool) -> Routing:
     """Returns the `per_token` likeliest experts of each token.
 
     The weights are their probabilities, softmax over all E logits; `normalized` divides
@@ -113,6 +111,8 @@ def _permuted(rows: Float[Array, "R D"], order: Int[Array, " R"]) -> Array:
 
 
 def _inverse(order: Int[Array, " R"]) -> Int[Array, " R"]:
-    return jnp.zeros_like(order).at[order].set(
-        jnp.arange(order.shape[0], dtype=order.dtype), unique_indices=True
+    return (
+        jnp.zeros_like(order)
+        .at[order]
+        .set(jnp.arange(order.shape[0], dtype=order.dtype), unique_indices=True)
     )

@@ -139,7 +139,9 @@ def load_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
         )
     tensors = safetensors.open_file(path / TENSORS)
     rank = options["r"]
-    every = {n: adapter_table(config, rank=rank, targets=(n,)) for n in adaptable(config)}
+    every = {
+        n: adapter_table(config, rank=rank, targets=(n,)) for n in adaptable(config)
+    }
     # A target with any tensor must have all of them.
     found = [
         target

@@ -16,7 +16,6 @@ from jaxtyping import PyTree
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.lora import PATHS
 
-
 # Architecture -> the router, the list of experts, and gate, up and down in each. These
 # are the tensors of files; transformers 5 joins those of experts when it reads them.
 _EXPERT_NAMES = {
@@ -264,7 +263,11 @@ def _expert_rows(config: ModelConfig) -> Iterator[Parameter]:
     for path, shape, names in (
         ("router", (width, count), [f"{router}.weight"]),
         *(
-            (path, (count, *sizes), [f"{module}.{e}.{file}.weight" for e in range(count)])
+            (
+                path,
+                (count, *sizes),
+                [f"{module}.{e}.{file}.weight" for e in range(count)],
+            )
             for path, sizes, file in (
                 ("gate", (width, inner), files[0]),
                 ("up", (width, inner), files[1]),

@@ -12,6 +12,7 @@ import pytest
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params
 from grpo_jax.models.rope import RopeConfig
+from grpo_jax.models.routing import ExpertsConfig
 from grpo_jax.weights.names import parameter_table
 
 REFERENCES = pathlib.Path(__file__).parent / "references"
@@ -68,6 +69,10 @@ FULL = dataclasses.replace(
     logit_softcap=5.0,
 )
 
+EXPERTS = dataclasses.replace(
+    PLAIN, experts=ExpertsConfig(count=5, per_token=2, width=12, normalized=True)
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
@@ -103,9 +108,14 @@ def make_tiny(config):
     )
 
 
-@pytest.fixture(scope="session", params=[PLAIN, FULL], ids=["plain", "full"])
+@pytest.fixture(scope="session", params=["plain", "full"])
 def tiny(request):
-    return make_tiny(request.param)
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session", params=["plain", "full", "experts"])
+def any_tiny(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -116,6 +126,11 @@ def plain():
 @pytest.fixture(scope="session")
 def full():
     return make_tiny(FULL)
+
+
+@pytest.fixture(scope="session")
+def experts():
+    return make_tiny(EXPERTS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,8 @@ def test_score_equals_forward_on_the_concatenation(tiny):
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
-def test_decode_equals_score(tiny, apart):
+def test_decode_equals_score(any_tiny, apart):
+    tiny = any_tiny
     model, (n, g, t) = tiny.model, tiny.completions.shape
     last, prefix = jax.jit(
         lambda: model.apply(
@@ -83,7 +84,10 @@ def test_decode_equals_score(tiny, apart):
     np.testing.assert_allclose(jnp.stack(hidden, axis=2), expected, atol=3e-5)
 
 
-def test_prefill_equals_forward_at_the_last_token_and_score_of_one_token(tiny):
+def test_prefill_equals_forward_at_the_last_token_and_score_of_one_token(
+    any_tiny,
+):
+    tiny = any_tiny
     model = tiny.model
 
     @jax.jit
@@ -236,12 +240,15 @@ def test_bfloat16_compute_follows_float32_and_keeps_parameters_float32(plain):
     assert dtypes == {jnp.dtype("float32")}
 
 
-def test_every_parameter_has_one_logical_axis_name_per_dimension(tiny):
+def test_every_parameter_has_one_logical_axis_name_per_dimension(any_tiny):
+    tiny = any_tiny
     shapes, axes = abstract_params(tiny.model), param_axes(tiny.model)
     is_axes = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
     assert jax.tree.structure(shapes) == jax.tree.structure(axes, is_leaf=is_axes)
     sizes = {"layers": tiny.model.config.num_layers, "embed": 32, "mlp": 48}
     sizes |= {"vocab": 64, "heads": 32, "kv_heads": 16}
+    if tiny.model.config.experts is not None:
+        sizes |= {"expert": 5, "mlp": 12}
     for path, shape in jax.tree.leaves_with_path(shapes):
         names = axes
         for key in path:

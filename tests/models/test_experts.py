@@ -9,7 +9,6 @@ import pytest
 from flax import linen as nn
 
 from grpo_jax.config import MeshConfig
-from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.experts import ExpertsMLP
 from grpo_jax.models.lora import init_lora
 from grpo_jax.models.routing import (
@@ -81,9 +80,8 @@ def test_the_fast_path_is_the_reference_with_its_gradient(popular):
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2, 1)])
-def test_every_device_of_a_mesh_mixes_its_own_tokens(plain, sizes):
-    experts = ExpertsConfig(count=4, per_token=2, width=16, normalized=True)
-    module = ExpertsMLP(dataclasses.replace(plain.model.config, experts=experts))
+def test_every_device_of_a_mesh_mixes_its_own_tokens(experts, sizes):
+    module = ExpertsMLP(experts.model.config)
     x = draw(8, 6, 32)
     params = {
         name: draw(*leaf.shape, seed=7)
@@ -127,9 +125,8 @@ def test_the_router_works_in_float32(plain):
     assert float(jnp.abs(ExpertsMLP(config).apply({"params": params}, x)).min()) > 1.0
 
 
-def test_adapters_of_experts_are_refused(plain):
-    experts = ExpertsConfig(count=4, per_token=2, width=16, normalized=True)
-    model = Decoder(dataclasses.replace(plain.model.config, experts=experts))
+def test_adapters_of_experts_are_refused(experts):
+    model = experts.model
     with pytest.raises(ValueError, match=r"\['k', 'o', 'q', 'v'\].*experts have no"):
         init_lora(model, jax.random.key(0), rank=2, targets=("q", "up"))
     adapters = init_lora(model, jax.random.key(0), rank=2, targets=("q", "o"))
