@@ -135,15 +135,23 @@ def stored_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         return safetensors.torch.load_file(f"{folder}/model.safetensors")
 
 
-def reference(kind: str, options: dict, seed: int) -> dict[str, np.ndarray]:
-    """The content of one file."""
-    generator = torch.Generator().manual_seed(seed)
+def random_model(
+    kind: str, options: dict, generator: torch.Generator
+) -> transformers.PreTrainedModel:
+    """A tiny model of a family."""
     config = getattr(transformers, f"{kind}Config")(**{**SHARED, **options})
     name = kind.removesuffix("Text") + "ForCausalLM"
     config.architectures = [name]
     config._attn_implementation = "eager"
     model = getattr(transformers, name)(config).eval().float()
     randomize(model, generator)
+    return model
+
+
+def reference(kind: str, options: dict, seed: int) -> dict[str, np.ndarray]:
+    """The content of one file."""
+    generator = torch.Generator().manual_seed(seed)
+    model = random_model(kind, options, generator)
     shape = (len(LENGTHS), max(LENGTHS))
     tokens = torch.randint(0, SHARED["vocab_size"], shape, generator=generator)
     logits = np.zeros((*shape, SHARED["vocab_size"]), np.float32)
@@ -155,7 +163,7 @@ def reference(kind: str, options: dict, seed: int) -> dict[str, np.ndarray]:
         for key, value in stored_weights(model).items()
     }
     return {
-        "config": np.array(json.dumps(config.to_dict())),
+        "config": np.array(json.dumps(model.config.to_dict())),
         "tokens": tokens.numpy().astype(np.int32),
         "lengths": np.array(LENGTHS, np.int32),
         "logits": logits,
