@@ -1,7 +1,7 @@
 """Every family against transformers itself, on tiny random models: both directions.
 
-Needs torch. `pytest -m parity -o junit_family=xunit1 --junitxml=FILE` writes the largest
-errors down, each relative to the spread of the logits.
+Needs torch. `pytest -m parity -o junit_family=xunit1 --junitxml=FILE` writes the
+largest errors down, each relative to the spread of the logits.
 """
 
 import dataclasses
