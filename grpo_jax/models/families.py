@@ -43,6 +43,8 @@ FIXED_KEYS: Mapping[str, Any] = {
     "pretraining_tp": 1,
     "partial_rotary_factor": 1.0,
     "decoder_sparse_step": 1,  # experts in every layer
+    "is_causal": True,
+    "sliding_window_pattern": 2,  # layers alternate; Gemma 3 alone reads another value
 }
 
 
@@ -54,7 +56,9 @@ class Family:
     defaults: Mapping[str, Any]  # optional keys, with what absence means
     default_theta: float = 10_000.0  # rotary base where the file names none
     local_theta: float | None = None  # second rotary base, on windowed layers
-    windows: Literal["none", "all", "late", "patterned", "unrotated"] = "none"
+    windows: Literal["none", "all", "late", "alternating", "patterned", "unrotated"] = (
+        "none"
+    )
     qkv_bias: bool = False  # always present, whatever the file says
     qk_norm: bool = False
     sandwich_norm: bool = False
@@ -95,8 +99,6 @@ _GEMMA = {
     "attention_bias": False,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
-    "sliding_window_pattern": None,
-    "_sliding_window_pattern": None,
     "layer_types": None,
 }
 
@@ -183,11 +185,10 @@ FAMILIES: Mapping[str, Family] = {
         defaults=_GEMMA
         | {
             "max_position_embeddings": 8192,
-            "sliding_window_pattern": 2,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
         },
-        windows="patterned",
+        windows="alternating",
         sandwich_norm=True,
         norm_offset=1.0,
         scaled_embedding=True,
@@ -199,7 +200,6 @@ FAMILIES: Mapping[str, Family] = {
         | {
             "max_position_embeddings": 131_072,
             "sliding_window_pattern": 6,
-            "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
             "rope_local_base_freq": 10_000.0,
         },
@@ -210,7 +210,8 @@ FAMILIES: Mapping[str, Family] = {
         sandwich_norm=True,
         norm_offset=1.0,
         scaled_embedding=True,
-        ignored=frozenset({"hidden_act"}),
+        # The class writes its pattern under the second name, and never reads it there.
+        ignored=frozenset({"hidden_act", "_sliding_window_pattern"}),
     ),
     "SmolLM3ForCausalLM": Family(
         model_type="smollm3",

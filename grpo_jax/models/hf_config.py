@@ -72,14 +72,14 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         "qk_norm": family.qk_norm,
         "sandwich_norm": family.sandwich_norm,
         "norm_offset": family.norm_offset,
-        "activation": _activation(values),
+        "activation": _activation(values, family),
         "attention_scale": values.get("query_pre_attn_scalar", head_dim) ** -0.5,
         "embedding_scale": width**0.5 if family.scaled_embedding else 1.0,
         "eos_token_ids": _token_ids(values["eos_token_id"]),
         "experts": _experts(values),
     }
     layer_types = _layer_types(values, family)
-    window = _window(values)
+    window = _window(values, family)
     if window is None and _SLIDING in layer_types:
         raise ValueError(
             f"layer_types names {_SLIDING!r}, but sliding_window is not set (or "
@@ -158,10 +158,11 @@ def _check_keys(hf: Mapping[str, Any], family: Family) -> None:
         raise ValueError("config.json: " + "; ".join(problems))
 
 
-def _activation(values: Mapping[str, Any]) -> str:
-    key = "hidden_activation" if "hidden_activation" in values else "hidden_act"
+def _activation(values: Mapping[str, Any], family: Family) -> str:
+    gemma = "hidden_activation" in family.defaults
+    key = "hidden_activation" if gemma else "hidden_act"
     # Gemma files may hold an explicit null, which stands for the tanh approximation.
-    name = values[key] or "gelu_pytorch_tanh"
+    name = "gelu_pytorch_tanh" if gemma and values[key] is None else values[key]
     if name not in _ACTIVATIONS:
         raise ValueError(
             f"config.json: {key}={name!r} is not supported; expected one of "
@@ -176,8 +177,10 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _window(values: Mapping[str, Any]) -> int | None:
-    in_use = values.get("use_sliding_window", True)
+def _window(values: Mapping[str, Any], family: Family) -> int | None:
+    # Mistral and Gemma have no switch, and do not look for one.
+    switched = "use_sliding_window" in family.defaults
+    in_use = values["use_sliding_window"] if switched else True
     return values.get("sliding_window") if in_use else None
 
 
@@ -217,7 +220,7 @@ def _layer_types(values: Mapping[str, Any], family: Family) -> list[str]:
                 f"{_FULL!r} or {_SLIDING!r}; got {given}"
             )
         return list(given)
-    windowed = _window(values) is not None
+    windowed = _window(values, family) is not None
     layers = range(num_layers)
     match family.windows:
         case "none":
@@ -226,9 +229,10 @@ def _layer_types(values: Mapping[str, Any], family: Family) -> list[str]:
             slides = [windowed for _ in layers]
         case "late":
             slides = [windowed and i >= values["max_window_layers"] for i in layers]
+        case "alternating":
+            slides = [i % 2 == 0 for i in layers]
         case "patterned":
-            private = values["_sliding_window_pattern"]
-            every = private or values["sliding_window_pattern"]
+            every = values["sliding_window_pattern"]
             slides = [(i + 1) % every != 0 for i in layers]
         case "unrotated":
             rotates = _rotates(values)

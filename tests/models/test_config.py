@@ -31,6 +31,14 @@ def variant(architecture, model_type, **options):
 
 
 QWEN2 = variant("Qwen2ForCausalLM", "qwen2")
+QWEN3_MOE = variant(
+    "Qwen3MoeForCausalLM",
+    "qwen3_moe",
+    num_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=20,
+)
+MIXTRAL = variant("MixtralForCausalLM", "mixtral")
 GEMMA2 = variant("Gemma2ForCausalLM", "gemma2")
 GEMMA3 = variant("Gemma3ForCausalLM", "gemma3_text")
 
@@ -186,6 +194,16 @@ def test_both_spellings_of_rotary_settings_give_one_model():
         (LLAMA, (None, None, None)),
         (variant("MistralForCausalLM", "mistral", sliding_window=5), (5, 5, 5)),
         (variant("MistralForCausalLM", "mistral", sliding_window=None), (None,) * 3),
+        # Mistral has no such switch.
+        (
+            variant(
+                "MistralForCausalLM",
+                "mistral",
+                sliding_window=5,
+                use_sliding_window=False,
+            ),
+            (5, 5, 5),
+        ),
         # The window is stated but not in use.
         ({**QWEN2, "sliding_window": 5, "max_window_layers": 1}, (None,) * 3),
         (
@@ -199,6 +217,8 @@ def test_both_spellings_of_rotary_settings_give_one_model():
         ),
         ({**GEMMA2, "sliding_window": 5}, (5, None, 5)),
         ({**GEMMA3, "sliding_window": 5, "sliding_window_pattern": 3}, (5, 5, None)),
+        # What transformers writes under this name it does not read.
+        ({**GEMMA3, "sliding_window": 5, "_sliding_window_pattern": 2}, (5, 5, 5)),
         (
             {
                 **GEMMA3,
@@ -212,6 +232,28 @@ def test_both_spellings_of_rotary_settings_give_one_model():
 def test_windows_are_per_layer(hf, expected):
     config = ModelConfig.from_hf(hf)
     assert config.layer_window == expected
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(
+    ("hf", "expected"),
+    [
+        (QWEN3_MOE, (6, 2, 20, False)),
+        ({**QWEN3_MOE, "norm_topk_prob": True}, (6, 2, 20, True)),
+        # The spelling of transformers 5.
+        ({**QWEN3_MOE, "num_experts": None, "num_local_experts": 7}, (7, 2, 20, False)),
+        (MIXTRAL, (8, 2, 24, True)),
+        (
+            {**MIXTRAL, "num_local_experts": 4, "num_experts_per_tok": 1},
+            (4, 1, 24, True),
+        ),
+    ],
+)
+def test_experts_are_read_and_written_by_the_keys_of_each_family(hf, expected):
+    hf = {key: value for key, value in hf.items() if value is not None}
+    config = ModelConfig.from_hf(hf)
+    assert config.experts is not None
+    assert dataclasses.astuple(config.experts) == expected
     assert ModelConfig.from_hf(config.to_hf()) == config
 
 
@@ -233,10 +275,12 @@ def test_biases_follow_the_family():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
+        ({"architectures": ["GraniteForCausalLM"]}, "GraniteForCausalLM"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
         ({"model_type": "qwen2"}, "model_type 'qwen2'"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"hidden_act": None}, "hidden_act=None"),
+        ({"is_causal": False}, "is_causal=False"),
         ({"pretraining_tp": 2}, "pretraining_tp=2"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -275,6 +319,17 @@ def test_what_the_decoder_does_not_honor_is_refused_by_name(change, message):
             {**GEMMA3, "use_bidirectional_attention": True},
             "use_bidirectional_attention",
         ),
+        ({**GEMMA2, "sliding_window_pattern": 3}, "sliding_window_pattern=3"),
+        ({**GEMMA3, "attn_logit_softcapping": 2.0}, "attn_logit_softcapping=2.0"),
+        ({**QWEN3_MOE, "decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ({**QWEN3_MOE, "mlp_only_layers": [0]}, "mlp_only_layers=\\[0\\]"),
+        ({**QWEN3_MOE, "output_router_logits": True}, "output_router_logits=True"),
+        ({**QWEN3_MOE, "num_experts_per_tok": 9}, "per_token=9"),
+        (
+            {**QWEN3_MOE, "shared_expert_intermediate_size": 8},
+            "shared_expert_intermediate_size=8",
+        ),
+        ({**MIXTRAL, "router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
         (
             {**GEMMA3, "rope_parameters": {"rope_theta": 5.0}},
             "one entry per layer type",
