@@ -15,6 +15,12 @@ from grpo_jax.weights.names import (
     read_parameter,
 )
 
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 5,
+}
+
 
 @dataclasses.dataclass
 class ArrayTensor:
@@ -53,8 +59,9 @@ def tensors(untied):
             "query_pre_attn_scalar": 16,
             "sliding_window": 8,
         },
+        MIXTRAL,
     ],
-    ids=["plain", "tied", "biases", "gemma3"],
+    ids=["plain", "tied", "biases", "gemma3", "mixtral"],
 )
 def test_the_table_has_exactly_the_parameters_of_the_decoder(options, tools):
     config = ModelConfig.from_hf({**tools.HF, **options})
@@ -71,9 +78,14 @@ def test_every_tensor_is_named_once_in_both_formats(table):
         assert len(names) == len(set(names))
 
 
-def test_a_part_of_a_parameter_is_that_part_of_the_whole(table, tensors, untied, tools):
-    whole = tools.flatten(untied.params)
-    for row in table:
+@pytest.mark.parametrize("options", [{"attention_bias": True}, MIXTRAL])
+def test_a_part_of_a_parameter_is_that_part_of_the_whole(options, tools):
+    config = ModelConfig.from_hf({**tools.HF, **options})
+    params = tools.random_params(config)
+    pairs = parameter_tensors(config, params)
+    tensors = {name: ArrayTensor(values) for name, values in pairs}
+    whole = tools.flatten(params)
+    for row in parameter_table(config):
         part = tuple(slice(1, n - 1) if n > 2 else slice(1, 2) for n in row.shape)
         values = read_parameter(row, tensors, part, dtype=np.dtype(np.float32))
         np.testing.assert_array_equal(values, np.asarray(whole[row.path])[part])
