@@ -145,13 +145,10 @@ def _plan_help() -> None:
     """Estimate the memory that a run needs on each device."""
 
 
-def plan(arguments: Sequence[str]) -> None:
-    """Print the memory that a run needs on each device, as a table or as JSON.
-
-    Raises:
-      ValueError: for a run that cannot be, a mesh that does not divide, or a device
-        that is not known.
-    """
+def plan_flags(
+    arguments: Sequence[str],
+) -> tuple[argparse.Namespace, TrainConfig]:
+    """What the flags of `grpo-jax plan` ask for: its own, and the run."""
     own = argparse.ArgumentParser(
         prog="grpo-jax plan", add_help=False, allow_abbrev=False
     )
@@ -160,7 +157,17 @@ def plan(arguments: Sequence[str]) -> None:
     own.add_argument("--device-memory-gib", type=float)
     own.add_argument("--json", action="store_true")
     asked, rest = own.parse_known_args(arguments)
-    config = train_config(rest, prog="plan", description=_PLAN_HELP)
+    return asked, train_config(rest, prog="plan", description=_PLAN_HELP)
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Print the memory that a run needs on each device, as a table or as JSON.
+
+    Raises:
+      ValueError: for a run that cannot be, a mesh that does not divide, or a device
+        that is not known.
+    """
+    asked, config = plan_flags(arguments)
     from grpo_jax.training.plan import make_plan
 
     made = make_plan(

@@ -118,9 +118,10 @@ class _Run:
 
     @functools.cached_property
     def _places(self) -> tuple[PyTree, PyTree]:
-        model = Decoder(self.model)
-        shapes = abstract_params(model)
-        return shapes, meshes.parameter_shardings(param_axes(model), shapes, self.mesh)
+        shapes, axes = _parameters(
+            dataclasses.replace(self.model, dtype="float32", remat="none")
+        )
+        return shapes, meshes.parameter_shardings(axes, shapes, self.mesh)
 
     @functools.cached_property
     def _adapters(self) -> tuple[PyTree, PyTree] | None:
@@ -294,6 +295,13 @@ class _Run:
         scores = 2 * 4 * heads * length  # float32, with their softmax
         wide = self.item * (2 * inner + 4 * model.hidden_size)
         return self._prompts * length * (scores + wide)
+
+
+@functools.lru_cache(maxsize=8)
+def _parameters(model: ModelConfig) -> tuple[PyTree, PyTree]:
+    """Shapes and logical axes of the parameters."""
+    decoder = Decoder(model)
+    return abstract_params(decoder), param_axes(decoder)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from grpo_jax.config import CheckpointConfig, MeshConfig, TrainConfig
-from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training import run_dir as directories
 from grpo_jax.training.checkpoint import Checkpoints
-from grpo_jax.training.policy import for_run, load_policy, open_policy, restore
+from grpo_jax.training.plan import for_run
+from grpo_jax.training.policy import load_policy, open_policy, restore
 from grpo_jax.training.state import TrainState
 
 
@@ -148,6 +148,9 @@ def test_a_model_is_loaded_onto_the_mesh(tiny_policy, meshes_of):
     place = meshes.parameter_shardings(param_axes(model), abstract_params(model), mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, policy.trained) == place
     assert policy.base is None
+    # No choice is left open.
+    assert (policy.config.remat, policy.config.mesh.sampler) == ("none", "gathered")
+    assert policy.model.config.remat == "none" and policy.warning is None
 
 
 def test_a_model_that_the_mesh_does_not_divide_is_refused(tiny_policy, meshes_of):
@@ -182,40 +185,8 @@ def test_accelerators_compute_in_bfloat16_unless_told_otherwise(
     assert chosen.dtype == dtype
 
 
-def remat_of(config: ModelConfig, **options) -> str:
-    sizes = {"prompts_per_step": 16, "group_size": 8, "max_prompt_tokens": 512}
-    return for_run(config, TrainConfig(**(sizes | options))).remat
-
-
-def test_layers_are_computed_again_when_activations_would_fill_the_memory(tiny_policy):
-    config = tiny_policy.model.config
-    assert (config.hidden_size, config.intermediate_size, config.num_layers) == (
-        32,
-        48,
-        2,
-    )
-    # A token keeps (12 * 32 + 4 * 48) * 2 layers * 4 bytes = 4608 bytes. 16 prompts of
-    # 512 and 128 completions: (8192 + 128 * T) * 4608 > 2**31 from T = 3577 on.
-    assert remat_of(config, max_new_tokens=3576) == "none"
-    assert remat_of(config, max_new_tokens=3577) == "layer"
-    # A microbatch is what is held at once: one group is an eighth of a sixteenth.
-    assert remat_of(config, max_new_tokens=3577, microbatch_size=8) == "none"
-    # 4 of a group of 8 with their whole prompt: (P + 4 * 1000) * 4608 > 2**31
-    # from P = 462034 on.
-    part = {"microbatch_size": 4, "max_new_tokens": 1000}
-    assert remat_of(config, max_prompt_tokens=462_033, **part) == "none"
-    assert remat_of(config, max_prompt_tokens=462_034, **part) == "layer"
-
-
-@pytest.mark.parametrize("remat", ["none", "layer", "dots"])
-def test_remat_that_is_asked_for_is_taken(tiny_policy, remat):
-    config = tiny_policy.model.config
-    assert remat_of(config, remat=remat, max_new_tokens=9999) == remat
-    assert remat_of(config, remat=remat, max_new_tokens=1) == remat
-
-
 def test_a_run_changes_nothing_else_of_a_model(tiny_policy):
     before = tiny_policy.model.config
-    after = for_run(before, TrainConfig(compute_dtype="bfloat16", remat="dots"))
-    assert after == dataclasses.replace(before, dtype="bfloat16", remat="dots")
+    after = for_run(before, TrainConfig(compute_dtype="bfloat16"))
+    assert after == dataclasses.replace(before, dtype="bfloat16")
     assert Decoder(after).config == after
