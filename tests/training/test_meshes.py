@@ -120,6 +120,22 @@ def test_moments_lie_as_their_parameters_do(tiny_policy, tmp_path):
     assert kernel.addressable_shards[0].data.shape == (2, 16, 24)
 
 
+def test_the_sampler_reads_parameters_that_fsdp_does_not_split(tiny_policy, tmp_path):
+    learner = make_learner(tiny_policy, "2x2x2", tmp_path)
+    own = learner.variables["params"]["layers"]["mlp"]["gate"]["kernel"]
+    copy = learner.sampler_variables()["params"]["layers"]["mlp"]["gate"]["kernel"]
+    assert own.addressable_shards[0].data.shape == (2, 16, 24)
+    assert copy.addressable_shards[0].data.shape == (2, 32, 24)
+    np.testing.assert_array_equal(copy, own)
+    learner = make_learner(tiny_policy, "split", tmp_path)
+    for leaf, same in zip(
+        jax.tree.leaves(learner.sampler_variables()),
+        jax.tree.leaves(learner.variables),
+        strict=True,
+    ):
+        assert leaf is same
+
+
 def test_idle_state_lies_in_the_memory_of_the_host(tiny_policy, tmp_path):
     before = {id(array) for array in jax.live_arrays()}
     learner = make_learner(tiny_policy, "split", tmp_path)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ import pytest
 from grpo_jax.config import CheckpointConfig, MeshConfig, TrainConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.training import policy as policies
 from grpo_jax.training import run_dir as directories
 from grpo_jax.training.checkpoint import Checkpoints
-from grpo_jax.training.plan import for_run
+from grpo_jax.training.plan import device_memory, for_run
 from grpo_jax.training.policy import load_policy, open_policy, restore
 from grpo_jax.training.state import TrainState
 
@@ -157,6 +159,26 @@ def test_a_model_that_the_mesh_does_not_divide_is_refused(tiny_policy, meshes_of
     # Two key/value heads of 8 numbers are 16 columns: 3 devices cannot share them.
     with pytest.raises(ValueError, match="cannot be split over tensor = 3 devices"):
         load_policy(TrainConfig(model=str(tiny_policy.folder)), meshes_of(1, 1, 3))
+
+
+def test_a_model_that_will_not_fit_comes_with_advice(
+    tiny_policy, meshes_of, monkeypatch
+):
+    mesh = meshes_of(1, 1, 1)
+    monkeypatch.setattr(policies, "device_memory", lambda mesh: 2**20)
+    policy = load_policy(TrainConfig(model=str(tiny_policy.folder)), mesh)
+    assert "of which 0.0 are usable" in policy.warning
+    assert "--microbatch-size 8" in policy.warning
+    assert policy.model.config.remat == "layer"
+
+
+def test_the_memory_of_the_smallest_device_counts(meshes_of):
+    def device(limit):
+        return types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": limit})
+
+    mesh = types.SimpleNamespace(local_devices=[device(2000), device(1000)])
+    assert device_memory(mesh) == 920  # of 1000, what arrays may fill
+    assert device_memory(meshes_of(1, 1, 1)) is None
 
 
 def test_the_trained_policy_is_ready_for_export(tiny_policy, meshes_of):
