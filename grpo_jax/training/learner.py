@@ -82,6 +82,8 @@ class Learner:
     @property
     def state(self) -> TrainState:
         """What is trained, on the devices; replaced by every update."""
+        if "optimizer" not in self._config.mesh.offload:
+            return self._state
         return self._state.replace(opt_state=offload.to_device(self._state.opt_state))
 
     @state.setter
@@ -93,6 +95,8 @@ class Learner:
     @property
     def reference(self) -> PyTree | None:
         """Linen variables of the reference policy; None without a KL penalty."""
+        if "reference" not in self._config.mesh.offload:
+            return self._reference
         return offload.to_device(self._reference)
 
     @reference.setter

@@ -115,14 +115,14 @@ def advice(
 
 
 def device_memory(mesh: Mesh) -> int | None:
-    """Usable bytes of the smallest device; None where the backend does not tell (CPU).
+    """Usable bytes of the smallest device here; None where it is not told, as on CPU.
 
-    Every process must call it; all get the same number.
+    Whole GiB, so that processes whose devices are alike choose alike: they must not
+    ask each other, since another may just be failing.
     """
     stats = [device.memory_stats() or {} for device in mesh.local_devices]
-    limits = [one.get("bytes_limit", 0) for one in stats]
-    smallest = int(meshes.gather_rows(np.array([min(limits)])).min())
-    return int(USABLE * smallest) or None
+    smallest = min(one.get("bytes_limit", 0) for one in stats)
+    return int(USABLE * smallest / GIB) * GIB or None
 
 
 def make_plan(

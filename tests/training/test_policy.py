@@ -176,8 +176,9 @@ def test_the_memory_of_the_smallest_device_counts(meshes_of):
     def device(limit):
         return types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": limit})
 
-    mesh = types.SimpleNamespace(local_devices=[device(2000), device(1000)])
-    assert device_memory(mesh) == 920  # of 1000, what arrays may fill
+    gib = 2**30
+    mesh = types.SimpleNamespace(local_devices=[device(20 * gib), device(15 * gib)])
+    assert device_memory(mesh) == 13 * gib  # whole ones of 0.92 x 15
     assert device_memory(meshes_of(1, 1, 1)) is None
 
 
