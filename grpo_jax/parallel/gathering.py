@@ -9,9 +9,10 @@ import math
 
 import jax
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 
 def least_moved(
@@ -43,6 +44,21 @@ def moves_head(tokens: int, vocabulary: int, *, fsdp: int, tensor: int) -> bool:
     `tokens` are those whose hidden states one group of fsdp devices holds together.
     """
     return tokens > vocabulary or vocabulary % (fsdp * tensor) != 0
+
+
+def split_over_fsdp(tree: PyTree) -> bool:
+    """Whether the fsdp axis splits some array; of traced arrays it is not known: no."""
+
+    def split(leaf: Array) -> bool:
+        if isinstance(leaf, Tracer):
+            return False
+        sharding = leaf.sharding
+        return isinstance(sharding, NamedSharding) and (
+            sharding.shard_shape(leaf.shape)
+            != whole_over_fsdp(sharding).shard_shape(leaf.shape)
+        )
+
+    return any(map(split, jax.tree.leaves(tree)))
 
 
 def whole_over_fsdp(sharding: NamedSharding) -> NamedSharding:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from grpo_jax.config import SamplingConfig
 from grpo_jax.models.protocol import DecodesApart, LanguageModel
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.parallel.gathering import split_over_fsdp
 from grpo_jax.rollout import sampling as draws
 from grpo_jax.rollout import slots
 
@@ -106,12 +107,21 @@ def generate(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop_ids=tuple(stop_ids),
+        # Gathers of single layers would all move before the loop, and stay.
+        apart=not split_over_fsdp(variables),
     )
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "group_size", "max_new_tokens", "sampling", "stop_ids"),
+    static_argnames=(
+        "model",
+        "group_size",
+        "max_new_tokens",
+        "sampling",
+        "stop_ids",
+        "apart",
+    ),
 )
 def _generate(
     model: LanguageModel,
@@ -125,6 +135,7 @@ def _generate(
     max_new_tokens: int,
     sampling: SamplingConfig,
     stop_ids: tuple[int, ...],
+    apart: bool,
 ) -> Completions:
     # Cast once, not at every token.
     variables = in_compute_dtype(variables, model.config.dtype)
@@ -134,7 +145,7 @@ def _generate(
     shape = (prompts.shape[0], group_size)
     cache = model.init_cache(*shape, max_new_tokens)
     layouts = [slots.Layout(*shape)]
-    if isinstance(model, DecodesApart):
+    if apart and isinstance(model, DecodesApart):
         variables, prefix, cache = model.unstack(variables, prefix, cache)
         if stop_ids:
             layouts = slots.layouts(*shape, parts=_batch_parts())

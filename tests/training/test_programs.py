@@ -109,7 +109,7 @@ class Programs:
         scored = jax.jit(score, out_shardings=rows)
         return self._compile(scored, {"params": self.params}, self._batch())
 
-    def generate(self, params):
+    def generate(self, params, *, apart):
         return self._compile(
             sampler._generate,
             self.model,
@@ -122,6 +122,7 @@ class Programs:
             max_new_tokens=NEW_TOKENS,
             sampling=SamplingConfig(),
             stop_ids=(1,),
+            apart=apart,
         )
 
     def _compile(self, function, *arguments, **options):
@@ -191,7 +192,7 @@ def score(programs):
 
 @pytest.fixture(scope="module")
 def generate(programs):
-    return programs.generate(programs.gathered)
+    return programs.generate(programs.gathered, apart=True)
 
 
 def test_training_and_scoring_gather_a_layer_at_a_time(step, score):
@@ -205,7 +206,7 @@ def test_sampling_gathers_nothing_in_its_loop(generate):
 
 
 def test_a_split_sampler_gathers_a_layer_at_a_time(programs):
-    program = programs.generate(programs.params)
+    program = programs.generate(programs.params, apart=False)
     # Embedding and head serve all tokens: they are gathered before the loop.
     assert whole_leaves(program) == {(72, 4608)}
     assert gathered_in_loops(program) >= LAYER
