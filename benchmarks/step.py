@@ -12,7 +12,15 @@ from pathlib import Path
 
 import jax
 import tyro
-from workloads import WORKLOADS, exact_prompts, medians, publish, record, reward, versions
+from workloads import (
+    WORKLOADS,
+    exact_prompts,
+    medians,
+    publish,
+    record,
+    reward,
+    versions,
+)
 
 from grpo_jax import TrainConfig, train
 from grpo_jax.config import ObjectiveConfig, OptimizerConfig, SamplingConfig

@@ -1,6 +1,6 @@
 """What the benchmarks run: the same work for this library and for its peers.
 
-Nothing here imports JAX or PyTorch, so that each script pays for its own framework only.
+Nothing here imports JAX or PyTorch: each script pays for its own framework only.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The command line: `grpo-jax train | eval | sample | export | plot | report`.
+"""The command line: `grpo-jax train | plan | eval | sample | export | plot | report`.
 
 Flags are made by tyro from the configuration's fields and the commands' arguments.
 Heavy modules are imported by the command that needs them: the worker process that
@@ -23,14 +23,25 @@ from grpo_jax.config import (
     TrainConfig,
 )
 
-_TRAIN_HELP = f"""Train a model by GRPO, or resume the run in --run-dir.
-
-Without arguments: the embedded model on arithmetic. Two more flags set many fields at
-once, and every other flag overrides them:
+_TWO_FLAGS = f"""Two more flags set many fields at once, and every other flag overrides
+them:
 
   --config FILE              a YAML file of fields, such as a run's own config.yaml
   --objective.preset NAME    the objective of a paper: {", ".join(PRESETS)}
 """
+_TRAIN_HELP = f"""Train a model by GRPO, or resume the run in --run-dir.
+
+Without arguments: the embedded model on arithmetic. {_TWO_FLAGS}"""
+_PLAN_HELP = f"""Estimate the memory that a run needs on each device; starts nothing.
+
+The flags are those of `grpo-jax train`, of whose model the config.json is enough, and:
+
+  --devices COUNT            of the mesh; by default what its sizes say, or what is here
+  --device NAME              v4, v5e, v5p, v6e, a100, h100 or h200
+  --device-memory-gib SIZE   of one device, in place of a name
+  --json                     plain values, sizes in bytes
+
+{_TWO_FLAGS}"""
 
 
 def main() -> None:
@@ -69,8 +80,12 @@ def _dispatch(arguments: Sequence[str]) -> None:
 
         train(config)
         return
+    if arguments[:1] == ["plan"]:
+        plan(arguments[1:])
+        return
     commands = {
         "train": _train_help,
+        "plan": _plan_help,
         "eval": evaluate,
         "sample": sample,
         "export": export,
@@ -85,7 +100,9 @@ def _dispatch(arguments: Sequence[str]) -> None:
     )
 
 
-def train_config(arguments: Sequence[str]) -> TrainConfig:
+def train_config(
+    arguments: Sequence[str], *, prog: str = "train", description: str = _TRAIN_HELP
+) -> TrainConfig:
     """The configuration that the flags of `grpo-jax train` describe.
 
     `--config` sets the base, in which `--model` takes the place of the file's model;
@@ -96,7 +113,7 @@ def train_config(arguments: Sequence[str]) -> TrainConfig:
       ValueError: for a file that cannot be read or values that cannot be.
     """
     first = argparse.ArgumentParser(
-        prog="grpo-jax train", add_help=False, allow_abbrev=False
+        prog=f"grpo-jax {prog}", add_help=False, allow_abbrev=False
     )
     first.add_argument("--config", type=Path)
     first.add_argument("--objective.preset", dest="preset")
@@ -115,13 +132,56 @@ def train_config(arguments: Sequence[str]) -> TrainConfig:
         TrainConfig,
         default=base,
         args=list(rest),
-        prog="grpo-jax train",
-        description=_TRAIN_HELP,
+        prog=f"grpo-jax {prog}",
+        description=description,
     )
 
 
 def _train_help() -> None:
     """Train a model by GRPO, or resume a run."""
+
+
+def _plan_help() -> None:
+    """Estimate the memory that a run needs on each device."""
+
+
+def plan_flags(
+    arguments: Sequence[str],
+) -> tuple[argparse.Namespace, TrainConfig]:
+    """What the flags of `grpo-jax plan` ask for: its own, and the run."""
+    own = argparse.ArgumentParser(
+        prog="grpo-jax plan", add_help=False, allow_abbrev=False
+    )
+    own.add_argument("--devices", type=int)
+    own.add_argument("--device")
+    own.add_argument("--device-memory-gib", type=float)
+    own.add_argument("--json", action="store_true")
+    asked, rest = own.parse_known_args(arguments)
+    return asked, train_config(rest, prog="plan", description=_PLAN_HELP)
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Print the memory that a run needs on each device, as a table or as JSON.
+
+    Raises:
+      ValueError: for a run that cannot be, a mesh that does not divide, or a device
+        that is not known.
+    """
+    asked, config = plan_flags(arguments)
+    from grpo_jax.training.plan import make_plan
+
+    made = make_plan(
+        config,
+        devices=asked.devices,
+        device=asked.device,
+        memory_gib=asked.device_memory_gib,
+    )
+    if asked.json:
+        print(json.dumps(made, indent=2))
+        return
+    from grpo_jax.reporting.plan import print_plan
+
+    print_plan(made)
 
 
 def evaluate(

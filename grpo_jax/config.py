@@ -248,6 +248,11 @@ class MeshConfig(Section):
     tensor: AxisSize = 1  # devices over which single matrices are split
     # jit splits parameters and batch as the axes say; pmap is data parallelism alone.
     mode: Literal["jit", "pmap"] = "jit"
+    # The sampler's parameters: gathered over fsdp once per rollout, or left split and
+    # gathered layer by layer at each token; auto: gathered, if they fit.
+    sampler: Literal["auto", "gathered", "split"] = "auto"
+    # What lies in the host's memory while it is not in use.
+    offload: tuple[Literal["reference", "optimizer"], ...] = ()
     coordinator: str | None = None  # host:port of process 0; None finds it by itself
     num_processes: Count | None = None  # processes in all
     process_id: Size | None = None  # number of this process, from 0
@@ -258,6 +263,8 @@ class MeshConfig(Section):
             yield "data, fsdp and tensor: only one of them may be -1"
         if self.mode == "pmap" and self.tensor not in (1, -1):
             yield f"mode 'pmap' splits data only; tensor must be 1, got {self.tensor}"
+        if self.mode == "pmap" and self.offload:
+            yield "offload needs mode 'jit'; with data -1 and fsdp 1 it is the same"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +304,8 @@ class TrainConfig(Section):
     eval_prompts: Size = UNSET  # held-out prompts of an evaluation; 0: none
     # Number type of the matrix products; auto: float32 on CPU, elsewhere bfloat16.
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # What the backward pass computes again to save memory; auto: layers, if need be.
+    # What the backward pass computes again to save memory: nothing, all but the matrix
+    # products (dots), or whole layers; auto: as little as the memory allows.
     remat: Literal["auto", "none", "layer", "dots"] = "auto"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -340,6 +348,11 @@ class TrainConfig(Section):
                 f"{group} and divide the {sequences} sequences of an update, or divide "
                 f"a group; {group} always does"
             )
+        if "reference" in self.mesh.offload and not self._has_own_reference:
+            yield (
+                "mesh.offload 'reference' has nothing to move: without objective."
+                "kl_coef there is no reference, and with adapters it is their base"
+            )
         if self.sampling.temperature == 0:
             yield (
                 "sampling.temperature must be above 0 in training: equal completions "
@@ -351,6 +364,10 @@ class TrainConfig(Section):
         if micro is None or group % micro == 0:
             return True
         return micro % group == 0 and sequences % micro == 0
+
+    @property
+    def _has_own_reference(self) -> bool:
+        return self.objective.kl_coef > 0 and self.lora.rank is None
 
     @property
     def updates_per_step(self) -> int:

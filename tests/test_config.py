@@ -159,6 +159,26 @@ REFUSED = [
         {"mode": "pmap", "tensor": 2},
         "mesh.mode 'pmap' splits data only|tensor must be 1, got 2",
     ),
+    (MeshConfig, {"sampler": "whole"}, "mesh.sampler|'gathered', 'split'"),
+    (MeshConfig, {"offload": ("params",)}, "mesh.offload|'reference', 'optimizer'"),
+    (
+        MeshConfig,
+        {"mode": "pmap", "offload": ("optimizer",)},
+        "mesh.offload needs mode 'jit'|with data -1",
+    ),
+    (
+        TrainConfig,
+        {
+            "mesh": MeshConfig(offload=("reference",)),
+            "objective": ObjectiveConfig(kl_coef=0.0),
+        },
+        "mesh.offload 'reference' has nothing to move",
+    ),
+    (
+        TrainConfig,
+        {"mesh": MeshConfig(offload=("reference",)), "lora": LoraConfig(rank=4)},
+        "mesh.offload 'reference' has nothing to move|adapters",
+    ),
     (MeshConfig, {"num_processes": 0}, "mesh.num_processes"),
     (MeshConfig, {"process_id": -1}, "mesh.process_id"),
     (ReportConfig, {"log_every": 0}, "report.log_every"),

@@ -126,6 +126,9 @@ def parse(monkeypatch, tmp_path):
         )
 
     def parse(arguments):
+        if arguments[0] == "plan":
+            cli.plan_flags(arguments[1:])
+            return
         if arguments[0] != "train":
             cli._dispatch(arguments)
             return

@@ -20,8 +20,8 @@ class Prefix:
     [N, P, K, h].
     """
 
-    keys: Float[Array, "*L N P K h"]
-    values: Float[Array, "*L N P K h"]
+    keys: PyTree
+    values: PyTree
     lengths: Int[Array, " N"]
 
 
@@ -33,8 +33,8 @@ class Cache:
     so that attention reads a layer without rearranging it.
     """
 
-    keys: Float[Array, "L N K G T h"]
-    values: Float[Array, "L N K G T h"]
+    keys: PyTree
+    values: PyTree
 
 
 def write(

@@ -105,7 +105,8 @@ class Decoder(nn.Module):
 
             return layer(x, tables, data, attend), None
 
-        carry, prompts = (self.embed(tokens), cache), (prefix.keys, prefix.values)
+        embedded = self.embed(tokens, whole_table=True)
+        carry, prompts = (embedded, cache), (prefix.keys, prefix.values)
         in_turn = self._unroll if isinstance(prefix.keys, tuple) else self._scan
         (x, cache), _ = in_turn(body, carry, prompts)
         return self.final_norm(x), cache

@@ -56,13 +56,23 @@ class Embedding(nn.Module):
         shape, axes = (self.vocab_size, self.features), ("vocab", "embed")
         self.embedding = parameter(self, "embedding", KERNEL_INIT, shape, axes)
 
-    def __call__(self, tokens: Int[Array, "N S"]) -> Float[Array, "N S D"]:
-        """Returns the scaled embeddings in the compute dtype."""
-        # Only the axis of the vocabulary may stay split: rows split along their width
-        # would meet tokens split by batch on the same devices.
-        table = constrain(self.embedding, "vocab", None)
+    def __call__(
+        self, tokens: Int[Array, "N S"], *, whole_table: bool = False
+    ) -> Float[Array, "N S D"]:
+        """Returns the scaled embeddings in the compute dtype.
+
+        Where the table is split along its width, over the devices that also share the
+        tokens, each device looks all of these tokens up in its columns, and the rows
+        then move to the device of their token. With `whole_table` the table moves
+        instead: in a loop over few tokens it does so once, before the loop.
+        """
+        table = self.embedding
+        if whole_table:
+            table = constrain(table, "vocab", None)
         # Padding may hold any id, even a negative one: clipped, it stays finite.
         rows = jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)
+        if not whole_table:
+            rows = constrain(rows, "rows", "seq", "embed")
         rows = constrain(rows, "batch", "seq", "embed")
         # The scale is rounded to the compute dtype, as in the models' own training.
         return rows * jnp.asarray(self.scale, self.dtype)
@@ -154,7 +164,7 @@ def read_by_rows(params: PyTree) -> PyTree:
     `Projection` takes both. A product of few rows of x with a kernel by rows needs no
     rearranged copy of the kernel, which on a CPU takes longer than the product.
     """
-    flat = traverse_util.flatten_dict(params)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(params)
     turned = {
         (*path[:-1], _BY_ROWS): jnp.swapaxes(leaf, -1, -2)
         for path, leaf in flat.items()

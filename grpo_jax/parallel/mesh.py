@@ -1,25 +1,22 @@
-"""The device mesh, what lies where on it, and the start of several processes.
+"""The device mesh, what lies where on it, and the way of arrays onto it and back.
 
 Three axes: ``data`` repeats parameters, ``fsdp`` splits them and the batch, ``tensor``
 splits single matrices. Names of array axes are mapped to them by one table, `RULES`.
 """
 
 import json
-import os
 from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax.linen import spmd
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from grpo_jax.config import MeshConfig
+from grpo_jax.config import MeshConfig, TrainConfig
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -27,6 +24,7 @@ AXES = ("data", "fsdp", "tensor")
 # that stands first here gets it: activations are split by batch, parameters by embed.
 RULES: tuple[tuple[str, Any], ...] = (
     ("batch", ("data", "fsdp")),
+    ("rows", "data"),  # a batch whose other axes are split over fsdp
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
@@ -38,33 +36,51 @@ RULES: tuple[tuple[str, Any], ...] = (
 def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of all devices (or of `devices`) with axes data, fsdp, tensor.
 
+    Raises:
+      ValueError: as `mesh_sizes`.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(config, len(devices))
+    return jax.make_mesh(
+        sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def imagined_mesh(config: MeshConfig, count: int) -> AbstractMesh:
+    """The mesh of `count` devices that need not be here: it says what lies where.
+
+    Raises:
+      ValueError: as `mesh_sizes`.
+    """
+    sizes = mesh_sizes(config, count)
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
+    """The sizes of the axes data, fsdp and tensor over `count` devices.
+
     Under mode "pmap", which repeats parameters, fsdp is a part of data.
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices; the message
         names sizes that do.
     """
-    devices = list(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.tensor]
     known = int(np.prod([size for size in sizes if size != -1]))
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if int(np.prod(sizes)) != len(devices) or -1 in sizes:
+    if -1 in sizes and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if int(np.prod(sizes)) != count or -1 in sizes:
         wanted = " x ".join(
             f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True)
         )
         raise ValueError(
-            f"mesh {wanted} does not fit {len(devices)} devices; use data 1, fsdp -1, "
+            f"mesh {wanted} does not fit {count} devices; use data 1, fsdp -1, "
             "tensor 1, or sizes whose product is the number of devices."
         )
-    if config.mode == "pmap":
-        sizes = [len(devices), 1, 1]
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return (count, 1, 1) if config.mode == "pmap" else tuple(sizes)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the mesh splits a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -79,7 +95,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def parameter_shardings(axes: PyTree, shapes: PyTree, mesh: Mesh) -> PyTree:
+def parameter_shardings(
+    axes: PyTree, shapes: PyTree, mesh: Mesh | AbstractMesh
+) -> PyTree:
     """The sharding of each parameter, from its logical axes.
 
     Args:
@@ -204,18 +222,31 @@ def check_processes(mesh: Mesh, mode: Literal["jit", "pmap"]) -> None:
         )
 
 
-def check_batch(mesh: Mesh, prompts: int) -> None:
-    """Refuse a number of prompts per update that the mesh does not divide.
+def check_batch(mesh: Mesh | AbstractMesh, config: TrainConfig) -> None:
+    """Refuse an update, or a microbatch of it, that the mesh does not divide.
 
     Raises:
       ValueError: naming the nearest number that fits.
     """
-    parts = batch_shards(mesh)
+    parts, group = batch_shards(mesh), config.group_size
+    over = f"cannot be split over data x fsdp = {parts} devices; use"
+    prompts = config.prompts_per_step // config.minibatches
     if prompts % parts:
         fits = max(round(prompts / parts), 1) * parts
+        raise ValueError(f"{prompts} prompts per update {over} {fits}.")
+    size = config.microbatch_size
+    # Under pmap each device cuts its own part of the batch.
+    if size is None or config.mesh.mode == "pmap":
+        return
+    held = max(size // group, 1)
+    if held % parts:
+        multiples = range(parts, prompts + 1, parts)
+        fits = min(
+            (count for count in multiples if prompts % count == 0),
+            key=lambda count: abs(count - held),
+        )
         raise ValueError(
-            f"{prompts} prompts per update cannot be split over data x fsdp = {parts} "
-            f"devices; use {fits}."
+            f"microbatch_size {size}, {held} prompt(s), {over} {fits * group}."
         )
 
 
@@ -231,60 +262,3 @@ def to_host(values: PyTree) -> PyTree:
         return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
     return jax.tree.map(fetch, values)
-
-
-def initialize_processes(config: MeshConfig) -> None:
-    """Join the other processes of a run, if there are any.
-
-    Explicit settings come from the configuration or from ``GRPO_COORDINATOR``,
-    ``GRPO_NUM_PROCESSES`` and ``GRPO_PROCESS_ID``. Without them JAX asks the TPU,
-    SLURM, Open MPI or Kubernetes; where none is found the process is alone.
-    A runtime that is already initialized is left as it is.
-
-    Raises:
-      ValueError: if only some of the three settings are given.
-    """
-    if jax.distributed.is_initialized():
-        return
-    given = {
-        "coordinator": config.coordinator or os.environ.get("GRPO_COORDINATOR"),
-        "num_processes": _number(config.num_processes, "GRPO_NUM_PROCESSES"),
-        "process_id": _number(config.process_id, "GRPO_PROCESS_ID"),
-    }
-    missing = [name for name, value in given.items() if value is None]
-    if not missing:
-        jax.distributed.initialize(
-            given["coordinator"], given["num_processes"], given["process_id"]
-        )
-    elif len(missing) < len(given):
-        raise ValueError(
-            f"mesh.{', mesh.'.join(missing)} must be given too: coordinator, "
-            "num_processes and process_id belong together."
-        )
-    elif _in_cluster():
-        jax.distributed.initialize()
-
-
-def _number(value: int | None, variable: str) -> int | None:
-    text = os.environ.get(variable)
-    if value is not None or text is None:
-        return value
-    if not text.isdigit():
-        raise ValueError(f"{variable} must be a number, got {text!r}.")
-    return int(text)
-
-
-def _in_cluster() -> bool:
-    """Whether JAX can find the other processes, or that there are none, by itself."""
-    env = os.environ
-    slurm = int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env
-    open_mpi = int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-    kubernetes = "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env
-    return _on_tpu() or slurm or open_mpi or kubernetes
-
-
-def _on_tpu() -> bool:
-    """Whether JAX will use TPUs of this machine; asking it would start the backend."""
-    wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
-    chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return "tpu" in wanted and bool(chips) and find_spec("libtpu") is not None

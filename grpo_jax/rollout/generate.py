@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from grpo_jax.config import SamplingConfig
 from grpo_jax.models.protocol import WIDE, DecodesApart, LanguageModel
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.parallel.gathering import split_over_fsdp
 from grpo_jax.rollout import sampling as draws
 from grpo_jax.rollout import slots
 
@@ -106,12 +107,21 @@ def generate(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop_ids=tuple(stop_ids),
+        # Gathers of single layers would all move before the loop, and stay.
+        apart=not split_over_fsdp(variables),
     )
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "group_size", "max_new_tokens", "sampling", "stop_ids"),
+    static_argnames=(
+        "model",
+        "group_size",
+        "max_new_tokens",
+        "sampling",
+        "stop_ids",
+        "apart",
+    ),
 )
 def _generate(
     model: LanguageModel,
@@ -125,6 +135,7 @@ def _generate(
     max_new_tokens: int,
     sampling: SamplingConfig,
     stop_ids: tuple[int, ...],
+    apart: bool,
 ) -> Completions:
     # Cast once, not at every token.
     variables = in_compute_dtype(variables, model.config.dtype)
@@ -133,11 +144,10 @@ def _generate(
     last, prefix = model.apply(variables, prompts, lengths, method=model.prefill)
     shape = (prompts.shape[0], group_size)
     cache = model.init_cache(*shape, max_new_tokens)
-    layouts = [slots.Layout(*shape)]
-    if isinstance(model, DecodesApart):
+    regroup: Any = None
+    if apart and isinstance(model, DecodesApart):
         variables, prefix, cache = model.unstack(variables, prefix, cache)
-        if stop_ids:
-            layouts = slots.layouts(*shape, parts=_batch_parts())
+        regroup = model.regroup
     blank = _Loop(
         step=jnp.int32(0),
         tokens=jnp.full((*shape, max_new_tokens), model.config.pad_token_id or 0),
@@ -152,35 +162,41 @@ def _generate(
         token, logp = _next_token(model, head, hidden, uniform, sampling)
         return _append(state, token, logp, stop_ids)
 
+    def unfinished(state: _Loop) -> Bool[Array, ""]:
+        return (state.step < max_new_tokens) & ~jnp.all(state.finished)
+
+    def advance(prefix: Any, carry: tuple[_Loop, Any]) -> tuple[_Loop, Any]:
+        state, cache = carry
+        token = lax.dynamic_index_in_dim(
+            state.tokens, state.step - 1, axis=-1, keepdims=False
+        )
+        hidden, cache = model.apply(
+            variables, token, state.step - 1, prefix, cache, method=model.decode
+        )
+        return draw(state, hidden), cache
+
     first = jnp.broadcast_to(last[:, None, :], (*shape, last.shape[-1]))
-    state = draw(blank, first)
+    state = ended = draw(blank, first)
+    layouts = slots.layouts(*shape, parts=_batch_parts())
     places = slots.first_places(layouts[0])
-    ended = state
-    for layout, smaller in zip(layouts, [*layouts[1:], None], strict=True):
-        if layout is not layouts[0]:
-            ended = _put_back(ended, state, places)
-            places, moves = slots.move_together(places, state.finished, layout)
-            state = _take(ended, places).replace(step=state.step)
-            prefix, cache = model.regroup(prefix, cache, *moves)
-
-        def goes_on(carry: tuple[_Loop, Any], places=places, smaller=smaller) -> Array:
-            state, _ = carry
-            going = (state.step < max_new_tokens) & ~jnp.all(state.finished)
-            if smaller is None:
-                return going
-            return going & ~slots.fit(places, state.finished, smaller)
-
-        def advance(carry: tuple[_Loop, Any], prefix=prefix) -> tuple[_Loop, Any]:
-            state, cache = carry
-            token = lax.dynamic_index_in_dim(
-                state.tokens, state.step - 1, axis=-1, keepdims=False
-            )
-            hidden, cache = model.apply(
-                variables, token, state.step - 1, prefix, cache, method=model.decode
-            )
-            return draw(state, hidden), cache
-
-        state, cache = lax.while_loop(goes_on, advance, (state, cache))
+    # Where nothing stops a completion, none ends before the others.
+    for layout in layouts[1:] if regroup and stop_ids else ():
+        state, cache = lax.while_loop(
+            lambda carry, places=places, layout=layout: (
+                unfinished(carry[0]) & ~slots.fit(places, carry[0].finished, layout)
+            ),
+            functools.partial(advance, prefix),
+            (state, cache),
+        )
+        ended = _put_back(ended, state, places)
+        places, moves = slots.move_together(places, state.finished, layout)
+        state = _take(ended, places).replace(step=state.step)
+        prefix, cache = regroup(prefix, cache, *moves)
+    state, _ = lax.while_loop(
+        lambda carry: unfinished(carry[0]),
+        functools.partial(advance, prefix),
+        (state, cache),
+    )
     ended = _put_back(ended, state, places)
     return Completions(ended.tokens, ended.lengths, ended.logp, ended.finished)
 

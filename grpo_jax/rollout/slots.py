@@ -133,8 +133,9 @@ def move_together(
         return new, own.reshape(shape), holders[new], old_slots.reshape(shape)
 
     alive = ~finished.reshape(places.samples.shape)
-    new, samples, *moves = jax.vmap(move)(places.prompts, places.samples, alive)
-    return places.replace(prompts=new, samples=samples), tuple(moves)
+    moved = jax.vmap(move)(places.prompts, places.samples, alive)
+    prompts, samples, holders, old_slots = moved
+    return places.replace(prompts=prompts, samples=samples), (holders, old_slots)
 
 
 def _counts(prompts: Int[Array, "..."], places: Places) -> Int[Array, " n"]:

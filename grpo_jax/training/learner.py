@@ -6,6 +6,7 @@ it was), turns rewards into advantages and makes the updates.
 
 import functools
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,14 @@ from grpo_jax import objective
 from grpo_jax.config import TrainConfig
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.parallel import offload
+from grpo_jax.parallel.gathering import whole_over_fsdp
 from grpo_jax.rollout.generate import in_compute_dtype
 from grpo_jax.rollout.groups import Rollout
 from grpo_jax.training.optimizer import make_optimizer, make_schedule
 from grpo_jax.training.state import (
     Batch,
+    TrainState,
     make_train_state,
     microbatches,
     policy_variables,
@@ -39,9 +43,8 @@ from grpo_jax.training.step import (
 class Learner:
     """Holds the state, the frozen reference and the functions compiled for them.
 
-    Attributes:
-      state: what is trained; replaced by every update.
-      reference: Linen variables of the reference policy; None without a KL penalty.
+    With `mesh.offload` the moments of the optimizer or the reference lie in the host's
+    memory between their uses.
     """
 
     def __init__(
@@ -70,8 +73,57 @@ class Learner:
             functools.partial(advantages_and_mask, config=config), out_shardings=rows
         )
         self._compute_dtype = model.config.dtype
+        self._copy_for_sampling: Callable[[PyTree], PyTree] | None = None
+        if config.mesh.offload:
+            offload.check_offload(mesh)
         self.state = make_train_state(params, tx, base=base)
         self.reference = self._first_reference() if config.objective.kl_coef else None
+
+    @property
+    def state(self) -> TrainState:
+        """What is trained, on the devices; replaced by every update."""
+        if "optimizer" not in self._config.mesh.offload:
+            return self._state
+        return self._state.replace(opt_state=offload.to_device(self._state.opt_state))
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        if "optimizer" in self._config.mesh.offload:
+            state = state.replace(opt_state=offload.to_host(state.opt_state))
+        self._state = state
+
+    @property
+    def reference(self) -> PyTree | None:
+        """Linen variables of the reference policy; None without a KL penalty."""
+        if "reference" not in self._config.mesh.offload:
+            return self._reference
+        return offload.to_device(self._reference)
+
+    @reference.setter
+    def reference(self, variables: PyTree | None) -> None:
+        if "reference" in self._config.mesh.offload:
+            variables = offload.to_host(variables)
+        self._reference = variables
+
+    @property
+    def variables(self) -> PyTree:
+        """Linen variables of the policy."""
+        return self._state.variables
+
+    def sampler_variables(self) -> PyTree:
+        """Linen variables to sample with, for as long as they are needed.
+
+        Where fsdp splits the parameters they are a copy in the compute dtype, gathered
+        now and not at every token, unless `mesh.sampler` is "split".
+        """
+        variables = self.variables
+        if self._mesh.shape["fsdp"] == 1 or self._config.mesh.sampler == "split":
+            return variables
+        if self._copy_for_sampling is None:
+            places = jax.tree.map(lambda x: whole_over_fsdp(x.sharding), variables)
+            cast = functools.partial(in_compute_dtype, dtype=self._compute_dtype)
+            self._copy_for_sampling = jax.jit(cast, out_shardings=places)
+        return self._copy_for_sampling(variables)
 
     def score(self, rollout: Rollout) -> Batch:
         """The rollout on the devices, with the log-probs that its updates will need.
@@ -88,10 +140,10 @@ class Learner:
         }
         batch = Batch(**meshes.to_mesh(self._mesh, arrays))
         ref_logp = old_logp = None
-        if self.reference is not None:
-            ref_logp = self._score(self.reference, batch)
+        if (reference := self.reference) is not None:
+            ref_logp = self._score(reference, batch)
         if self._config.updates_per_step > 1:
-            old_logp = self._score(self.state.variables, batch)
+            old_logp = self._score(self.variables, batch)
         return batch.replace(ref_logp=ref_logp, old_logp=old_logp)
 
     def with_advantages(self, batch: Batch, rollout: Rollout) -> Batch:
@@ -117,11 +169,12 @@ class Learner:
     def update(self, batch: Batch) -> dict[str, float]:
         """Make the updates of one rollout; their metrics, averaged, maxima kept."""
         start = time.perf_counter()
-        results = [
-            self._update_once(part)
-            for _ in range(self._config.updates_per_rollout)
-            for part in _minibatches(batch, self._config.minibatches)
-        ]
+        state, results = self.state, []
+        for _ in range(self._config.updates_per_rollout):
+            for part in _minibatches(batch, self._config.minibatches):
+                state, metrics = self._step(state, part)
+                results.append(metrics)
+        self.state = state
         fetched: list[Metrics] = jax.device_get(results)
         metrics = {
             name: float(np.mean([values[name] for values in fetched]))
@@ -130,30 +183,26 @@ class Learner:
         # Later updates differ from the sampler because they have moved away from it.
         metrics["sampler_logp_diff/max"] = float(fetched[0]["sampler_logp_diff/max"])
         metrics["learning_rate"] = float(
-            np.asarray(self._schedule(int(self.state.step) - 1))
+            np.asarray(self._schedule(int(state.step) - 1))
         )
         metrics["time/update"] = time.perf_counter() - start
         return metrics
 
     def refresh_reference(self) -> None:
         """Make the policy as it is now the reference."""
-        if self.reference is not None:
-            self.reference = policy_variables(self._frozen_policy(), self.state.base)
-
-    def _update_once(self, batch: Batch) -> Metrics:
-        self.state, metrics = self._step(self.state, batch)
-        return metrics
+        if self._reference is not None:
+            self.reference = policy_variables(self._frozen_policy(), self._state.base)
 
     def _first_reference(self) -> PyTree:
-        if self.state.base is not None:
+        if self._state.base is not None:
             # Fresh adapters change nothing, so the base stands for the policy.
-            return {"params": self.state.base}
+            return {"params": self._state.base}
         return {"params": self._frozen_policy()}
 
     def _frozen_policy(self) -> PyTree:
         # A copy: the state's own arrays are donated to the next update.
         own = lambda cast, leaf: jnp.copy(leaf) if cast is leaf else cast  # noqa: E731
-        params = self.state.params
+        params = self._state.params
         cast = in_compute_dtype(params, self._compute_dtype)
         return jax.tree.map(own, cast, params)
 

@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 from grpo_jax.config import TrainConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
+from grpo_jax.parallel.processes import initialize_processes
 from grpo_jax.reporting import metrics as names
 from grpo_jax.reporting.console import Console
 from grpo_jax.reporting.logs import attach_log_file
@@ -104,7 +105,7 @@ def train(
       RuntimeError: where another process failed.
     """
     config = config or TrainConfig()
-    meshes.initialize_processes(config.mesh)
+    initialize_processes(config.mesh)
     with contextlib.ExitStack() as stack:
         agreement = Agreement()
         # First of all: until then a signal ends this process, or is lost on it.
@@ -120,7 +121,7 @@ def _open_run(
 ) -> "_Run":
     mesh = meshes.make_mesh(config.mesh)
     meshes.check_processes(mesh, config.mesh.mode)
-    meshes.check_batch(mesh, config.prompts_per_step // config.minibatches)
+    meshes.check_batch(mesh, config)
     path = Path(config.run_dir or Path("runs") / setup.file_name(task.name))
     path = path.expanduser()
     if jax.process_index() == 0:
@@ -169,9 +170,11 @@ class _Run:
         self.console = stack.enter_context(
             Console(config.steps, config.report, enabled=self.first)
         )
+        if self.policy.warning is not None:
+            self.console.warning(self.policy.warning)
         self.compiles = stack.enter_context(names.CompileCounter())
         trained, base = self.policy.trained, self.policy.base
-        self.learner = Learner(model, trained, config, mesh, base=base)
+        self.learner = Learner(model, trained, self.policy.config, mesh, base=base)
         self.checkpoints = Checkpoints(
             path / "checkpoints", config.checkpoint, report=self.console.warning
         )
@@ -215,7 +218,7 @@ class _Run:
         self.console.note(f"resumed from step {step} of {self.config.steps}")
 
     def _begin(self) -> None:
-        metrics = self.evaluate(self.learner.state.variables)
+        metrics = self.evaluate(self.learner.sampler_variables())
         self._advance(accuracy_before=metrics.get(names.ACCURACY))
         with self.agreement.phase("report"):
             if metrics:
@@ -236,7 +239,7 @@ class _Run:
         )
         metrics |= self._describe(rollout, time.perf_counter() - start)
         if self._due(self.config.eval_every):
-            measured = self.evaluate(self.learner.state.variables)
+            measured = self.evaluate(self.learner.sampler_variables())
             self._advance(accuracy=measured.get(names.ACCURACY), measured_at=step)
             metrics |= measured
         rows = rollout.records(step, meshes.to_host(batch.advantages))
@@ -255,10 +258,11 @@ class _Run:
 
     def _collect(self, step: int) -> tuple[Rollout, Batch, int] | None:
         """A rewarded rollout, its batch and the rollouts it took; None on a stop."""
-        variables, position = self.learner.state.variables, self.progress.position
+        # Nothing here keeps the sampler's variables: they are gone before the update.
+        sampler, position = self.learner.sampler_variables, self.progress.position
         if limit := self.config.objective.resample_limit:
             found = self.collector.informative(
-                variables, step=step, position=position, limit=limit
+                sampler(), step=step, position=position, limit=limit
             )
             if found is None:
                 return None
@@ -266,7 +270,7 @@ class _Run:
             start = time.perf_counter()
             batch = self.learner.score(rollout)
         else:
-            rollout = self.collector.sample(variables, step=step, position=position)
+            rollout = self.collector.sample(sampler(), step=step, position=position)
             rounds = 1
             if self.agreement.stop:
                 return None
@@ -343,7 +347,7 @@ class _Run:
         """The accuracy after the last step, measured now if it was not then."""
         if self.progress.measured_at == self.config.steps:
             return self.progress.accuracy
-        return self.evaluate(self.learner.state.variables).get(names.ACCURACY)
+        return self.evaluate(self.learner.sampler_variables()).get(names.ACCURACY)
 
     def _result(self, status: directories.Status, **values: Any) -> TrainResult:
         params = self.policy.merged(self.learner.state.params)

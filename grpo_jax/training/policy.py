@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import PyTree
 
@@ -19,6 +18,13 @@ from grpo_jax.models.protocol import WIDE
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training import run_dir as directories
 from grpo_jax.training.checkpoint import Checkpoints
+from grpo_jax.training.plan import (
+    advice,
+    compute_dtype,
+    device_memory,
+    for_run,
+    settled,
+)
 from grpo_jax.weights.adapter import Adapter
 from grpo_jax.weights.pretrained import (
     Pretrained,
@@ -36,6 +42,8 @@ class Policy:
       model: the decoder with the compute dtype and remat of the run.
       tokenizer: its tokenizer.
       trained: the parameters that are trained: all of them, or adapters; float32.
+      config: the run, with a choice in place of each "auto" about memory.
+      warning: what to change where the memory of the devices will not do; else None.
       base: the frozen parameters under adapters, in the compute dtype, which needs no
         more of them; None without adapters.
     """
@@ -43,6 +51,8 @@ class Policy:
     model: Decoder
     tokenizer: Tokenizer
     trained: PyTree
+    config: TrainConfig
+    warning: str | None = None
     base: PyTree | None = None
 
     def merged(self, trained: PyTree) -> PyTree:
@@ -79,26 +89,22 @@ def load_policy(config: TrainConfig, mesh: Mesh) -> Policy:
         the adapters do not fit it.
     """
     loaded = _load(config, mesh)
-    chosen, rank = for_run(loaded.config, config), config.lora.rank
-    if rank is None:
-        return Policy(
-            model=Decoder(chosen), tokenizer=loaded.tokenizer, trained=loaded.params
-        )
-    model = Decoder(dataclasses.replace(chosen, lora_scale=config.lora.scale))
+    limit = device_memory(mesh)
+    chosen = for_run(loaded.config, config)
+    chosen, config = settled(chosen, config, mesh, limit=limit)
+    model, trained, base = Decoder(chosen), loaded.params, None
+    if (rank := config.lora.rank) is not None:
+        model = Decoder(dataclasses.replace(chosen, lora_scale=config.lora.scale))
+        trained = _fresh_adapters(model, config, mesh, rank=rank)
+        base = loaded.params
     return Policy(
         model=model,
         tokenizer=loaded.tokenizer,
-        trained=_fresh_adapters(model, config, mesh, rank=rank),
-        base=loaded.params,
+        trained=trained,
+        config=config,
+        warning=None if limit is None else advice(chosen, config, mesh, limit=limit),
+        base=base,
     )
-
-
-def for_run(model: ModelConfig, config: TrainConfig) -> ModelConfig:
-    """The model's configuration with the compute dtype and remat of a run."""
-    remat = config.remat
-    if remat == "auto":
-        remat = "layer" if _activation_bytes(model, config) > 2**31 else "none"
-    return dataclasses.replace(model, dtype=_compute_dtype(config), remat=remat)
 
 
 def restore(
@@ -191,7 +197,7 @@ def _load(config: TrainConfig, mesh: Mesh | None) -> Pretrained:
 
     def dtype(path: str) -> str:
         whole = config.lora.rank is None or path.split("/")[-1] in WIDE
-        return "float32" if whole else _compute_dtype(config)
+        return "float32" if whole else compute_dtype(config)
 
     if mesh is None:
         return load_pretrained(config.model, dtype=dtype)
@@ -202,12 +208,6 @@ def _load(config: TrainConfig, mesh: Mesh | None) -> Pretrained:
         )
 
     return load_pretrained(config.model, dtype=dtype, sharding=place)
-
-
-def _compute_dtype(config: TrainConfig) -> str:
-    if config.compute_dtype != "auto":
-        return config.compute_dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def _fresh_adapters(
@@ -227,13 +227,3 @@ def _merge(base: PyTree, adapters: PyTree, config: ModelConfig) -> PyTree:
     places = jax.tree.map(lambda leaf: leaf.sharding, base)
     merge = functools.partial(merge_lora, config=config)
     return jax.jit(merge, out_shardings=places)(base, adapters)
-
-
-def _activation_bytes(model: ModelConfig, config: TrainConfig) -> int:
-    """Bytes that the backward pass of a microbatch keeps without remat, roughly."""
-    sequences = config.microbatch_size or config.prompts_per_step * config.group_size
-    tokens = sequences * config.max_new_tokens
-    # A part of a group holds the whole prompt.
-    tokens += -(-sequences // config.group_size) * config.max_prompt_tokens
-    width = 12 * model.hidden_size + 4 * model.active_width
-    return int(np.prod([tokens, width, model.num_layers, 4], dtype=np.int64))

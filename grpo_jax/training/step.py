@@ -21,6 +21,7 @@ from grpo_jax.config import ObjectiveConfig, TrainConfig
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.objective import Mean
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.parallel.gathering import least_moved
 from grpo_jax.training.state import Batch, TrainState, microbatches, policy_variables
 
 # Axis name of the devices under pmap.
@@ -46,6 +47,7 @@ def policy_logprobs(
         variables, prompts, prompt_lengths, completions, method=model.score
     )
     head: Any = model.apply(variables, method=model.head)
+    hidden, head = least_moved(hidden, head)
     return objective.chunked_logprobs(
         hidden,
         head,
@@ -86,20 +88,25 @@ def advantages_from_rewards(
 def make_train_step(
     model: LanguageModel, tx: optax.GradientTransformation, config: TrainConfig
 ) -> Step:
-    """A pure ``step(state, batch, *, axis_name=None) -> (state, metrics)``.
+    """A pure ``step(state, batch, *, axis_name, places) -> (state, metrics)``.
 
     The state is returned unchanged, with ``update_skipped`` 1, when the loss or the
-    gradient is not finite. `axis_name` names the mapped axis when the step runs under
-    `pmap`. Metrics are scalars: the loss and those of `objective.grpo_loss`,
+    gradient is not finite. `axis_name` names the mapped axis if the step runs under
+    `pmap`; `places` are the shardings of the parameters, which gradients then have
+    too. Metrics are scalars: the loss and those of `objective.grpo_loss`,
     ``grad_norm`` before clipping, ``sampler_logp_diff/max`` and ``update_skipped``.
     """
 
     def step(
-        state: TrainState, batch: Batch, *, axis_name: str | None = None
+        state: TrainState,
+        batch: Batch,
+        *,
+        axis_name: str | None = None,
+        places: PyTree | None = None,
     ) -> tuple[TrainState, Metrics]:
         loss = functools.partial(_loss_totals, model, config, state.base)
         parts = microbatches(batch, config.microbatch_size)
-        grads, sums, largest = _accumulate(loss, state.params, parts)
+        grads, sums, largest = _accumulate(loss, state.params, parts, places)
         if axis_name is not None:
             grads, sums = lax.psum((grads, sums), axis_name)
             largest = lax.pmax(largest, axis_name)
@@ -171,7 +178,9 @@ class _JitStep:
             # As the state that comes back is: else the second call compiles again.
             state = jax.device_put(state, shardings)
             self._compiled = jax.jit(
-                self._step, donate_argnums=0, out_shardings=(shardings, None)
+                functools.partial(self._step, places=shardings.params),
+                donate_argnums=0,
+                out_shardings=(shardings, None),
             )
         return self._compiled(state, base, batch)
 
@@ -255,13 +264,15 @@ def _loss_totals(
 
 
 def _accumulate(
-    loss: Callable[..., Any], params: PyTree, parts: Batch
+    loss: Callable[..., Any], params: PyTree, parts: Batch, places: PyTree | None
 ) -> tuple[PyTree, dict[str, Mean], Metrics]:
     """Sums over the microbatches of the gradient and of the metrics, and the maxima."""
     gradient = jax.grad(loss, has_aux=True)
 
     def totals(part: Batch) -> tuple[PyTree, dict[str, Mean], Metrics]:
         grads, (sums, largest) = gradient(params, part)
+        if places is not None:
+            grads = lax.with_sharding_constraint(grads, places)
         return grads, sums, largest
 
     first = jax.tree.map(lambda leaf: leaf[0], parts)

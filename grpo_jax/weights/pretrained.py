@@ -100,6 +100,16 @@ def load_without_weights(
     return source.config, source.tokenizer
 
 
+def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
+    """The configuration of a model alone; a folder needs no other file for it.
+
+    Raises:
+        ValueError: as `load_pretrained`, if there is no configuration that is known.
+    """
+    path = _find(str(name_or_path), None, files=("config.json",))
+    return open_gguf(path).config if path.is_file() else _read_config(path)
+
+
 def save_pretrained(
     folder: str | os.PathLike[str],
     pretrained: Pretrained,
@@ -160,7 +170,9 @@ def _open(name: str, revision: str | None) -> _Source:
     return _Source(config, tensors, tokenizer)
 
 
-def _find(name: str, revision: str | None) -> pathlib.Path:
+def _find(
+    name: str, revision: str | None, *, files: tuple[str, ...] = _HUB_FILES
+) -> pathlib.Path:
     if name == EMBEDDED:
         name = str(resources.files("grpo_jax") / "assets" / "arithmetic-1m")
     path = pathlib.Path(name).expanduser()
@@ -172,16 +184,16 @@ def _find(name: str, revision: str | None) -> pathlib.Path:
         return path
     if path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name):
         raise ValueError(f"{name}: no such file or folder")
-    return _download(name, revision)
+    return _download(name, revision, files)
 
 
-def _download(name: str, revision: str | None) -> pathlib.Path:
+def _download(name: str, revision: str | None, files: tuple[str, ...]) -> pathlib.Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
         folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=list(_HUB_FILES)
+            name, revision=revision, allow_patterns=list(files)
         )
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         at = f" at revision {revision}" if revision else ""

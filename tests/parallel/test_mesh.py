@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from grpo_jax.config import MeshConfig
+from grpo_jax.config import MeshConfig, TrainConfig
 from grpo_jax.models.decoder import abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
 
@@ -102,6 +102,12 @@ def test_rows_of_the_only_process_are_all_rows():
     assert meshes.gather_rows(rows) is rows
 
 
+def run_of(prompts, microbatch=None):
+    return TrainConfig(
+        prompts_per_step=prompts, group_size=4, microbatch_size=microbatch
+    )
+
+
 @pytest.mark.parametrize(
     ("prompts", "fits"), [(9, 8), (4, 8), (13, 16), (30, 32), (1, 8)]
 )
@@ -111,84 +117,32 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(
     with pytest.raises(
         ValueError, match=f"{prompts} prompts .* = 8 devices; use {fits}"
     ):
-        meshes.check_batch(meshes_of(2, 4, 1), prompts)
+        meshes.check_batch(meshes_of(2, 4, 1), run_of(prompts))
+
+
+# 24 prompts on 8 devices: microbatches of 8 or 24 prompts, of 4 completions each.
+@pytest.mark.parametrize(
+    ("microbatch", "held", "fits"), [(2, 1, 32), (16, 4, 32), (48, 12, 32)]
+)
+def test_a_microbatch_that_would_leave_devices_idle_is_refused(
+    microbatch, held, fits, meshes_of
+):
+    message = f"microbatch_size {microbatch}, {held} prompt.* = 8 devices; use {fits}"
+    with pytest.raises(ValueError, match=message):
+        meshes.check_batch(meshes_of(2, 4, 1), run_of(24, microbatch))
 
 
 def test_a_batch_that_divides_is_accepted(meshes_of):
-    meshes.check_batch(meshes_of(2, 2, 2), 12)
-    meshes.check_batch(meshes_of(1, 1, 1), 7)
+    meshes.check_batch(meshes_of(2, 2, 2), run_of(12))
+    meshes.check_batch(meshes_of(1, 1, 1), run_of(7, 4))
+    for microbatch in (32, 96):
+        meshes.check_batch(meshes_of(2, 4, 1), run_of(24, microbatch))
 
 
-@pytest.fixture
-def started(monkeypatch):
-    """What `jax.distributed` was asked to do, with no setting around."""
-    for name in list(meshes.os.environ):
-        if name.startswith(("GRPO_", "SLURM_", "OMPI_", "JOB_", "KUBERNETES_")):
-            monkeypatch.delenv(name)
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *a: calls.append(a))
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("config", "environment", "missing"),
-    [
-        ({"coordinator": "h:1"}, {}, "mesh.num_processes, mesh.process_id"),
-        ({"num_processes": 2}, {}, "mesh.coordinator, mesh.process_id"),
-        ({"coordinator": "h:1", "num_processes": 2}, {}, "mesh.process_id"),
-        ({"num_processes": 2}, {"GRPO_COORDINATOR": "h:1"}, "mesh.process_id"),
-        ({}, {"GRPO_PROCESS_ID": "0"}, "mesh.coordinator, mesh.num_processes"),
-    ],
-)
-def test_some_of_the_process_settings_are_refused(
-    config, environment, missing, started, monkeypatch
-):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"^{missing} must be given too"):
-        meshes.initialize_processes(MeshConfig(**config))
-    assert not started
-
-
-def test_processes_join_by_configuration_or_environment(started, monkeypatch):
-    config = MeshConfig(coordinator="h:1", num_processes=4, process_id=0)
-    meshes.initialize_processes(config)
-    monkeypatch.setenv("GRPO_COORDINATOR", "g:2")
-    monkeypatch.setenv("GRPO_NUM_PROCESSES", "2")
-    monkeypatch.setenv("GRPO_PROCESS_ID", "1")
-    meshes.initialize_processes(MeshConfig())
-    # What the configuration says goes before the environment.
-    meshes.initialize_processes(MeshConfig(process_id=0))
-    assert started == [("h:1", 4, 0), ("g:2", 2, 1), ("g:2", 2, 0)]
-
-
-def test_a_setting_that_is_no_number_is_named(started, monkeypatch):
-    monkeypatch.setenv("GRPO_NUM_PROCESSES", "two")
-    with pytest.raises(ValueError, match="GRPO_NUM_PROCESSES must be a number, got 't"):
-        meshes.initialize_processes(MeshConfig())
-
-
-def test_a_process_alone_starts_nothing(started):
-    meshes.initialize_processes(MeshConfig())
-    assert not started
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
-        {"OMPI_COMM_WORLD_SIZE": "2"},
-        {"JOB_COMPLETION_INDEX": "0", "KUBERNETES_SERVICE_HOST": "x"},
-    ],
-)
-def test_in_a_cluster_jax_finds_the_processes(environment, started, monkeypatch):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    meshes.initialize_processes(MeshConfig())
-    assert started == [()]
-
-
-def test_a_runtime_that_runs_is_left_alone(started, monkeypatch):
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    meshes.initialize_processes(MeshConfig(coordinator="h:1"))
-    assert not started
+def test_an_imagined_mesh_is_that_of_devices_which_are_not_here():
+    mesh = meshes.imagined_mesh(MeshConfig(data=4, tensor=8), 512)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 16, "tensor": 8}
+    sharding = NamedSharding(mesh, P("tensor", "fsdp"))
+    assert sharding.shard_shape((64, 64)) == (8, 4)
+    with pytest.raises(ValueError, match="does not fit 12 devices"):
+        meshes.imagined_mesh(MeshConfig(data=8), 12)

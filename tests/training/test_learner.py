@@ -116,15 +116,15 @@ def test_old_log_probs_are_those_of_the_policy_that_met_the_rollout(
     ).logp
     np.testing.assert_allclose(batch.old_logp, expected, rtol=1e-5)
     ratios, taken = [], []
-    update_once = learner._update_once
+    step = learner._step
 
-    def spy(part):
+    def spy(state, part):
         taken.append(np.asarray(part.old_logp))
-        metrics = update_once(part)
+        state, metrics = step(state, part)
         ratios.append(float(metrics["importance_ratio/mean"]))
-        return metrics
+        return state, metrics
 
-    learner._update_once = spy
+    learner._step = spy
     metrics = learner.update(batch)
     # Minibatches take every second prompt; each pass sees the same old log-probs.
     for number, part in enumerate(taken):

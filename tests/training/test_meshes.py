@@ -25,6 +25,7 @@ MESHES = {
     "2x2x2": MeshConfig(data=2, tensor=2),
     "1x4x2": MeshConfig(tensor=2),
     "pmap": MeshConfig(mode="pmap"),
+    "split": MeshConfig(sampler="split", offload=("reference", "optimizer")),
 }
 ROWS = [{"prompt": f"{a}+{b}="} for a, b in itertools.product(range(6), range(6))]
 STEPS = 3
@@ -117,6 +118,37 @@ def test_moments_lie_as_their_parameters_do(tiny_policy, tmp_path):
             assert moment.sharding.is_equivalent_to(leaf.sharding, leaf.ndim), path
     kernel = state.params["layers"]["mlp"]["gate"]["kernel"]  # [2, 32, 48]
     assert kernel.addressable_shards[0].data.shape == (2, 16, 24)
+
+
+def test_the_sampler_reads_parameters_that_fsdp_does_not_split(tiny_policy, tmp_path):
+    learner = make_learner(tiny_policy, "2x2x2", tmp_path)
+    own = learner.variables["params"]["layers"]["mlp"]["gate"]["kernel"]
+    copy = learner.sampler_variables()["params"]["layers"]["mlp"]["gate"]["kernel"]
+    assert own.addressable_shards[0].data.shape == (2, 16, 24)
+    assert copy.addressable_shards[0].data.shape == (2, 32, 24)
+    np.testing.assert_array_equal(copy, own)
+    learner = make_learner(tiny_policy, "split", tmp_path)
+    for leaf, same in zip(
+        jax.tree.leaves(learner.sampler_variables()),
+        jax.tree.leaves(learner.variables),
+        strict=True,
+    ):
+        assert leaf is same
+
+
+def test_idle_state_lies_in_the_memory_of_the_host(tiny_policy, tmp_path):
+    before = {id(array) for array in jax.live_arrays()}
+    learner = make_learner(tiny_policy, "split", tmp_path)
+    # Of gate and up, [2, 32, 48] each: Adam's two moments, the reference; parameters.
+    there = [
+        array.sharding.memory_kind
+        for array in jax.live_arrays()
+        if id(array) not in before and array.shape == (2, 32, 48)
+    ]
+    assert sorted(there) == 2 * ["device"] + 2 * 3 * ["pinned_host"]
+    # What reads them sees the devices.
+    for leaf in jax.tree.leaves((learner.state, learner.reference)):
+        assert leaf.sharding.memory_kind == "device"
 
 
 def test_a_checkpoint_moves_between_any_two_meshes(run, tiny_policy, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 
 from grpo_jax.config import CheckpointConfig, MeshConfig, TrainConfig
-from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.training import policy as policies
 from grpo_jax.training import run_dir as directories
 from grpo_jax.training.checkpoint import Checkpoints
-from grpo_jax.training.policy import for_run, load_policy, open_policy, restore
+from grpo_jax.training.plan import device_memory, for_run
+from grpo_jax.training.policy import load_policy, open_policy, restore
 from grpo_jax.training.state import TrainState
 
 
@@ -148,12 +150,36 @@ def test_a_model_is_loaded_onto_the_mesh(tiny_policy, meshes_of):
     place = meshes.parameter_shardings(param_axes(model), abstract_params(model), mesh)
     assert jax.tree.map(lambda leaf: leaf.sharding, policy.trained) == place
     assert policy.base is None
+    # No choice is left open.
+    assert (policy.config.remat, policy.config.mesh.sampler) == ("none", "gathered")
+    assert policy.model.config.remat == "none" and policy.warning is None
 
 
 def test_a_model_that_the_mesh_does_not_divide_is_refused(tiny_policy, meshes_of):
     # Two key/value heads of 8 numbers are 16 columns: 3 devices cannot share them.
     with pytest.raises(ValueError, match="cannot be split over tensor = 3 devices"):
         load_policy(TrainConfig(model=str(tiny_policy.folder)), meshes_of(1, 1, 3))
+
+
+def test_a_model_that_will_not_fit_comes_with_advice(
+    tiny_policy, meshes_of, monkeypatch
+):
+    mesh = meshes_of(1, 1, 1)
+    monkeypatch.setattr(policies, "device_memory", lambda mesh: 2**20)
+    policy = load_policy(TrainConfig(model=str(tiny_policy.folder)), mesh)
+    assert "of which 0.0 are usable" in policy.warning
+    assert "--microbatch-size 8" in policy.warning
+    assert policy.model.config.remat == "layer"
+
+
+def test_the_memory_of_the_smallest_device_counts(meshes_of):
+    def device(limit):
+        return types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": limit})
+
+    gib = 2**30
+    mesh = types.SimpleNamespace(local_devices=[device(20 * gib), device(15 * gib)])
+    assert device_memory(mesh) == 13 * gib  # whole ones of 0.92 x 15
+    assert device_memory(meshes_of(1, 1, 1)) is None
 
 
 def test_the_trained_policy_is_ready_for_export(tiny_policy, meshes_of):
@@ -182,40 +208,8 @@ def test_accelerators_compute_in_bfloat16_unless_told_otherwise(
     assert chosen.dtype == dtype
 
 
-def remat_of(config: ModelConfig, **options) -> str:
-    sizes = {"prompts_per_step": 16, "group_size": 8, "max_prompt_tokens": 512}
-    return for_run(config, TrainConfig(**(sizes | options))).remat
-
-
-def test_layers_are_computed_again_when_activations_would_fill_the_memory(tiny_policy):
-    config = tiny_policy.model.config
-    assert (config.hidden_size, config.intermediate_size, config.num_layers) == (
-        32,
-        48,
-        2,
-    )
-    # A token keeps (12 * 32 + 4 * 48) * 2 layers * 4 bytes = 4608 bytes. 16 prompts of
-    # 512 and 128 completions: (8192 + 128 * T) * 4608 > 2**31 from T = 3577 on.
-    assert remat_of(config, max_new_tokens=3576) == "none"
-    assert remat_of(config, max_new_tokens=3577) == "layer"
-    # A microbatch is what is held at once: one group is an eighth of a sixteenth.
-    assert remat_of(config, max_new_tokens=3577, microbatch_size=8) == "none"
-    # 4 of a group of 8 with their whole prompt: (P + 4 * 1000) * 4608 > 2**31
-    # from P = 462034 on.
-    part = {"microbatch_size": 4, "max_new_tokens": 1000}
-    assert remat_of(config, max_prompt_tokens=462_033, **part) == "none"
-    assert remat_of(config, max_prompt_tokens=462_034, **part) == "layer"
-
-
-@pytest.mark.parametrize("remat", ["none", "layer", "dots"])
-def test_remat_that_is_asked_for_is_taken(tiny_policy, remat):
-    config = tiny_policy.model.config
-    assert remat_of(config, remat=remat, max_new_tokens=9999) == remat
-    assert remat_of(config, remat=remat, max_new_tokens=1) == remat
-
-
 def test_a_run_changes_nothing_else_of_a_model(tiny_policy):
     before = tiny_policy.model.config
-    after = for_run(before, TrainConfig(compute_dtype="bfloat16", remat="dots"))
-    assert after == dataclasses.replace(before, dtype="bfloat16", remat="dots")
+    after = for_run(before, TrainConfig(compute_dtype="bfloat16"))
+    assert after == dataclasses.replace(before, dtype="bfloat16")
     assert Decoder(after).config == after

@@ -25,6 +25,7 @@ from grpo_jax import (
     train,
 )
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.parallel.processes import initialize_processes
 
 ROWS = [{"prompt": f"{a}+{b}="} for a in range(6) for b in range(6)]
 
@@ -91,7 +92,7 @@ def refusal(config, **options):
 
 
 def main(model, folder):
-    meshes.initialize_processes(MeshConfig())
+    initialize_processes(MeshConfig())
     connect()
     data = {"dataset": ROWS, "eval_dataset": ROWS[:3]}
     whole = make_config(model, f"{folder}/whole")

@@ -1,0 +1,72 @@
+"""What is gathered over the fsdp axis, where and when.
+
+A parameter that is split over fsdp meets a batch that is split over the same devices:
+one of the two has to move. Layers are gathered one at a time, as they are used. Here
+are the two cases in which something else is better.
+"""
+
+import math
+
+import jax
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, PyTree
+
+
+def least_moved(
+    hidden: Float[Array, "N ... D"], head: Float[Array, "D V"]
+) -> tuple[Float[Array, "N ... D"], Float[Array, "D V"]]:
+    """Hidden states and head, laid out so that their product moves the smaller one.
+
+    Where there are fewer tokens than entries of the vocabulary, the hidden states are
+    gathered over fsdp and the vocabulary is split over it, besides tensor: no device
+    then holds the whole head, or a whole gradient of it, which would have to be summed
+    over all devices for each chunk of tokens. Otherwise, without a mesh, and where the
+    vocabulary does not divide, both stay as they are.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    if shape.get("fsdp", 1) == 1:
+        return hidden, head
+    tokens = math.prod(hidden.shape[:-1]) // shape["data"]
+    if moves_head(tokens, head.shape[1], fsdp=shape["fsdp"], tensor=shape["tensor"]):
+        return hidden, head
+    return (
+        lax.with_sharding_constraint(hidden, P("data")),
+        lax.with_sharding_constraint(head, P(None, ("tensor", "fsdp"))),
+    )
+
+
+def moves_head(tokens: int, vocabulary: int, *, fsdp: int, tensor: int) -> bool:
+    """Whether `least_moved` leaves it to the head to be gathered.
+
+    `tokens` are those whose hidden states one group of fsdp devices holds together.
+    """
+    return tokens > vocabulary or vocabulary % (fsdp * tensor) != 0
+
+
+def split_over_fsdp(tree: PyTree) -> bool:
+    """Whether the fsdp axis splits some array; of traced arrays it is not known: no."""
+
+    def split(leaf: Array) -> bool:
+        if isinstance(leaf, Tracer):
+            return False
+        sharding = leaf.sharding
+        return isinstance(sharding, NamedSharding) and (
+            sharding.shard_shape(leaf.shape)
+            != whole_over_fsdp(sharding).shard_shape(leaf.shape)
+        )
+
+    return any(map(split, jax.tree.leaves(tree)))
+
+
+def whole_over_fsdp(sharding: NamedSharding) -> NamedSharding:
+    """The sharding without its splits over fsdp; those over other axes stay."""
+
+    def other(entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if isinstance(entry, tuple):
+            return tuple(axis for axis in entry if axis != "fsdp") or None
+        return None if entry == "fsdp" else entry
+
+    return NamedSharding(sharding.mesh, P(*map(other, sharding.spec)))

@@ -1,0 +1,66 @@
+"""The start of several processes that train together."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+
+from grpo_jax.config import MeshConfig
+
+
+def initialize_processes(config: MeshConfig) -> None:
+    """Join the other processes of a run, if there are any.
+
+    Explicit settings come from the configuration or from ``GRPO_COORDINATOR``,
+    ``GRPO_NUM_PROCESSES`` and ``GRPO_PROCESS_ID``. Without them JAX asks the TPU,
+    SLURM, Open MPI or Kubernetes; where none is found the process is alone.
+    A runtime that is already initialized is left as it is.
+
+    Raises:
+      ValueError: if only some of the three settings are given.
+    """
+    if jax.distributed.is_initialized():
+        return
+    given = {
+        "coordinator": config.coordinator or os.environ.get("GRPO_COORDINATOR"),
+        "num_processes": _number(config.num_processes, "GRPO_NUM_PROCESSES"),
+        "process_id": _number(config.process_id, "GRPO_PROCESS_ID"),
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if not missing:
+        jax.distributed.initialize(
+            given["coordinator"], given["num_processes"], given["process_id"]
+        )
+    elif len(missing) < len(given):
+        raise ValueError(
+            f"mesh.{', mesh.'.join(missing)} must be given too: coordinator, "
+            "num_processes and process_id belong together."
+        )
+    elif _in_cluster():
+        jax.distributed.initialize()
+
+
+def _number(value: int | None, variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if value is not None or text is None:
+        return value
+    if not text.isdigit():
+        raise ValueError(f"{variable} must be a number, got {text!r}.")
+    return int(text)
+
+
+def _in_cluster() -> bool:
+    """Whether JAX can find the other processes, or that there are none, by itself."""
+    env = os.environ
+    slurm = int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env
+    open_mpi = int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    kubernetes = "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env
+    return _on_tpu() or slurm or open_mpi or kubernetes
+
+
+def _on_tpu() -> bool:
+    """Whether JAX will use TPUs of this machine; asking it would start the backend."""
+    wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
+    chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return "tpu" in wanted and bool(chips) and find_spec("libtpu") is not None

@@ -1,0 +1,59 @@
+"""A plan of memory as a table for the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+
+def print_plan(plan: Mapping[str, Any], *, console: Console | None = None) -> None:
+    """Show what `training.plan.make_plan` gave; sizes in GiB per device."""
+    (console or Console()).print(Group(_heading(plan), _sizes(plan), *_verdict(plan)))
+
+
+def _heading(plan: Mapping[str, Any]) -> Text:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    return Text(
+        f"{plan['model']} on {mesh}: {plan['compute_dtype']}, remat {plan['remat']}, "
+        f"sampler {plan['sampler']}"
+    )
+
+
+def _sizes(plan: Mapping[str, Any]) -> Table:
+    phases = plan["phases"]
+    table = Table("GiB on each device", *phases, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, size in plan["always"].items():
+        table.add_row(name, *[_gib(size)] * len(phases))
+    table.add_section()
+    for name in dict.fromkeys(name for sizes in phases.values() for name in sizes):
+        table.add_row(name, *[_gib(sizes.get(name)) for sizes in phases.values()])
+    table.add_section()
+    totals = [_gib(plan["totals"][phase]) for phase in phases]
+    table.add_row("in all", *totals, style="bold")
+    return table
+
+
+def _verdict(plan: Mapping[str, Any]) -> list[Text]:
+    lines = []
+    if plan["usable"] is not None:
+        words = "fits" if plan["fits"] else "does not fit"
+        style = "green" if plan["fits"] else "bold red"
+        usable = f"{_gib(plan['peak'])} of {_gib(plan['usable'])} GiB that are usable"
+        lines.append(Text(f"{words}: {usable}", style=style))
+    if not plan["fits"] and plan["knobs"]:
+        lines.append(Text("What would save, at the peak:"))
+        lines += [
+            Text(f"  {_gib(size):>8} GiB  {flags}")
+            for flags, size in plan["knobs"].items()
+        ]
+    return lines
+
+
+def _gib(size: int | None) -> str:
+    if size is None:
+        return ""
+    return f"{size / 2**30:.2f}" if size >= 2**30 / 100 else "<0.01"

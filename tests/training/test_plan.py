@@ -1,0 +1,82 @@
+"""`grpo-jax plan`: from a config.json and the sizes of a mesh that is not here."""
+
+import json
+import shutil
+
+import jax
+import pytest
+
+from grpo_jax import cli
+from grpo_jax.config import MeshConfig, TrainConfig
+from grpo_jax.training.plan import GIB, USABLE, make_plan
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_policy, tmp_path_factory):
+    """A folder with nothing but the configuration of a model."""
+    path = tmp_path_factory.mktemp("plan")
+    shutil.copy(tiny_policy.folder / "config.json", path)
+    return path
+
+
+def planned(capsys, *arguments):
+    cli._dispatch(["plan", *map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def test_a_config_alone_is_planned_for_devices_that_are_not_here(
+    capsys, folder, monkeypatch
+):
+    monkeypatch.setattr(jax, "device_count", lambda: pytest.fail("counted devices"))
+    flags = ["--model", folder, "--prompts-per-step", 64, "--json"]
+    flags += ["--mesh.data", 2, "--devices", 64, "--mesh.tensor", 2, "--device", "v5e"]
+    made = json.loads(planned(capsys, *flags))
+    assert made["mesh"] == {"data": 2, "fsdp": 16, "tensor": 2}
+    assert made["compute_dtype"] == "bfloat16"
+    assert made["usable"] == int(USABLE * 16 * GIB) and made["fits"] is True
+    always = sum(made["always"].values())
+    update = sum(made["phases"]["update"].values())
+    assert made["totals"]["update"] == always + update <= made["peak"]
+
+
+def test_sizes_that_are_given_count_the_devices(folder):
+    base = {"model": str(folder), "prompts_per_step": 16}
+    made = make_plan(TrainConfig(**base, mesh=MeshConfig(data=4, fsdp=4)))
+    assert made["mesh"] == {"data": 4, "fsdp": 4, "tensor": 1}
+    here = make_plan(TrainConfig(**base))
+    assert here["mesh"]["fsdp"] == jax.device_count()
+    assert (here["usable"], here["fits"], here["compute_dtype"]) == (
+        None,
+        None,
+        "float32",
+    )
+
+
+def test_the_table_shows_every_size_and_what_to_turn_where_it_does_not_fit(
+    capsys, folder
+):
+    flags = ["--model", folder, "--mesh.fsdp", 1]
+    needed = make_plan(TrainConfig(model=str(folder), mesh=MeshConfig(fsdp=1)))
+    shown = planned(capsys, *flags)
+    for name in [*needed["always"], *needed["phases"], *needed["phases"]["update"]]:
+        assert name in shown
+    assert f"{needed['totals']['update'] / GIB:.2f}" in shown
+    assert "What would save" in shown and "fit" not in shown
+    small = 0.5 * needed["peak"] / GIB / USABLE
+    shown = planned(capsys, *flags, "--remat", "none", "--device-memory-gib", small)
+    assert "does not fit" in shown and "--remat layer" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device", "v99"], "'v99' is not known; use one of v4, v5e"),
+        (["--devices", "12", "--mesh.data", "8"], "does not fit 12 devices"),
+        (["--mesh.fsdp", "64"], "cannot be split over fsdp = 64 devices; 32 would"),
+        (["--mesh.fsdp", "3"], "16 prompts per update cannot .* use 15"),
+    ],
+)
+def test_what_cannot_be_planned_is_told(capsys, folder, flags, message):
+    prompts = ["--prompts-per-step", "64"] if "64" in flags else []
+    with pytest.raises(ValueError, match=message):
+        planned(capsys, "--model", folder, *prompts, *flags)

@@ -1,0 +1,259 @@
+"""What the compiled programs hold and move: no whole parameter, what was estimated."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+
+from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
+from grpo_jax.parallel import mesh as meshes
+from grpo_jax.parallel.gathering import whole_over_fsdp
+from grpo_jax.rollout import generate as sampler
+from grpo_jax.training.learner import score_batch
+from grpo_jax.training.memory import estimate
+from grpo_jax.training.optimizer import make_optimizer
+from grpo_jax.training.state import Batch, TrainState
+from grpo_jax.training.step import make_train_step
+
+pytestmark = pytest.mark.slow
+
+# Sizes that no activation has, so that an array of a parameter is known by its shape.
+MODEL = ModelConfig.from_hf(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 4608,
+        "hidden_size": 72,
+        "intermediate_size": 176,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 12,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+)
+PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS = 16, 4, 32, 64
+WHILE_BODY = re.compile(r"body=%?([\w.\-]+)")
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+
+
+class Programs:
+    """The programs of a run on a mesh, compiled from shapes alone."""
+
+    def __init__(self, mesh, remat="none"):
+        self.mesh = mesh
+        sizes = dict(zip(meshes.AXES, mesh.devices.shape, strict=True))
+        self.config = TrainConfig(
+            model="tiny",
+            prompts_per_step=PROMPTS,
+            group_size=GROUP,
+            max_prompt_tokens=PROMPT_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            remat=remat,
+            mesh=MeshConfig(**sizes, sampler="gathered"),
+        )
+        config = dataclasses.replace(MODEL, remat=remat)
+        self.model = Decoder(config)
+        shapes = abstract_params(self.model)
+        places = meshes.parameter_shardings(param_axes(self.model), shapes, mesh)
+        self.params = jax.tree.map(self._placed, shapes, places)
+        self.gathered = jax.tree.map(
+            self._placed, shapes, jax.tree.map(whole_over_fsdp, places)
+        )
+        self.estimate = estimate(config, self.config, mesh)
+
+    def step(self):
+        tx = make_optimizer(self.config.optimizer, total_updates=9)
+        everywhere = meshes.replicated(self.mesh)
+
+        def moments(tree):  # parameters' moments lie as they do, counts everywhere
+            if isinstance(tree, dict):
+                return self.params
+            return self._placed(tree, everywhere)
+
+        opt_state = jax.tree.map(
+            moments,
+            jax.eval_shape(tx.init, self.params),
+            is_leaf=lambda tree: isinstance(tree, dict),
+        )
+        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        state = TrainState(step=count, params=self.params, opt_state=opt_state)
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = make_train_step(self.model, tx, self.config)
+        return self._compile(
+            jax.jit(
+                functools.partial(step, places=places.params),
+                donate_argnums=0,
+                out_shardings=(places, None),
+            ),
+            state,
+            self._batch(),
+        )
+
+    def score(self):
+        score = functools.partial(score_batch, self.model, self.config)
+        rows = meshes.batch_sharding(self.mesh)
+        scored = jax.jit(score, out_shardings=rows)
+        return self._compile(scored, {"params": self.params}, self._batch())
+
+    def generate(self, params, *, apart):
+        return self._compile(
+            sampler._generate,
+            self.model,
+            {"params": params},
+            self._rows(PROMPT_TOKENS),
+            self._rows(),
+            jax.eval_shape(lambda: jax.random.key(0)),
+            self._rows(dtype=jnp.uint32),
+            group_size=GROUP,
+            max_new_tokens=NEW_TOKENS,
+            sampling=SamplingConfig(),
+            stop_ids=(1,),
+            apart=apart,
+        )
+
+    def _compile(self, function, *arguments, **options):
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(meshes.RULES):
+            return function.lower(*arguments, **options).compile()
+
+    def _batch(self):
+        tokens = (GROUP, NEW_TOKENS)
+        return Batch(
+            prompts=self._rows(PROMPT_TOKENS),
+            prompt_lengths=self._rows(),
+            completions=self._rows(*tokens),
+            mask=self._rows(*tokens, dtype=bool),
+            advantages=self._rows(GROUP, dtype=jnp.float32),
+            sampler_logp=self._rows(*tokens, dtype=jnp.float32),
+            ref_logp=self._rows(*tokens, dtype=jnp.float32),
+        )
+
+    def _rows(self, *shape, dtype=jnp.int32):
+        row = jax.ShapeDtypeStruct((PROMPTS, *shape), dtype)
+        return self._placed(row, meshes.batch_sharding(self.mesh))
+
+    @staticmethod
+    def _placed(leaf, place):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def whole_leaves(compiled):
+    """Shapes of parameters that the program of one device has whole, axes sorted."""
+    leaves = jax.tree.leaves(abstract_params(Decoder(MODEL)))
+    wanted = {tuple(sorted(leaf.shape)) for leaf in leaves if leaf.size > 1000}
+    shapes = re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", compiled.as_text())
+    there = {tuple(sorted(int(n) for n in s.split(",") if n != "1")) for s in shapes}
+    return wanted & there
+
+
+def gathered_in_loops(compiled):
+    """Shapes that are gathered at every turn of a loop, axes sorted."""
+    text, inside, found = compiled.as_text(), False, set()
+    bodies = set(WHILE_BODY.findall(text))
+    for line in text.splitlines():
+        if start := COMPUTATION.match(line):
+            inside = start[1] in bodies
+        gather = re.search(r"= \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", line)
+        if inside and gather:
+            found.add(tuple(sorted(map(int, gather[1].split(",")))))
+    return found
+
+
+LAYER = {(72, 96), (48, 72), (72, 176)}  # q and o; k and v; gate, up and down
+
+
+@pytest.fixture(scope="module")
+def programs(meshes_of):
+    return Programs(meshes_of(1, 8, 1), remat="none")
+
+
+@pytest.fixture(scope="module")
+def step(programs):
+    return programs.step()
+
+
+@pytest.fixture(scope="module")
+def score(programs):
+    return programs.score()
+
+
+@pytest.fixture(scope="module")
+def generate(programs):
+    return programs.generate(programs.gathered, apart=True)
+
+
+def test_training_and_scoring_gather_a_layer_at_a_time(step, score):
+    for program in (step, score):
+        assert not whole_leaves(program)
+        assert gathered_in_loops(program) >= LAYER
+
+
+def test_sampling_gathers_nothing_in_its_loop(generate):
+    assert not gathered_in_loops(generate)
+
+
+def test_a_split_sampler_gathers_a_layer_at_a_time(programs):
+    program = programs.generate(programs.params, apart=False)
+    # Embedding and head serve all tokens: they are gathered before the loop.
+    assert whole_leaves(program) == {(72, 4608)}
+    assert gathered_in_loops(program) >= LAYER
+
+
+def test_a_gathered_stack_would_be_seen(programs, meshes_of):
+    kernel = programs.params["layers"]["mlp"]["up"]["kernel"]
+    everywhere = meshes.replicated(meshes_of(1, 8, 1))
+
+    def gathers(kernel):
+        return 2.0 * jax.lax.with_sharding_constraint(kernel, everywhere)
+
+    seen = jax.jit(gathers).lower(kernel).compile()
+    assert whole_leaves(seen) == {(5, 72, 176)}
+
+
+def test_a_sharding_loses_its_split_over_fsdp_alone(meshes_of):
+    def without(*axes):
+        place = jax.sharding.NamedSharding(meshes_of(2, 2, 2), P(*axes))
+        return whole_over_fsdp(place).spec
+
+    assert without(None, "fsdp", "tensor") == P(None, None, "tensor")
+    assert without(("data", "fsdp"), "tensor") == P(("data",), "tensor")
+    assert without(("fsdp",)) == P(None)
+
+
+def within_a_factor_of_two(compiled, estimate, phase, *, less=0):
+    memory = compiled.memory_analysis()
+    taken = memory.temp_size_in_bytes
+    if phase != "update":  # whose results take the place of the state
+        taken += memory.output_size_in_bytes
+    estimated = sum(estimate.phases[phase].values()) - less
+    assert taken / 2 < estimated < taken * 2, (taken, estimated)
+
+
+def test_the_estimate_is_what_xla_asks_for(programs, step, score, generate):
+    estimate = programs.estimate
+    within_a_factor_of_two(step, estimate, "update")
+    within_a_factor_of_two(score, estimate, "score")
+    # The gathered parameters come as an argument.
+    copy = estimate.phases["rollout"]["sampler's parameters"]
+    within_a_factor_of_two(generate, estimate, "rollout", less=copy)
+    state = estimate.always["parameters"] + estimate.always["optimizer moments"]
+    arguments = step.memory_analysis().argument_size_in_bytes
+    assert arguments == pytest.approx(state, rel=0.1)  # and the batch
+
+
+def test_the_estimate_holds_on_one_device_with_layers_computed_again(meshes_of):
+    programs = Programs(meshes_of(1, 1, 1), remat="layer")
+    within_a_factor_of_two(programs.step(), programs.estimate, "update")
