@@ -148,14 +148,8 @@ def _generate(
     if apart and isinstance(model, DecodesApart):
         variables, prefix, cache = model.unstack(variables, prefix, cache)
         regroup = model.regroup
-    blank = _Loop(
-        step=jnp.int32(0),
-        tokens=jnp.full((*shape, max_new_tokens), model.config.pad_token_id or 0),
-        logp=jnp.zeros((*shape, max_new_tokens)),
-        lengths=jnp.zeros(shape, jnp.int32),
-        finished=jnp.zeros(shape, bool),
-        keys=_sample_keys(key, prompt_ids, group_size),
-    )
+    pad_id = model.config.pad_token_id or 0
+    blank = _blank(_sample_keys(key, prompt_ids, group_size), max_new_tokens, pad_id)
 
     def draw(state: _Loop, hidden: Float[Array, "M W D"]) -> _Loop:
         uniform = _uniforms(state.keys, state.step)
@@ -211,6 +205,18 @@ def in_compute_dtype(variables: PyTree, dtype: str) -> PyTree:
         return leaf if path[-1].key in WIDE else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, variables)
+
+
+def _blank(keys: Key[Array, "N G"], max_new_tokens: int, pad_id: int) -> _Loop:
+    """The state before the first token."""
+    return _Loop(
+        step=jnp.int32(0),
+        tokens=jnp.full((*keys.shape, max_new_tokens), pad_id),
+        logp=jnp.zeros((*keys.shape, max_new_tokens)),
+        lengths=jnp.zeros(keys.shape, jnp.int32),
+        finished=jnp.zeros(keys.shape, bool),
+        keys=keys,
+    )
 
 
 def _put_back(ended: _Loop, state: _Loop, places: slots.Places) -> _Loop:

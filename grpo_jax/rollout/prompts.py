@@ -16,9 +16,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Mapping]) -> list
 
     A plain string then becomes the message of a user.
     """
-    if isinstance(prompt, str) and tokenizer.has_chat_template:
-        return tokenizer.encode_prompt([{"role": "user", "content": prompt}])
-    return tokenizer.encode_prompt(prompt)
+    return tokenizer.encode_prompt(_as_messages(tokenizer, prompt))
 
 
 def encode_rows(
@@ -35,7 +33,9 @@ def encode_rows(
         `limit`, or an id that the model does not have, and how many such
         rows there are.
     """
-    encoded = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    encoded = tokenizer.encode_prompts(
+        [_as_messages(tokenizer, row["prompt"]) for row in rows]
+    )
     problems = [
         (number, problem)
         for number, ids in enumerate(encoded)
@@ -79,6 +79,15 @@ def pad(
     for row, tokens in zip(ids, encoded, strict=True):
         row[: len(tokens)] = tokens
     return ids, np.array([len(tokens) for tokens in encoded], np.int32)
+
+
+def _as_messages(
+    tokenizer: Tokenizer, prompt: str | Sequence[Mapping]
+) -> str | Sequence[Mapping]:
+    """The prompt, a string as the message of a user where there is a chat template."""
+    if isinstance(prompt, str) and tokenizer.has_chat_template:
+        return [{"role": "user", "content": prompt}]
+    return prompt
 
 
 def _problem(ids: Sequence[int], limit: int, vocab_size: int) -> str | None:

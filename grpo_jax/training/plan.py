@@ -65,15 +65,16 @@ def settled(
 
     The sampler's parameters are gathered if the rollout then fits into `limit` bytes;
     of the ways to recompute, the first that fits is taken: none, dots, layer. Without a
-    limit (memory that is not known) parameters are gathered, and products or layers are
-    computed again when more than 2 GiB of activations would be kept.
+    limit (memory that is not known, as on a CPU) parameters are gathered, and products
+    are kept unless they take more than 2 GiB: on a CPU to keep all the rest as well
+    takes longer than to compute it again.
     """
     if config.mesh.sampler == "auto":
         fits = limit is None or estimate(model, config, mesh).total("rollout") <= limit
         config = _on_mesh(config, sampler="gathered" if fits else "split")
     if config.remat != "auto":
         return dataclasses.replace(model, remat=config.remat), config
-    for remat in ("none", "dots", "layer"):
+    for remat in ("dots", "layer") if limit is None else ("none", "dots", "layer"):
         model = dataclasses.replace(model, remat=remat)
         if limit is None:
             fits = activation_bytes(model, config, mesh) <= _MODEST

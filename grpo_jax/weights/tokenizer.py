@@ -81,6 +81,14 @@ class Tokenizer:
             return list(self._fast.encode(prompt))
         return self._encode_messages(prompt)
 
+    def encode_prompts(
+        self, prompts: Sequence[str | Sequence[Message]]
+    ) -> list[list[int]]:
+        """The token ids of each prompt, as `encode_prompt`; strings all at once."""
+        if prompts and all(isinstance(prompt, str) for prompt in prompts):
+            return self._fast(list(prompts))["input_ids"]
+        return [self.encode_prompt(prompt) for prompt in prompts]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens."""
         return self._fast.decode(

@@ -218,16 +218,8 @@ def few_slots(monkeypatch):
     generating._generate.clear_cache()
 
 
-def test_moving_completions_together_changes_nothing(tiny_policy, sampled, few_slots):
-    again = sample(tiny_policy, *prompts_and_lengths())
-    np.testing.assert_array_equal(again.tokens, sampled.tokens)
-    np.testing.assert_array_equal(again.lengths, sampled.lengths)
-    np.testing.assert_array_equal(again.finished, sampled.finished)
-    np.testing.assert_allclose(again.logp, sampled.logp, atol=1e-5)
-
-
-def test_tokens_take_fewer_slots_as_completions_end(
-    tiny_policy, few_slots, monkeypatch
+def test_completions_move_into_fewer_slots_and_change_nothing(
+    tiny_policy, sampled, few_slots, monkeypatch
 ):
     used = []
 
@@ -236,9 +228,13 @@ def test_tokens_take_fewer_slots_as_completions_end(
         return sample_token(logits, uniform, **options)
 
     monkeypatch.setattr(generating.draws, "sample_token", noted)
-    drawn = sample(tiny_policy, *prompts_and_lengths())
+    again = sample(tiny_policy, *prompts_and_lengths())
     jax.effects_barrier()
-    lengths = np.asarray(drawn.lengths)
+    np.testing.assert_array_equal(again.tokens, sampled.tokens)
+    np.testing.assert_array_equal(again.lengths, sampled.lengths)
+    np.testing.assert_array_equal(again.finished, sampled.finished)
+    np.testing.assert_allclose(again.logp, sampled.logp, atol=1e-5)
+    lengths = np.asarray(again.lengths)
     going = [int((lengths > step).sum()) for step in range(len(used))]
     assert used[0] == 12 and used[-1] < 12
     assert sorted(used, reverse=True) == used

@@ -109,3 +109,12 @@ def assert_close():
             )
 
     return compare
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Runs draw no picture, which takes longer than the training of tiny models.
+
+    The run whose directory is looked at is made before this applies.
+    """
+    monkeypatch.setattr("grpo_jax.training.loop.plot_runs", lambda runs, out: None)

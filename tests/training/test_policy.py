@@ -151,8 +151,8 @@ def test_a_model_is_loaded_onto_the_mesh(tiny_policy, meshes_of):
     assert jax.tree.map(lambda leaf: leaf.sharding, policy.trained) == place
     assert policy.base is None
     # No choice is left open.
-    assert (policy.config.remat, policy.config.mesh.sampler) == ("none", "gathered")
-    assert policy.model.config.remat == "none" and policy.warning is None
+    assert (policy.config.remat, policy.config.mesh.sampler) == ("dots", "gathered")
+    assert policy.model.config.remat == "dots" and policy.warning is None
 
 
 def test_a_model_that_the_mesh_does_not_divide_is_refused(tiny_policy, meshes_of):
