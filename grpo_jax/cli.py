@@ -188,7 +188,7 @@ def evaluate(
     *,
     run_dir: Path | None = None,
     model: str | None = None,
-    task: str = "arithmetic",
+    task: str | None = None,
     data: str | None = None,
     step: int | None = None,
     prompts: int | None = None,
@@ -197,21 +197,29 @@ def evaluate(
     max_new_tokens: int | None = None,
     seed: int = 0,
     out: Path | None = None,
+    completions: Path | None = None,
 ) -> None:
     """Measure accuracy on held-out prompts, as JSON.
 
+    Answers are read strictly, in the format that the task asks for, and leniently,
+    wherever a completion ends with one; each number has its standard error.
+
     Args:
-      run_dir: the run whose policy is measured, with its own task and limits.
-      model: or a model by name, folder or file.
-      task: the task, for a model.
-      data: local file or folder with the task's rows.
-      step: the checkpoint; the newest by default.
+      run_dir: the run whose policy is measured.
+      model: or a model: hub name, folder, .gguf file, or the embedded model.
+      task: arithmetic, gsm8k, reasoning_gym:NAME or a .jsonl file; by default the run's
+        own, or arithmetic for a model.
+      data: local file or folder with the task's rows; by default the run's own.
+      step: the checkpoint of the run; the newest by default.
       prompts: how many held-out prompts; all by default.
       samples: completions per prompt; from two on, pass@k and majority are told too.
-      temperature: of sampling; 0 (greedy) for one sample, else 1.
-      max_new_tokens: completions are cut at this length.
+      temperature: of sampling; by default 0 (greedy) for one sample, else the run's, or
+        1 for a model.
+      max_new_tokens: completions are cut at this length; by default the run's, or what
+        suits the model.
       seed: of the sampling.
       out: also write the JSON to this file.
+      completions: write every completion with its verdict to this .jsonl file.
     """
     _check_counts(prompts=prompts, samples=samples, max_new_tokens=max_new_tokens)
     from grpo_jax.tasks import load_task
@@ -220,15 +228,16 @@ def evaluate(
 
     policy = open_policy(run_dir=run_dir, model=model, step=step)
     config = policy.config
-    if run_dir is not None:
-        task, data = config.task, config.data
+    if task is None:
+        task, data = config.task, data or config.data
     if temperature is None:
         temperature = 0.0 if samples == 1 else config.sampling.temperature
+    loaded = load_task(task, data=data, seed=config.seed)
     result = measure(
         policy.model,
         policy.params,
         policy.tokenizer,
-        load_task(task, data=data, seed=config.seed),
+        loaded,
         prompts=prompts,
         samples=samples,
         sampling=dataclasses.replace(config.sampling, temperature=temperature),
@@ -236,12 +245,27 @@ def evaluate(
         max_new_tokens=max_new_tokens or config.max_new_tokens,
         seed=seed,
     )
-    summary = {"task": task, "step": policy.step, "seed": seed} | result.summary()
-    text = json.dumps(summary, indent=2)
+    asked = {
+        "model": config.model if run_dir is None else str(run_dir),
+        "step": policy.step,
+        "task": task,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens or config.max_new_tokens,
+        "seed": seed,
+    }
+    text = json.dumps(asked | result.summary(), indent=2, allow_nan=False)
     print(text)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
+        _write(out, text + "\n")
+    if completions is not None:
+        records = result.records(loaded.test)
+        lines = (json.dumps(record, allow_nan=False) for record in records)
+        _write(completions, "".join(line + "\n" for line in lines))
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def sample(
