@@ -12,9 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from grpo_jax import __version__
 from grpo_jax.config import (
     EMBEDDED,
     PRESETS,
@@ -22,6 +24,14 @@ from grpo_jax.config import (
     SamplingConfig,
     TrainConfig,
 )
+
+_HELP = """GRPO post-training of language models in JAX.
+
+grpo-jax train without a flag is a first run: a small model that comes with the package
+learns arithmetic, in a minute or two on a CPU. grpo-jax COMMAND --help explains each
+command; --version tells the version, and --tyro-print-completion {bash,zsh,tcsh} prints
+a script that completes commands and flags in your shell.
+"""
 
 _TWO_FLAGS = f"""Two more flags set many fields at once, and every other flag overrides
 them:
@@ -74,6 +84,9 @@ def _use_compile_cache() -> None:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
+    if arguments[:1] == ["--version"]:
+        print(f"grpo-jax {__version__}")
+        return
     if arguments[:1] == ["train"]:
         config = train_config(arguments[1:])
         from grpo_jax.training.loop import train
@@ -92,10 +105,13 @@ def _dispatch(arguments: Sequence[str]) -> None:
         "plot": plot,
         "report": report,
     }
+    if any(word.startswith("--tyro-") for word in arguments[:1]):
+        # For the shell: these two are parsed by functions of their own, above.
+        commands |= {"train": _train_flags, "plan": _plan_flags}
     tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="grpo-jax",
-        description="GRPO post-training of language models in JAX.",
+        description=_HELP,
         args=arguments,
     )
 
@@ -182,6 +198,26 @@ def plan(arguments: Sequence[str]) -> None:
     from grpo_jax.reporting.plan import print_plan
 
     print_plan(made)
+
+
+def _train_flags(
+    options: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(),  # noqa: B008
+    *,
+    config: Path | None = None,
+) -> None:
+    """Train a model by GRPO, or resume a run."""
+
+
+def _plan_flags(
+    options: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(),  # noqa: B008
+    *,
+    config: Path | None = None,
+    devices: int | None = None,
+    device: str | None = None,
+    device_memory_gib: float | None = None,
+    json: bool = False,
+) -> None:
+    """Estimate the memory that a run needs on each device."""
 
 
 def evaluate(
