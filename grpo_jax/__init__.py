@@ -55,7 +55,7 @@ _HOMES = {
     "generate": "grpo_jax.rollout.generate",
     "Task": "grpo_jax.tasks.base",
     "load_task": "grpo_jax.tasks",
-    "Evaluation": "grpo_jax.training.evaluate",
+    "Evaluation": "grpo_jax.training.judging",
     "evaluate": "grpo_jax.training.evaluate",
     "TrainResult": "grpo_jax.training.loop",
     "train": "grpo_jax.training.loop",

@@ -12,9 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from grpo_jax import __version__
 from grpo_jax.config import (
     EMBEDDED,
     PRESETS,
@@ -22,6 +24,14 @@ from grpo_jax.config import (
     SamplingConfig,
     TrainConfig,
 )
+
+_HELP = """GRPO post-training of language models in JAX.
+
+grpo-jax train without a flag is a first run: a small model that comes with the package
+learns arithmetic, in a minute or two on a CPU. grpo-jax COMMAND --help explains each
+command; --version tells the version, and --tyro-print-completion {bash,zsh,tcsh} prints
+a script that completes commands and flags in your shell.
+"""
 
 _TWO_FLAGS = f"""Two more flags set many fields at once, and every other flag overrides
 them:
@@ -74,6 +84,9 @@ def _use_compile_cache() -> None:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
+    if arguments[:1] == ["--version"]:
+        print(f"grpo-jax {__version__}")
+        return
     if arguments[:1] == ["train"]:
         config = train_config(arguments[1:])
         from grpo_jax.training.loop import train
@@ -92,10 +105,13 @@ def _dispatch(arguments: Sequence[str]) -> None:
         "plot": plot,
         "report": report,
     }
+    if any(word.startswith("--tyro-") for word in arguments[:1]):
+        # For the shell: these two are parsed by functions of their own, above.
+        commands |= {"train": _train_flags, "plan": _plan_flags}
     tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="grpo-jax",
-        description="GRPO post-training of language models in JAX.",
+        description=_HELP,
         args=arguments,
     )
 
@@ -184,11 +200,31 @@ def plan(arguments: Sequence[str]) -> None:
     print_plan(made)
 
 
+def _train_flags(
+    options: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(),  # noqa: B008
+    *,
+    config: Path | None = None,
+) -> None:
+    """Train a model by GRPO, or resume a run."""
+
+
+def _plan_flags(
+    options: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(),  # noqa: B008
+    *,
+    config: Path | None = None,
+    devices: int | None = None,
+    device: str | None = None,
+    device_memory_gib: float | None = None,
+    json: bool = False,
+) -> None:
+    """Estimate the memory that a run needs on each device."""
+
+
 def evaluate(
     *,
     run_dir: Path | None = None,
     model: str | None = None,
-    task: str = "arithmetic",
+    task: str | None = None,
     data: str | None = None,
     step: int | None = None,
     prompts: int | None = None,
@@ -197,21 +233,29 @@ def evaluate(
     max_new_tokens: int | None = None,
     seed: int = 0,
     out: Path | None = None,
+    completions: Path | None = None,
 ) -> None:
     """Measure accuracy on held-out prompts, as JSON.
 
+    Answers are read strictly, in the format that the task asks for, and leniently,
+    wherever a completion ends with one; each number has its standard error.
+
     Args:
-      run_dir: the run whose policy is measured, with its own task and limits.
-      model: or a model by name, folder or file.
-      task: the task, for a model.
-      data: local file or folder with the task's rows.
-      step: the checkpoint; the newest by default.
+      run_dir: the run whose policy is measured.
+      model: or a model: hub name, folder, .gguf file, or the embedded model.
+      task: arithmetic, gsm8k, reasoning_gym:NAME or a .jsonl file; by default the run's
+        own, or arithmetic for a model.
+      data: local file or folder with the task's rows; by default the run's own.
+      step: the checkpoint of the run; the newest by default.
       prompts: how many held-out prompts; all by default.
       samples: completions per prompt; from two on, pass@k and majority are told too.
-      temperature: of sampling; 0 (greedy) for one sample, else 1.
-      max_new_tokens: completions are cut at this length.
+      temperature: of sampling; by default 0 (greedy) for one sample, else the run's, or
+        1 for a model.
+      max_new_tokens: completions are cut at this length; by default the run's, or what
+        suits the model.
       seed: of the sampling.
       out: also write the JSON to this file.
+      completions: write every completion with its verdict to this .jsonl file.
     """
     _check_counts(prompts=prompts, samples=samples, max_new_tokens=max_new_tokens)
     from grpo_jax.tasks import load_task
@@ -220,15 +264,16 @@ def evaluate(
 
     policy = open_policy(run_dir=run_dir, model=model, step=step)
     config = policy.config
-    if run_dir is not None:
-        task, data = config.task, config.data
+    if task is None:
+        task, data = config.task, data or config.data
     if temperature is None:
         temperature = 0.0 if samples == 1 else config.sampling.temperature
+    loaded = load_task(task, data=data, seed=config.seed)
     result = measure(
         policy.model,
         policy.params,
         policy.tokenizer,
-        load_task(task, data=data, seed=config.seed),
+        loaded,
         prompts=prompts,
         samples=samples,
         sampling=dataclasses.replace(config.sampling, temperature=temperature),
@@ -236,12 +281,27 @@ def evaluate(
         max_new_tokens=max_new_tokens or config.max_new_tokens,
         seed=seed,
     )
-    summary = {"task": task, "step": policy.step, "seed": seed} | result.summary()
-    text = json.dumps(summary, indent=2)
+    asked = {
+        "model": config.model if run_dir is None else str(run_dir),
+        "step": policy.step,
+        "task": task,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens or config.max_new_tokens,
+        "seed": seed,
+    }
+    text = json.dumps(asked | result.summary(), indent=2, allow_nan=False)
     print(text)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
+        _write(out, text + "\n")
+    if completions is not None:
+        records = result.records(loaded.test)
+        lines = (json.dumps(record, allow_nan=False) for record in records)
+        _write(completions, "".join(line + "\n" for line in lines))
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def sample(

@@ -307,13 +307,21 @@ class TrainConfig(Section):
     # What the backward pass computes again to save memory: nothing, all but the matrix
     # products (dots), or whole layers; auto: as little as the memory allows.
     remat: Literal["auto", "none", "layer", "dots"] = "auto"
+    # What is optimized.
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    # How the next token is drawn.
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    # AdamW and its schedule.
     optimizer: OptimizerConfig = UNSET
+    # How reward functions are called.
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    # Low-rank adapters; off without a rank.
     lora: LoraConfig = field(default_factory=LoraConfig)
+    # When the state is saved and what is kept.
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    # How devices and processes share the work.
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    # What is shown and written while the run goes on.
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:

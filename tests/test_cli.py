@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
 import typing
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 import yaml
 
+import grpo_jax
 from grpo_jax import cli
 from grpo_jax.config import (
     CheckpointConfig,
@@ -219,6 +221,34 @@ def test_a_mistake_of_our_own_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "_dispatch", fail)
     with pytest.raises(KeyError):
         run_main(monkeypatch, "train")
+
+
+def test_the_version_is_told(capsys):
+    cli._dispatch(["--version"])
+    assert capsys.readouterr().out == f"grpo-jax {grpo_jax.__version__}\n"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_shell_completes_commands_and_flags(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        cli._dispatch(["--tyro-print-completion", "bash"])
+    script = tmp_path / "completion.bash"
+    script.write_text(capsys.readouterr().out)
+    asked = """
+        source "$0"
+        complete=$(complete -p grpo-jax | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        for words in "ev" "train --objective.kl" "train --conf" "eval --compl"; do
+            COMP_WORDS=(grpo-jax $words); COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+            $complete; echo "${COMPREPLY[@]}"
+        done
+    """
+    done = subprocess.run(
+        ["bash", "-c", asked, script], capture_output=True, text=True, check=True
+    )
+    commands, kl, config, completions = done.stdout.splitlines()
+    assert commands == "eval"
+    assert {"--objective.kl-coef", "--objective.kl-estimator"} <= set(kl.split())
+    assert config == "--config" and completions == "--completions"
 
 
 # --- The cache of compiled programs

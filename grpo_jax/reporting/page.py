@@ -132,8 +132,16 @@ def _completions(folder: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def _best_and_worst(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with the highest and lowest rewards, none twice, none without reward."""
-    scored = [row for row in rows if row["reward"] is not None]
+    """The rows with the highest and lowest rewards, none without reward.
+
+    None comes twice, nor does the same completion of the same prompt.
+    """
+    distinct = {
+        (prompt_text(row["prompt"]), row["completion"]): row
+        for row in reversed(rows)
+        if row["reward"] is not None
+    }
+    scored = list(reversed(distinct.values()))
     scored.sort(key=lambda row: row["reward"], reverse=True)
     best = scored[:_PER_STEP]
     worst = scored[len(best) :][-_PER_STEP:]

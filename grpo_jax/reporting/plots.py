@@ -78,6 +78,9 @@ def _draw_panel(
             axes.plot(steps, trend(values), linewidth=1.8, **look)
         if panel.band is not None:
             _draw_band(axes, (panel.metric, panel.band), history, color)
+    low, high = axes.dataLim.intervaly
+    if low == high:  # a flat curve needs no scale of hundredths
+        axes.set_ylim(low - 0.05, low + 1.0)
     axes.set_title(panel.title, loc="left", fontsize=11, pad=8)
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel(panel.label, fontsize=9)

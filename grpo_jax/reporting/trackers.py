@@ -186,10 +186,17 @@ class WandbTracker:
         self._run.log(_numbers(metrics), step=step)
 
     def log_completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Send a table of prompts, completions and rewards."""
-        columns = ["step", "prompt", "completion", "reward", "length", "finished"]
-        shown = [{**row, "prompt": prompt_text(row["prompt"])} for row in rows]
-        data = [[row[column] for column in columns] for row in shown]
+        """Send a table of prompts, completions and rewards, a column per function."""
+        scores = list(rows[0]["rewards"]) if rows else []
+        fields = ["reward", "advantage", "length", "finished"]
+        columns = ["step", "prompt", "completion"]
+        columns += [f"rewards/{name}" for name in scores] + fields
+        data = [
+            [row["step"], prompt_text(row["prompt"]), row["completion"]]
+            + [row["rewards"][name] for name in scores]
+            + [row[field] for field in fields]
+            for row in rows
+        ]
         self._run.log(
             {"completions": self._make_table(columns=columns, data=data)}, step=step
         )

@@ -53,6 +53,24 @@ def tagged_answer(text: str, *, tail: int = 4000) -> str | None:
     return text[start + len("<answer>") : end].strip()
 
 
+def last_answer(text: str) -> str | None:
+    """The answer at the end of a text, however it is marked, or None: lenient.
+
+    The content of the last `<answer>` pair; else what follows the last `####` or
+    `answer:` (or `answer is`) in the last line that is not empty; else that line.
+    """
+    tagged = tagged_answer(text)
+    if tagged is not None:
+        return tagged or None
+    lines = text[-TAIL:].strip().splitlines()
+    if not lines:
+        return None
+    after = re.split(
+        r"####|answer(?:\s+is\b|\s*:)\s*:?", lines[-1], flags=re.IGNORECASE
+    )
+    return after[-1].strip(" \t*_`$") or None
+
+
 def same_answer(text: str, expected: str) -> bool:
     """Whether a completion gives the expected answer.
 
@@ -62,8 +80,9 @@ def same_answer(text: str, expected: str) -> bool:
     number = parse_number(expected)
     if number is not None:
         return last_number(text) == number
-    return _normalized(text) == _normalized(expected)
+    return normalized(text) == normalized(expected)
 
 
-def _normalized(text: str) -> str:
+def normalized(text: str) -> str:
+    """The text without letter case, runs of spaces and a final period."""
     return " ".join(text.split()).removesuffix(".").casefold()

@@ -8,6 +8,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from grpo_jax.tasks.answers import last_number, same_answer
 from grpo_jax.tasks.base import Task, completion_text
 
 HELD_OUT = 1000  # held-out problems, at least
@@ -45,6 +46,8 @@ def arithmetic_task() -> Task:
         test=[_row(*problem) for problem in test],
         rewards=(correct,),
         is_correct=is_correct,
+        is_correct_lenient=is_correct_lenient,
+        answer_lenient=last_number,
     )
 
 
@@ -61,6 +64,11 @@ def correct(
 def is_correct(completion: str, row: Mapping[str, Any]) -> bool:
     """Whether the completion is the row's answer, spaces around it aside."""
     return completion.strip() == row["answer"]
+
+
+def is_correct_lenient(completion: str, row: Mapping[str, Any]) -> bool:
+    """Whether the last number of the completion is the row's answer."""
+    return same_answer(completion, row["answer"])
 
 
 def _row(a: int, operator: str, b: int) -> dict[str, str]:

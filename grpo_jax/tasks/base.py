@@ -6,13 +6,16 @@ further columns; reward functions receive the columns by name, a value per compl
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Hashable, Mapping, Sequence, Sized
 from typing import Any
 
 Row = Mapping[str, Any]
 # f(prompts, completions, **columns) -> one reward per completion, None for "no reward";
 # a plain or an `async def` function. The convention is TRL's GRPOTrainer's.
 RewardFunction = Callable[..., Any]
+# What a completion gives as its answer; None where it gives none. Equal answers are one
+# vote of a majority.
+AnswerReader = Callable[[str], Hashable | None]
 
 # Keywords that reward functions receive besides the columns.
 RESERVED_COLUMNS = frozenset(
@@ -34,6 +37,13 @@ class Task:
     rewards: tuple[RewardFunction, ...]
     # Completion text and its row -> right or wrong; None where only rewards can judge.
     is_correct: Callable[[str, Row], bool] | None = None
+    # The same for a lenient reading, which asks for the answer and not for the format.
+    is_correct_lenient: Callable[[str, Row], bool] | None = None
+    answer: AnswerReader = str.strip
+    answer_lenient: AnswerReader | None = None
+    # Judges where comparing cannot tell: a reward function that is given what `answer`
+    # found in place of the completions, and gives 1.0 for right.
+    verdict: RewardFunction | None = None
     reward_weights: tuple[float, ...] | None = None  # the task's own; None means all 1
     isolate: bool = (
         False  # rewards must run in a worker process: they parse model output

@@ -35,6 +35,9 @@ def gsm8k_task(data: str | None) -> Task:
         rewards=(accuracy_reward, format_reward),
         reward_weights=(1.0, 0.1),
         is_correct=is_correct,
+        is_correct_lenient=is_correct_lenient,
+        answer=marked_number,
+        answer_lenient=last_number,
     )
 
 

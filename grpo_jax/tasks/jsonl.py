@@ -6,11 +6,11 @@ names the file and the line.
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.tasks.answers import same_answer
+from grpo_jax.tasks.answers import last_answer, last_number, normalized, same_answer
 from grpo_jax.tasks.base import Task, check_rows, completion_text
 
 # Without a file of held-out rows: one row in ten is held out, at most 500.
@@ -35,6 +35,9 @@ def jsonl_task(path: str) -> Task:
         test=test,
         rewards=(answer_reward,),
         is_correct=is_correct,
+        is_correct_lenient=is_correct_lenient,
+        answer=read_answer,
+        answer_lenient=read_answer_lenient,
     )
 
 
@@ -55,6 +58,22 @@ def answer_reward(
 def is_correct(completion: str, row: Mapping[str, Any]) -> bool:
     """Whether the completion gives the row's answer, as `answer_reward` sees it."""
     return same_answer(completion, str(row["answer"]))
+
+
+def is_correct_lenient(completion: str, row: Mapping[str, Any]) -> bool:
+    """The same, or whether the answer at its end, however marked, is the row's."""
+    return is_correct(completion, row) or is_correct(last_answer(completion) or "", row)
+
+
+def read_answer(completion: str) -> Hashable | None:
+    """The last number of a completion, else the whole of it; None for an empty one."""
+    number = last_number(completion)
+    return normalized(completion) or None if number is None else number
+
+
+def read_answer_lenient(completion: str) -> Hashable | None:
+    """The same for the answer at the end of the completion."""
+    return read_answer(last_answer(completion) or "")
 
 
 def read_splits(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

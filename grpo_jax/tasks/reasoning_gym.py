@@ -6,10 +6,10 @@ scorers evaluate what the model wrote, so they run in the isolated worker proces
 
 import difflib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo_jax.tasks.answers import tagged_answer
+from grpo_jax.tasks.answers import last_answer, tagged_answer
 from grpo_jax.tasks.base import Task, completion_text
 
 TRAIN_ROWS = 2000
@@ -27,8 +27,9 @@ def reasoning_gym_task(dataset: str, *, seed: int) -> Task:
     """Returns the data set of that name; its problems are made when they are asked for.
 
     The seed decides the training problems; the held-out ones are the same for every
-    seed. In data sets with few distinct problems the two can coincide. `is_correct` is
-    None where several answers are right and only the isolated scorer can tell.
+    seed. In data sets with few distinct problems the two can coincide. Where several
+    answers are right, only the isolated scorer can tell: `is_correct` is then None and
+    `verdict` judges.
     """
     known = _library().factory.DATASETS
     if dataset not in known:
@@ -38,13 +39,18 @@ def reasoning_gym_task(dataset: str, *, seed: int) -> Task:
             f"reasoning_gym has no data set {dataset!r}.{hint} It has {len(known)}: "
             f"{', '.join(sorted(known))}."
         )
+    compares = _compares(dataset)
     train_seed = (seed % _DISTINCT_SEEDS + 1) * TRAIN_ROWS
     return Task(
         name=f"reasoning_gym:{dataset}",
         train=_GeneratedRows(dataset, train_seed, TRAIN_ROWS),
         test=_GeneratedRows(dataset, 0, TEST_ROWS),
         rewards=(answer_score,),
-        is_correct=_exact_test(dataset),
+        is_correct=_is_correct if compares else None,
+        is_correct_lenient=_is_correct_lenient if compares else None,
+        answer=tagged_answer,
+        answer_lenient=last_answer,
+        verdict=None if compares else answer_verdict,
         isolate=True,
     )
 
@@ -64,11 +70,34 @@ def answer_score(
     Run it in the isolated worker: scorers of several data sets evaluate the answer,
     and `9**9**9**9` as an answer to a countdown keeps one busy for ever.
     """
+    answers = [tagged_answer(completion_text(text)) for text in completions]
+    return _scores(answers, dataset, dataset_seed, index)
+
+
+def answer_verdict(
+    prompts: list,
+    completions: list,
+    dataset: list[str],
+    dataset_seed: list[int],
+    index: list[int],
+    **columns: Any,
+) -> list[float]:
+    """`answer_score` of answers that stand alone, without tags around them."""
+    answers = [completion_text(text) for text in completions]
+    return _scores(answers, dataset, dataset_seed, index)
+
+
+def _scores(
+    answers: Sequence[str | None],
+    datasets: Sequence[str],
+    seeds: Sequence[int],
+    indices: Sequence[int],
+) -> list[float]:
     scores = []
-    for number, completion in enumerate(completions):
-        answer = tagged_answer(completion_text(completion))
-        entry = _entry(dataset[number], dataset_seed[number], index[number])
-        scorer = _dataset(dataset[number], dataset_seed[number])
+    for answer, name, seed, index in zip(
+        answers, datasets, seeds, indices, strict=True
+    ):
+        scorer, entry = _dataset(name, seed), _entry(name, seed, index)
         scores.append(float(answer is not None and _is_right(scorer, answer, entry)))
     return scores
 
@@ -108,15 +137,19 @@ class _GeneratedRows(Sequence[Mapping[str, Any]]):
         }
 
 
-def _exact_test(dataset: str) -> Callable[[str, Mapping[str, Any]], bool] | None:
-    """A test of correctness by comparison, where the library compares too."""
+def _compares(dataset: str) -> bool:
+    """Whether the library judges this data set by comparing texts."""
     base = _library().dataset.ProceduralDataset
     kind = _library().factory.DATASETS[dataset][0]
-    return _is_correct if kind.score_answer is base.score_answer else None
+    return kind.score_answer is base.score_answer
 
 
 def _is_correct(completion: str, row: Mapping[str, Any]) -> bool:
     return tagged_answer(completion) == row["answer"]
+
+
+def _is_correct_lenient(completion: str, row: Mapping[str, Any]) -> bool:
+    return last_answer(completion) == row["answer"]
 
 
 @functools.cache

@@ -1,15 +1,12 @@
-"""How often a policy is right: accuracy, pass@k and majority@k on held-out prompts."""
+"""A policy on held-out prompts: what it answers, and how often it is right."""
 
-import math
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, PyTree
+from jaxtyping import PyTree
 
 from grpo_jax.config import MeshConfig, SamplingConfig
 from grpo_jax.models.protocol import LanguageModel
@@ -18,82 +15,10 @@ from grpo_jax.rollout import prompts as texts
 from grpo_jax.rollout.collect import unpadded, with_stop_ids
 from grpo_jax.rollout.generate import generate
 from grpo_jax.tasks.base import Row, Task
+from grpo_jax.training.judging import Completed, Evaluation, is_judged, judge
 from grpo_jax.weights.tokenizer import Tokenizer
 
 GREEDY = SamplingConfig(temperature=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Completions of held-out prompts, and which of them are right.
-
-    Attributes:
-      correct: ``[prompts, samples]``.
-      completions: texts, one list per prompt.
-    """
-
-    correct: Bool[np.ndarray, "N S"]
-    completions: Sequence[Sequence[str]]
-
-    @property
-    def accuracy(self) -> float:
-        """Mean share of right completions."""
-        return float(self.correct.mean())
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of the accuracy over prompts; NaN for a single prompt."""
-        share = self.correct.mean(axis=1)
-        if len(share) < 2:
-            return math.nan
-        return float(share.std(ddof=1) / math.sqrt(len(share)))
-
-    def pass_at(self, k: int) -> float:
-        """Probability that one of k completions is right, without bias.
-
-        The mean over prompts of 1 - C(n - c, k) / C(n, k), for c right ones among n
-        samples: Chen et al. 2021, eq. 1, https://arxiv.org/abs/2107.03374.
-
-        Raises:
-          ValueError: if k is not between 1 and the number of samples.
-        """
-        samples = self.correct.shape[1]
-        if not 1 <= k <= samples:
-            raise ValueError(f"k must lie between 1 and {samples} samples, got {k}.")
-        missed = [
-            math.comb(samples - int(right), k) / math.comb(samples, k)
-            for right in self.correct.sum(axis=1)
-        ]
-        return float(1.0 - np.mean(missed))
-
-    def majority(self, answer: Callable[[str], str | None] = str.strip) -> float:
-        """Share of prompts whose most frequent answer is right (majority@samples).
-
-        `answer` takes the answer out of a completion; completions without one (None) do
-        not vote. Of equally frequent answers, the one that was given first counts.
-        """
-        right = []
-        for verdicts, completions in zip(self.correct, self.completions, strict=True):
-            answers = [answer(text) for text in completions]
-            votes = Counter(a for a in answers if a is not None)
-            winner = votes.most_common(1)[0][0] if votes else None
-            right.append(winner is not None and bool(verdicts[answers.index(winner)]))
-        return float(np.mean(right))
-
-    def summary(self) -> dict[str, float | int]:
-        """Accuracy with its standard error, pass@k and majority, as plain numbers."""
-        prompts, samples = self.correct.shape
-        values: dict[str, float | int] = {
-            "prompts": prompts,
-            "samples": samples,
-            "accuracy": self.accuracy,
-            "standard_error": self.standard_error,
-        }
-        if samples > 1:
-            powers = [1 << i for i in range(samples.bit_length()) if 1 << i <= samples]
-            values |= {f"pass@{k}": self.pass_at(k) for k in powers}
-            values[f"majority@{samples}"] = self.majority()
-        return values
 
 
 def evaluate(
@@ -121,7 +46,7 @@ def evaluate(
     Raises:
       ValueError: if the task has no held-out prompts or cannot tell right from wrong.
     """
-    if task.is_correct is None or not len(task.test):
+    if not is_judged(task) or not len(task.test):
         raise ValueError(
             f"task {task.name!r} has no held-out prompts with known answers; accuracy "
             "cannot be measured on it."
@@ -140,7 +65,7 @@ def evaluate(
         seed=seed,
     )
     completed = evaluator.complete({"params": params})
-    return judge(completed.texts, rows, task.is_correct)
+    return judge(completed, rows, task)
 
 
 def complete(
@@ -172,27 +97,6 @@ def complete(
 def one_device() -> Mesh:
     """A mesh of the default device alone."""
     return meshes.make_mesh(MeshConfig(), devices=jax.local_devices()[:1])
-
-
-def judge(
-    completions: Sequence[Sequence[str]],
-    rows: Sequence[Row],
-    is_correct: Callable[[str, Row], bool],
-) -> Evaluation:
-    """The evaluation of one list of completions per row."""
-    correct = [
-        [is_correct(text, row) for text in group]
-        for group, row in zip(completions, rows, strict=True)
-    ]
-    return Evaluation(correct=np.array(correct), completions=completions)
-
-
-@dataclass(frozen=True)
-class Completed:
-    """Texts and token ids, one list of samples per prompt."""
-
-    texts: list[list[str]]
-    ids: list[list[list[int]]]
 
 
 class Evaluator:

@@ -17,7 +17,8 @@ from grpo_jax.rollout.collect import score_rows
 from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.base import RewardFunction, Row, Task
-from grpo_jax.training.evaluate import Completed, Evaluator, judge
+from grpo_jax.training.evaluate import Evaluator
+from grpo_jax.training.judging import Completed, is_judged, judge
 from grpo_jax.training.policy import Policy
 
 Evaluation = Callable[[PyTree], dict[str, float]]
@@ -94,8 +95,8 @@ def make_evaluation(
         start = time.perf_counter()
         completed = evaluator.complete(variables)
         with agreement.phase("evaluation"):
-            if task.is_correct is not None:
-                result = judge(completed.texts, rows, task.is_correct)
+            if is_judged(task):
+                result = judge(completed, rows, task, lenient=False)
                 metrics = {
                     names.ACCURACY: result.accuracy,
                     "eval/standard_error": result.standard_error,

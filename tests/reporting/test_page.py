@@ -142,7 +142,7 @@ def test_completions_without_reward_are_left_out_and_none_is_shown_twice(tmp_pat
     base = {"step": 1, "prompt": "p", "rewards": {}, "length": 1, "finished": True}
     rows = [
         base | {"completion": text, "reward": reward, "advantage": 0.0}
-        for text, reward in [("a", 1.0), ("b", None), ("c", 2.0), ("d", 0.0)]
+        for text, reward in zip("abccd", [1.0, None, 2.0, 2.0, 0.0], strict=True)
     ]
     tracker = JsonlTracker(tmp_path)
     tracker.log({"reward": 1.0}, 1)

@@ -54,6 +54,12 @@ def test_each_run_is_a_line_with_its_own_values_and_a_band():
         assert axes.get_xlim() == figure.axes[0].get_xlim()
 
 
+def test_a_flat_curve_is_not_drawn_on_a_scale_of_hundredths():
+    flat = [{"step": i, "reward": i, "kl": 0.0} for i in range(3)]
+    low, high = _axes(make_figure({"a": flat}), "KL to the reference").get_ylim()
+    assert low < 0.0 < 0.9 < high
+
+
 def test_legend_names_every_run_once_and_one_run_is_the_title():
     history = [{"step": 1, "reward": 1.0, "kl": 0.1}]
     several = make_figure({"a": history, "b": history, "c": history})

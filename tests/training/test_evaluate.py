@@ -1,6 +1,8 @@
 """pass@k and majority by hand and by counting; accuracy of a model that copies."""
 
+import dataclasses
 import itertools
+import json
 import math
 
 import jax
@@ -8,15 +10,16 @@ import numpy as np
 import pytest
 
 from grpo_jax.config import SamplingConfig
+from grpo_jax.tasks import load_task
+from grpo_jax.tasks.answers import last_answer, tagged_answer
 from grpo_jax.tasks.base import Task
 from grpo_jax.training.evaluate import (
-    Evaluation,
     Evaluator,
     complete,
     evaluate,
-    judge,
     one_device,
 )
+from grpo_jax.training.judging import Completed, Evaluation, judge
 
 
 def make_evaluation(correct, completions=None):
@@ -65,8 +68,11 @@ def test_the_majority_s_answer_decides():
 
 
 def test_completions_without_an_answer_do_not_vote():
-    evaluation = make_evaluation([[0, 0, 1], [0, 0, 0]], [["", "", "3"], ["", "", ""]])
-    assert evaluation.majority(lambda text: text or None) == 0.5
+    evaluation = dataclasses.replace(
+        make_evaluation([[0, 0, 1], [0, 0, 0]]),
+        answers=[[None, None, "3"], [None, None, None]],
+    )
+    assert evaluation.majority() == 0.5
 
 
 def test_the_standard_error_is_over_prompts():
@@ -78,21 +84,77 @@ def test_the_standard_error_is_over_prompts():
 
 def test_the_summary_has_powers_of_two_up_to_the_samples():
     summary = make_evaluation([[1, 0, 0, 0, 1, 0], [0] * 6]).summary()
-    assert [name for name in summary if name.startswith("pass@")] == [
+    assert [
+        name for name in summary if name.startswith("pass@") and "/" not in name
+    ] == [
         "pass@1",
         "pass@2",
         "pass@4",
     ]
     assert summary["prompts"] == 2 and summary["samples"] == 6
     assert summary["majority@6"] == 0.5
+    # Both prompts have pass@2 and a standard error of their mean: 1 - C(4, 2)/C(6, 2)
+    # = 0.6 and 0, so sqrt(0.18 / 2) = 0.3.
+    assert summary["pass@2/standard_error"] == pytest.approx(0.3)
     single = make_evaluation([[1], [0]]).summary()
     assert set(single) == {"prompts", "samples", "accuracy", "standard_error"}
+    # One prompt has no standard error, and JSON no NaN.
+    alone = make_evaluation([[1, 0]]).summary()
+    assert alone["standard_error"] is None is alone["majority@2/standard_error"]
+    json.dumps(alone, allow_nan=False)
+
+
+def completed(*groups):
+    return Completed(list(groups), [[[1]] * len(group) for group in groups])
 
 
 def test_each_completion_is_judged_by_its_own_row():
-    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
-    judged = judge([["1", "2"], ["1", "2"]], rows, lambda text, r: text == r["answer"])
+    task = make_task("12")
+    judged = judge(completed(["1", "2"], ["1", "2"]), task.test, task)
     np.testing.assert_array_equal(judged.correct, [[True, False], [False, True]])
+    assert judged.lenient is None
+
+
+def test_strict_and_lenient_readings_are_judged_apart():
+    task = dataclasses.replace(
+        load_task("arithmetic"), test=[{"prompt": "1+1=", "answer": "2"}]
+    )
+    texts = ["2", "It is 2.", "3", "3, or 2?", "no"]
+    judged = judge(completed(texts), task.test, task)
+    assert judged.correct.tolist() == [[True, False, False, False, False]]
+    assert judged.lenient.correct.tolist() == [[True, True, False, True, False]]
+    # Strictly each text is an answer of its own, the first of which is right; leniently
+    # 2 has three votes.
+    assert judged.majority() == 1.0 == judged.lenient.majority()
+    assert judged.lenient.answers[0][4] is None
+    assert judged.summary()["lenient"]["accuracy"] == 0.6
+    assert list(judged.records(task.test))[1] == {
+        "prompt": "1+1=",
+        "completion": "It is 2.",
+        "answer": "It is 2.",
+        "correct": False,
+        "lenient": {"answer": "2", "correct": True},
+    }
+
+
+def in_worker_of_evens(prompts, completions, answer, **columns):
+    """1.0 for even numbers; a stand-in for a scorer that no comparison replaces."""
+    return [float(int(text) % 2 == 0) for text in completions]
+
+
+def test_a_verdict_judges_the_answers_where_comparing_cannot():
+    task = make_task(
+        "12",
+        is_correct=None,
+        answer=tagged_answer,
+        answer_lenient=last_answer,
+        verdict=in_worker_of_evens,
+    )
+    groups = ["<answer>4</answer>", "4"], ["<answer>3</answer>", "no answer: 8"]
+    judged = judge(completed(*map(list, groups)), task.test, task)
+    # Text without an answer never reaches the verdict, which would fail on it.
+    assert judged.correct.tolist() == [[True, False], [False, False]]
+    assert judged.lenient.correct.tolist() == [[True, True], [False, True]]
 
 
 @pytest.fixture(scope="module")
