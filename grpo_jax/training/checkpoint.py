@@ -25,7 +25,14 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from grpo_jax.config import CheckpointConfig
-from grpo_jax.training.damage import DamageError, damage_of, no_good_one
+from grpo_jax.parallel import mesh as meshes
+from grpo_jax.parallel.agreement import Agreement
+from grpo_jax.training.damage import (
+    READ_ERRORS,
+    DamageError,
+    damage_of,
+    no_good_one,
+)
 from grpo_jax.training.inventory import (
     check_digests,
     check_fits,
@@ -191,22 +198,22 @@ class Checkpoints:
     ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
         self._finish()
         _wait_for_all("old checkpoints are removed")
-        damaged: dict[int, str] = {}
+        damaged: dict[int, DamageError] = {}
         for candidate in self._folders.candidates(step):
             try:
                 items, inventory = self._load(candidate, like)
             except DamageError as error:
-                damaged[candidate] = str(error)
+                damaged[candidate] = error
                 continue
             for bad, reason in damaged.items():
-                self._set_aside(bad, reason, instead=candidate)
+                self._set_aside(bad, str(reason), instead=candidate)
             return candidate, items, inventory["run"]
         if damaged:
             others = [other for other in self.steps() if other not in damaged]
             raise ValueError(
                 f"no good checkpoint in {self._folders.directory}: "
                 + no_good_one(damaged, others)
-            )
+            ) from next(iter(damaged.values()))
         return None
 
     def _load(
@@ -266,17 +273,15 @@ def _handlers(*, alone: bool = False) -> ocp.Context:
 
 def _read_together(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
     """What `_read` returns; damage that one process meets is damage for all."""
-    items, reason = None, None
-    try:
-        items = _read(path, targets)
-    except DamageError as error:
-        reason = str(error)
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.asarray(reason is not None))
-        if failed.any():
-            reason = reason or f"process {int(failed.argmax())} cannot read it"
-    if items is None or reason is not None:
-        raise DamageError(reason)
+    items, damage = None, None
+    with Agreement().phase(f"reading {path}"):
+        try:
+            items = _read(path, targets)
+        except DamageError as error:
+            damage = error
+    damaged = meshes.gather_rows(np.array([damage is not None]))
+    if items is None or damaged.any():
+        raise damage or DamageError(f"process {damaged.argmax()} cannot read it")
     return items
 
 
@@ -292,9 +297,9 @@ def _read(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
             # Alone: a process that cannot read its part must not keep others waiting.
             with _handlers(alone=jax.process_count() > 1):
                 return ocp.load_checkpointables(str(path), targets)
-        except (KeyError, ValueError, OSError) as error:
-            reason = damage_of(error)
-            if reason is None:
+        except READ_ERRORS as error:
+            damage = damage_of(error)
+            if damage is None:
                 raise
         gc.collect()
-    raise DamageError(reason)
+    raise damage

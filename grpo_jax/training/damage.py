@@ -1,57 +1,64 @@
-"""Which errors mean that a checkpoint's files are damaged.
+"""Which errors are held against the files of a checkpoint.
 
-A step is given up only for damage: any other error must stop the run, or a bug would
-cost every checkpoint.
+Bytes that were changed make readers fail in ways that nobody lists. So whatever reading
+raises counts as damage, unless it tells of the machine: memory, permission, a storage
+that is away. What could blame good files is excluded otherwise: the inventory and the
+targets are checked before anything is read, and a step is set aside only once an older
+one was read in the same way, so a bug costs none.
 """
 
 import errno
-import json
+import traceback
 
-# What storage and decoders say of bytes that are missing or make no sense.
-_BROKEN = (
-    FileNotFoundError,
-    NotADirectoryError,
-    IsADirectoryError,
-    json.JSONDecodeError,
-    UnicodeDecodeError,
-    KeyError,  # of Orbax's description of the tree
+# What readers raise when bytes make no sense to them. TensorStore: ValueError.
+READ_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
 )
-# TensorStore says it in a ValueError; other beginnings tell of permission or memory.
-_LOST_BYTES = (
-    "DATA_LOSS:",
-    "NOT_FOUND:",
-    "OUT_OF_RANGE:",
-    "FAILED_PRECONDITION:",
-    "INVALID_ARGUMENT:",
-    "Error opening",
-    "Error reading",
+# Of these, what a missing or broken file does.
+_BROKEN = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# The rest of TensorStore's errors, by the code that they begin with.
+_OF_THE_MACHINE = (
+    "ABORTED",
+    "CANCELLED",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
 )
-# Orbax: its description of the tree contradicts the inventory, which was checked.
-_CONTRADICTIONS = ("tree structures do not match", "with the stored shape")
 
 
 class DamageError(Exception):
     """A checkpoint whose files do not hold what was written; the text says why."""
 
 
-def damage_of(error: BaseException) -> str | None:
-    """Why files are to blame for an error that reading them raised; None if not.
+def damage_of(error: BaseException) -> DamageError | None:
+    """The damage that an error in reading tells of; None if files are not to blame.
 
-    A wrong configuration, lack of memory or of permission, and bugs are not damage.
+    It carries the traceback as a note and not as its cause, whose frames would keep
+    alive what the reader has open.
     """
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error)
-    broken = isinstance(error, _BROKEN)
-    if isinstance(error, OSError):
-        broken |= error.errno == errno.EIO
-    if isinstance(error, ValueError):
-        broken |= text.startswith(_LOST_BYTES)
-        broken |= any(words in text for words in _CONTRADICTIONS)
-    return f"{type(error).__name__}: {text[:200]}" if broken else None
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(cause)
+    blamed = isinstance(cause, READ_ERRORS)
+    if isinstance(cause, OSError):
+        blamed = isinstance(cause, _BROKEN) or cause.errno == errno.EIO
+    if not blamed or text.startswith(_OF_THE_MACHINE):
+        return None
+    damage = DamageError(f"{type(cause).__name__}: {text[:200]}")
+    damage.add_note("".join(traceback.format_exception(error)))
+    return damage
 
 
-def no_good_one(damaged: dict[int, str], others: list[int]) -> str:
+def no_good_one(damaged: dict[int, DamageError], others: list[int]) -> str:
     """What is wrong with each damaged step and what to do; `others` were not tried."""
     reasons = "; ".join(f"{step} is damaged ({why})" for step, why in damaged.items())
     remedy = "Bring the files back, or start over in another directory"

@@ -43,10 +43,11 @@ def make_inventory(items: Mapping[str, PyTree], run: Mapping[str, Any]) -> dict:
     }
     # Through text and back: the checksum is of what a reader will see.
     content = json.loads(json.dumps(content))
-    return content | {"sha256": _checksum(content)}
+    return content | {"sha256": checksum(content)}
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
+def checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256, in hexadecimal, of the JSON of all but the checksum itself."""
     plain = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -58,15 +59,16 @@ def check_inventory(inventory: Any, *, name: str) -> None:
       ValueError: if a newer version of the package wrote it.
       DamageError: if it is not what was written.
     """
-    if not isinstance(inventory, dict) or "schema" not in inventory:
+    if not isinstance(inventory, dict) or not isinstance(inventory.get("schema"), int):
         raise DamageError("its inventory is not one")
-    if isinstance(inventory["schema"], int) and inventory["schema"] > SCHEMA:
+    # Whatever its schema, it is sealed like this: a changed number is damage.
+    if inventory.get("sha256") != checksum(inventory):
+        raise DamageError("its inventory does not match its checksum")
+    if inventory["schema"] > SCHEMA:
         raise ValueError(
             f"checkpoint {name} has schema {inventory['schema']}, this version of "
             f"grpo_jax reads schema {SCHEMA}; use the version that wrote it, or newer."
         )
-    if inventory.get("sha256") != _checksum(inventory):
-        raise DamageError("its inventory does not match its checksum")
 
 
 def check_fits(inventory: Mapping[str, Any], like: PyTree, *, name: str) -> None:

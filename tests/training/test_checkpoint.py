@@ -1,7 +1,7 @@
 """Checkpoints come back bit for bit, or a step that does; nothing is lost silently."""
 
-import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -17,7 +17,19 @@ from grpo_jax.config import CheckpointConfig, MeshConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training.checkpoint import Checkpoints
 from grpo_jax.training.digest import named_leaves
+from grpo_jax.training.inventory import checksum
 from grpo_jax.training.state import TrainState, make_train_state
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from damages import (  # noqa: E402
+    DAMAGES,
+    HARMLESS,
+    change_json,
+    data_file,
+    flip,
+    truncate,
+)
 
 # Reads that Orbax has under way when another one fails end in a closed event loop.
 pytestmark = pytest.mark.filterwarnings(
@@ -285,70 +297,6 @@ def test_a_step_that_exists_is_replaced(tmp_path):
 # Damage
 
 
-def data_file(step: Path) -> Path:
-    """The largest file of the parameters: their values."""
-    return largest_file(step / "params")
-
-
-def largest_file(folder: Path) -> Path:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return max(files, key=lambda path: path.stat().st_size)
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 64] = bytes(
-        byte ^ 0xFF for byte in content[middle : middle + 64]
-    )
-    path.write_bytes(bytes(content))
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def change_json(path: Path, change) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def empty(step: Path) -> None:
-    shutil.rmtree(step)
-    step.mkdir()
-
-
-DAMAGES = {
-    "flipped data": lambda step: flip(data_file(step)),
-    "truncated data": lambda step: truncate(data_file(step)),
-    "no data": lambda step: data_file(step).unlink(),
-    "flipped moments": lambda step: flip(largest_file(step / "optimizer")),
-    "flipped index": lambda step: flip(largest_file(step / "params" / "d")),
-    "flipped index of moments": lambda step: flip(largest_file(step / "optimizer/d")),
-    "truncated manifest": lambda step: truncate(step / "params" / "manifest.ocdbt"),
-    "no manifest": lambda step: (step / "params" / "manifest.ocdbt").unlink(),
-    "flipped manifest": lambda step: flip(step / "params" / "manifest.ocdbt"),
-    "no _METADATA": lambda step: (step / "params" / "_METADATA").unlink(),
-    "empty _METADATA": lambda step: (step / "params" / "_METADATA").write_bytes(b""),
-    "no _CHECKPOINT_METADATA": lambda step: (step / "_CHECKPOINT_METADATA").unlink(),
-    "truncated meta": lambda step: truncate(step / "meta" / "data.json"),
-    "binary meta": lambda step: flip(step / "meta" / "data.json"),
-    "meta changed": lambda step: change_json(
-        step / "meta" / "data.json", lambda meta: meta["run"].update(position=31)
-    ),
-    "shape changed": lambda step: change_json(
-        step / "meta" / "data.json",
-        lambda meta: meta["arrays"]["params/embed"].update(shape=[1, 2]),
-    ),
-    "no meta": lambda step: (step / "meta" / "data.json").unlink(),
-    "no meta folder": lambda step: shutil.rmtree(step / "meta"),
-    "no params folder": lambda step: shutil.rmtree(step / "params"),
-    "no optimizer folder": lambda step: shutil.rmtree(step / "optimizer"),
-    "empty step": empty,
-}
-
-
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_step_gives_way_to_the_one_before(copy, damage):
     path, states = copy
@@ -361,18 +309,6 @@ def test_a_damaged_step_gives_way_to_the_one_before(copy, damage):
     assert (path / "30.damaged").is_dir()
     (report,) = reports
     assert "30" in report and "step 20" in report
-
-
-HARMLESS = {
-    "flipped _CHECKPOINT_METADATA": lambda step: flip(step / "_CHECKPOINT_METADATA"),
-    "no _sharding": lambda step: (step / "params" / "_sharding").unlink(),
-    "no array metadata": lambda step: shutil.rmtree(
-        step / "params" / "array_metadatas"
-    ),
-    "no commit marker": lambda step: [
-        path.unlink() for path in step.rglob("commit_success.txt")
-    ],
-}
 
 
 @pytest.mark.parametrize("loss", HARMLESS)
@@ -464,22 +400,50 @@ def test_a_mesh_that_does_not_divide_an_array_is_an_error(three_steps):
 
 def test_a_newer_schema_is_refused_not_damaged(copy):
     path, states = copy
-    change_json(path / "30" / "meta" / "data.json", lambda meta: meta.update(schema=2))
+
+    def renew(meta):
+        meta["schema"] = 2
+        meta["sha256"] = checksum(meta)
+
+    change_json(path / "30" / "meta" / "data.json", renew)
     checkpoints, _ = open_checkpoints(path)
     with pytest.raises(ValueError, match="30 has schema 2.*reads schema 1"):
         checkpoints.restore(states[30])
     assert checkpoints.steps() == [10, 20, 30]
 
 
-def test_a_bug_or_lack_of_memory_sets_nothing_aside(copy, monkeypatch):
+def failing(error):
+    def fail(*_):
+        raise KeyError("wrapped, as Orbax does") from error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("full"),
+        PermissionError("no"),
+        ValueError("RESOURCE_EXHAUSTED: no memory"),
+        RuntimeError("device lost"),
+    ],
+)
+def test_an_error_of_the_machine_is_raised_as_it_is(copy, monkeypatch, error):
     path, states = copy
-    checkpoints, _ = open_checkpoints(path)
-    for error in (MemoryError("full"), PermissionError("no"), TypeError("bug")):
+    checkpoints, reports = open_checkpoints(path)
+    monkeypatch.setattr(ocp, "load_checkpointables", failing(error))
+    with pytest.raises(KeyError, match="wrapped") as raised:
+        checkpoints.restore(states[30])
+    assert raised.value.__cause__ is error
+    assert checkpoints.steps() == [10, 20, 30] and reports == []
 
-        def fail(*_, error=error):
-            raise KeyError("wrapped, as Orbax does") from error
 
-        monkeypatch.setattr(ocp, "load_checkpointables", fail)
-        with pytest.raises(KeyError, match="wrapped"):
-            checkpoints.restore(states[30])
-    assert checkpoints.steps() == [10, 20, 30]
+def test_a_bug_sets_nothing_aside_and_shows_where_it_is(copy, monkeypatch):
+    path, states = copy
+    checkpoints, reports = open_checkpoints(path)
+    bug = failing(TypeError("bug"))
+    monkeypatch.setattr(ocp, "load_checkpointables", bug)
+    with pytest.raises(ValueError, match=r"30 is damaged \(TypeError: bug") as raised:
+        checkpoints.restore(states[30])
+    assert "in fail" in raised.value.__cause__.__notes__[0]
+    assert checkpoints.steps() == [10, 20, 30] and reports == []
