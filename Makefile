@@ -1,19 +1,23 @@
 # Each target sets up what it needs, once: a virtual environment, the packages, the run.
 #   make train    the embedded model learns arithmetic (a few minutes on a CPU)
 #   make test     format, lint, types and tests
+#   make torture  runs that are killed 50 times end in the same bits (minutes)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= auto
 
-.PHONY: train test check lint format types clean
+.PHONY: train test torture check lint format types clean
 
 train: $(VENV)/.train
 	$(BIN)/grpo-jax train --run-dir runs/arithmetic $(ARGS)
 
 test: check
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+torture: $(VENV)/.test
+	$(BIN)/python tests/training/torture.py --kills 50 $(ARGS)
 
 check: lint types
 
