@@ -5,25 +5,18 @@ Heavy modules are imported by the command that needs them: the worker process th
 scores rewards imports this file again.
 """
 
-import argparse
 import dataclasses
 import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
-from grpo_jax import __version__
-from grpo_jax.config import (
-    EMBEDDED,
-    PRESETS,
-    ObjectiveConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from grpo_jax.config import EMBEDDED, SamplingConfig
+from grpo_jax.flags import all_plan_flags, all_train_flags, plan_flags, train_config
 
 _HELP = """GRPO post-training of language models in JAX.
 
@@ -32,26 +25,6 @@ learns arithmetic, in a minute or two on a CPU. grpo-jax COMMAND --help explains
 command; --version tells the version, and --tyro-print-completion {bash,zsh,tcsh} prints
 a script that completes commands and flags in your shell.
 """
-
-_TWO_FLAGS = f"""Two more flags set many fields at once, and every other flag overrides
-them:
-
-  --config FILE              a YAML file of fields, such as a run's own config.yaml
-  --objective.preset NAME    the objective of a paper: {", ".join(PRESETS)}
-"""
-_TRAIN_HELP = f"""Train a model by GRPO, or resume the run in --run-dir.
-
-Without arguments: the embedded model on arithmetic. {_TWO_FLAGS}"""
-_PLAN_HELP = f"""Estimate the memory that a run needs on each device; starts nothing.
-
-The flags are those of `grpo-jax train`, of whose model the config.json is enough, and:
-
-  --devices COUNT            of the mesh; by default what its sizes say, or what is here
-  --device NAME              v4, v5e, v5p, v6e, a100, h100 or h200
-  --device-memory-gib SIZE   of one device, in place of a name
-  --json                     plain values, sizes in bytes
-
-{_TWO_FLAGS}"""
 
 
 def main() -> None:
@@ -85,7 +58,7 @@ def _use_compile_cache() -> None:
 
 def _dispatch(arguments: Sequence[str]) -> None:
     if arguments[:1] == ["--version"]:
-        print(f"grpo-jax {__version__}")
+        print(f"grpo-jax {version('grpo-jax')}")
         return
     if arguments[:1] == ["train"]:
         config = train_config(arguments[1:])
@@ -106,50 +79,13 @@ def _dispatch(arguments: Sequence[str]) -> None:
         "report": report,
     }
     if any(word.startswith("--tyro-") for word in arguments[:1]):
-        # For the shell: these two are parsed by functions of their own, above.
-        commands |= {"train": _train_flags, "plan": _plan_flags}
+        # For the shell: these two are parsed by functions of their own.
+        commands |= {"train": all_train_flags, "plan": all_plan_flags}
     tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="grpo-jax",
         description=_HELP,
         args=arguments,
-    )
-
-
-def train_config(
-    arguments: Sequence[str], *, prog: str = "train", description: str = _TRAIN_HELP
-) -> TrainConfig:
-    """The configuration that the flags of `grpo-jax train` describe.
-
-    `--config` sets the base, in which `--model` takes the place of the file's model;
-    what the file leaves out are the defaults that suit the model. Then
-    `--objective.preset` replaces the objective; the other flags have the last word.
-
-    Raises:
-      ValueError: for a file that cannot be read or values that cannot be.
-    """
-    first = argparse.ArgumentParser(
-        prog=f"grpo-jax {prog}", add_help=False, allow_abbrev=False
-    )
-    first.add_argument("--config", type=Path)
-    first.add_argument("--objective.preset", dest="preset")
-    first.add_argument("--model")
-    chosen, rest = first.parse_known_args(arguments)
-    if chosen.config is not None:
-        from grpo_jax.training.run_dir import load_config
-
-        base = load_config(chosen.config, model=chosen.model)
-    else:
-        base = TrainConfig(model=EMBEDDED if chosen.model is None else chosen.model)
-    if chosen.preset is not None:
-        objective = ObjectiveConfig.preset(chosen.preset)
-        base = dataclasses.replace(base, objective=objective)
-    return tyro.cli(
-        TrainConfig,
-        default=base,
-        args=list(rest),
-        prog=f"grpo-jax {prog}",
-        description=description,
     )
 
 
@@ -159,21 +95,6 @@ def _train_help() -> None:
 
 def _plan_help() -> None:
     """Estimate the memory that a run needs on each device."""
-
-
-def plan_flags(
-    arguments: Sequence[str],
-) -> tuple[argparse.Namespace, TrainConfig]:
-    """What the flags of `grpo-jax plan` ask for: its own, and the run."""
-    own = argparse.ArgumentParser(
-        prog="grpo-jax plan", add_help=False, allow_abbrev=False
-    )
-    own.add_argument("--devices", type=int)
-    own.add_argument("--device")
-    own.add_argument("--device-memory-gib", type=float)
-    own.add_argument("--json", action="store_true")
-    asked, rest = own.parse_known_args(arguments)
-    return asked, train_config(rest, prog="plan", description=_PLAN_HELP)
 
 
 def plan(arguments: Sequence[str]) -> None:
@@ -198,26 +119,6 @@ def plan(arguments: Sequence[str]) -> None:
     from grpo_jax.reporting.plan import print_plan
 
     print_plan(made)
-
-
-def _train_flags(
-    options: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(),  # noqa: B008
-    *,
-    config: Path | None = None,
-) -> None:
-    """Train a model by GRPO, or resume a run."""
-
-
-def _plan_flags(
-    options: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(),  # noqa: B008
-    *,
-    config: Path | None = None,
-    devices: int | None = None,
-    device: str | None = None,
-    device_memory_gib: float | None = None,
-    json: bool = False,
-) -> None:
-    """Estimate the memory that a run needs on each device."""
 
 
 def evaluate(

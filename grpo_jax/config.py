@@ -356,7 +356,8 @@ class TrainConfig(Section):
                 f"{group} and divide the {sequences} sequences of an update, or divide "
                 f"a group; {group} always does"
             )
-        if "reference" in self.mesh.offload and not self._has_own_reference:
+        has_reference = self.objective.kl_coef > 0 and self.lora.rank is None
+        if "reference" in self.mesh.offload and not has_reference:
             yield (
                 "mesh.offload 'reference' has nothing to move: without objective."
                 "kl_coef there is no reference, and with adapters it is their base"
@@ -372,10 +373,6 @@ class TrainConfig(Section):
         if micro is None or group % micro == 0:
             return True
         return micro % group == 0 and sequences % micro == 0
-
-    @property
-    def _has_own_reference(self) -> bool:
-        return self.objective.kl_coef > 0 and self.lora.rank is None
 
     @property
     def updates_per_step(self) -> int:

@@ -16,7 +16,7 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     f"{tempfile.gettempdir()}/grpo_jax_test_cache_{os.getuid()}",
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import hypothesis
 import jax

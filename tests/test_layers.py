@@ -33,6 +33,7 @@ ROWS = {
     "training.loop": 6,
     "training.setup": 6,
     "training.evaluate": 6,
+    "flags": 6,
     "cli": 7,
     "__main__": 8,
 }

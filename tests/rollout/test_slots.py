@@ -20,7 +20,7 @@ def needed_groups(alive, width):
     return sum(-(-int(row.sum()) // width) for row in alive)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.integers(0, 2 ** (PROMPTS * GROUP) - 1), st.sampled_from(SMALLER))
 def test_a_layout_fits_exactly_when_its_groups_hold_the_prompts(bits, layout):
     alive = alive_from(bits)
@@ -34,7 +34,7 @@ def alive_from(bits):
     return np.array(flat, bool).reshape(PROMPTS, GROUP)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.integers(0, 2 ** (PROMPTS * GROUP) - 1), st.data())
 def test_moves_keep_every_completion_and_what_is_stored_of_it(bits, data):
     """Twice in a row, with arrays in which each entry says whose it is."""

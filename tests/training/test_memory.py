@@ -135,7 +135,7 @@ def test_as_little_is_computed_again_as_the_memory_allows(model):
         (needs("none") - 1, "dots"),
         (needs("dots") - 1, "layer"),
         (1, "layer"),
-        (None, "none"),  # of 2 GiB
+        (None, "dots"),  # of 2 GiB
     ]:
         chosen, config = settle(model, limit)
         assert chosen.remat == config.remat == remat
