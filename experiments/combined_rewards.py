@@ -3,8 +3,8 @@
     python experiments/combined_rewards.py
     python experiments/combined_rewards.py --format-weight 0.5
 
-Hardware: 2 CPU cores. Time: TIME.
-Result: RESULT
+Hardware: 2 CPU cores. Time: about a minute.
+Result: reward 0.675 -> 0.950, held-out accuracy 0.449 -> 0.963 (seed 0).
 
 Two ways to combine: one function that adds what it likes, as here, or several functions
 and their weights, `train(TrainConfig(rewards=RewardsConfig(weights=(0.8, 0.2))),

@@ -2,8 +2,8 @@
 
     python experiments/custom_reward.py
 
-Hardware: 2 CPU cores. Time: TIME.
-Result: RESULT
+Hardware: 2 CPU cores. Time: about a minute.
+Result: held-out accuracy 0.449 -> 0.981 (seed 0).
 """
 
 import tyro

@@ -1,7 +1,7 @@
 """GRPO on any data set of reasoning-gym, countdown by default.
 
-    python experiments/reasoning_gym.py --model Qwen/Qwen2.5-1.5B-Instruct
-    python experiments/reasoning_gym.py --model SmolLM2-135M-Instruct.Q4_1.gguf \\
+    python experiments/reasoning.py --model Qwen/Qwen2.5-1.5B-Instruct
+    python experiments/reasoning.py --model SmolLM2-135M-Instruct.Q4_1.gguf \\
         --dataset chain_sum --steps 3 --eval-prompts 8
 
 Answers are read from `<answer>` tags and scored by the library's own scorers, in a
@@ -9,8 +9,8 @@ worker process of their own: some evaluate what the model wrote. Needs the extra
 `tasks`. The format reward teaches the tags to a model that does not use them yet.
 
 Hardware: one accelerator for a real run; the second command is a check on 2 CPU cores.
-Time: TIME
-Result: RESULT
+Time: the check, 80 s.
+Result: the check ends as it began, with none of 8 right; a real run was not measured.
 """
 
 import jax
