@@ -8,12 +8,16 @@ BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= auto
 
-.PHONY: train test torture check lint format types clean
+.PHONY: train test unit torture check lint format types clean
 
 train: $(VENV)/.train
 	$(BIN)/grpo-jax train --run-dir runs/arithmetic $(ARGS)
 
-test: check
+# Types are checked on one core: the tests need not wait for it.
+test: $(VENV)/.test
+	$(MAKE) --no-print-directory --jobs 2 check unit
+
+unit: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 torture: $(VENV)/.test

@@ -181,8 +181,7 @@ def crash():
     raise Interrupted
 
 
-@pytest.mark.parametrize("step", [1, 3])
-@pytest.mark.parametrize("how", ["stopped", "crashed"])
+@pytest.mark.parametrize(("how", "step"), [("stopped", 1), ("crashed", 3)])
 def test_an_interrupted_run_ends_in_the_same_bits(how, step, undisturbed, tmp_path):
     config, result = undisturbed
     config = elsewhere(config, tmp_path)
