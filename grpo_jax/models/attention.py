@@ -57,7 +57,7 @@ def attention(
     if prefix is not None:
         mask = _prefix_mask(t, prefix, offset=offset, window=window)
         shared = (prefix.keys, prefix.values, mask)
-        parts.append(("nkgtrh,npkh->nkgtrp", "nkgtrp,npkh->nkgtrh", *shared))
+        parts.append(("nkgtrh,nkph->nkgtrp", "nkgtrp,nkph->nkgtrh", *shared))
 
     scores = []
     for equation, _, part_keys, _, mask in parts:
@@ -171,7 +171,7 @@ def _prefix_mask(
     offset: Int[Array, ""] | int,
     window: Int[Array, ""] | int | None,
 ) -> Bool[Array, "N 1 1 T 1 P"]:
-    key_positions = jnp.arange(prefix.keys.shape[-3])[None, None, :]
+    key_positions = jnp.arange(prefix.keys.shape[-2])[None, None, :]
     lengths = prefix.lengths[:, None, None]
     mask = key_positions < lengths
     if window is not None:

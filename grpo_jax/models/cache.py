@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, PyTree
 class Prefix:
     """Keys and values of right-padded prompts, and how many tokens of each are real.
 
-    Of a whole model the arrays are [L, N, P, K, h], or L of [N, P, K, h]; of one layer,
-    [N, P, K, h].
+    Of a whole model the arrays are [L, N, K, P, h], or L of [N, K, P, h]; of one layer,
+    [N, K, P, h]. Heads come before positions, as attention reads them.
     """
 
     keys: PyTree

@@ -205,6 +205,7 @@ class Decoder(nn.Module):
             data, _ = per_layer
 
             def attend(q, k, v):
+                k, v = _of_prompts(k), _of_prompts(v)
                 out = self._causal(q, k, v, data=data)
                 return out, (k, v) if keep else None
 
@@ -219,25 +220,26 @@ class Decoder(nn.Module):
 
         Each comes in two parts, the prompt's and that of the completions.
         """
-        prompt, own = zip(*parts, strict=True)
-        out = self._causal(*prompt, data=data)
+        (prompt_q, *prompt), own = zip(*parts, strict=True)
+        keys, values = map(_of_prompts, prompt)
+        out = self._causal(prompt_q, keys, values, data=data)
         if own[0].size == 0:
             return out
-        prefix = Prefix(keys=prompt[1], values=prompt[2], lengths=lengths)
+        prefix = Prefix(keys=keys, values=values, lengths=lengths)
         q, k, v = own[0], head_major(own[1]), head_major(own[2])
         return _join(out, self._attention(q, k, v, data=data, prefix=prefix))
 
     def _causal(
         self,
         q: Float[Array, "N S H h"],
-        k: Float[Array, "N S K h"],
-        v: Float[Array, "N S K h"],
+        k: Float[Array, "N K S h"],
+        v: Float[Array, "N K S h"],
         *,
         data: PerLayer,
     ) -> Float[Array, "N S H h"]:
         """Returns attention within rows, which is that of groups of one."""
-        q, *rest = (part[:, None] for part in (q, k, v))
-        return self._attention(q, *map(head_major, rest), data=data)[:, 0]
+        k, v = k[:, :, None], v[:, :, None]
+        return self._attention(q[:, None], k, v, data=data)[:, 0]
 
     def _attention(
         self,
@@ -334,6 +336,11 @@ def _join(prompt: Array, own: Array) -> Array:
     """Returns [N, P, ...] and [N, G, T, ...] as one row [N, P + G * T, ...]."""
     n, g, t, *rest = own.shape
     return jnp.concatenate([prompt, own.reshape(n, g * t, *rest)], axis=1)
+
+
+def _of_prompts(x: Float[Array, "N P K h"]) -> Float[Array, "N K P h"]:
+    """Returns keys or values of prompts in the layout of `Prefix`."""
+    return x.transpose(0, 2, 1, 3)
 
 
 def _part(row: Array, own_shape: tuple[int, ...]) -> tuple[Array, Array]:

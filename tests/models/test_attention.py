@@ -19,8 +19,8 @@ def draw(seed, *shape):
 def inputs(num_queries=T):
     own = (N, G, T, K, WIDTH)
     prefix = Prefix(
-        keys=jnp.asarray(draw(3, N, P, K, WIDTH)),
-        values=jnp.asarray(draw(4, N, P, K, WIDTH)),
+        keys=jnp.asarray(draw(3, N, K, P, WIDTH)),
+        values=jnp.asarray(draw(4, N, K, P, WIDTH)),
         lengths=jnp.asarray(LENGTHS),
     )
     queries = draw(0, N, G, num_queries, H, WIDTH)
@@ -40,10 +40,10 @@ def plain_attention(queries, keys, values, prefix, *, offset, window, scale, sof
         kv = head // (H // K)
         own = np.asarray(keys)[n, g, :, kv], np.asarray(values)[n, g, :, kv]
         if prefix is not None:
-            shared = np.asarray(prefix.keys)[n, :length, kv]
+            shared = np.asarray(prefix.keys)[n, kv, :length]
             own = (
                 np.concatenate([shared, own[0]]),
-                np.concatenate([np.asarray(prefix.values)[n, :length, kv], own[1]]),
+                np.concatenate([np.asarray(prefix.values)[n, kv, :length], own[1]]),
             )
         position = length + offset + t
         first = 0 if window is None else max(0, position - window + 1)

@@ -188,6 +188,7 @@ def test_scan_equals_an_explicit_loop_over_layers(full):
             )
 
             def attend(q, k, v, mine=mine):
+                k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
                 return model._causal(q, k, v, data=mine), None
 
             x, _ = Layer(config).apply({"params": own}, x, tables, mine, attend)
