@@ -10,6 +10,7 @@ import inspect
 import io
 import tokenize
 
+from flax import linen
 from sphinx.util import rst
 
 import grpo_jax
@@ -46,6 +47,7 @@ nb_execution_raise_on_error = True
 nb_merge_streams = True
 
 autodoc_member_order = "bysource"
+napoleon_attr_annotations = False  # shapes and types are in the words
 python_maximum_signature_line_length = 80
 # Docstrings put code between single backticks, as Markdown does.
 default_role = "code"
@@ -59,8 +61,12 @@ def setup(app) -> None:
 
 def shorten_signature(app, what, name, thing, options, arguments, returned):
     """A signature without the paths of types; none for what lists its fields."""
-    if isinstance(thing, type) and dataclasses.is_dataclass(thing):
+    if isinstance(thing, type) and (
+        issubclass(thing, Section) or "Attributes:" in (thing.__doc__ or "")
+    ):
         return "", None
+    if isinstance(thing, type) and issubclass(thing, linen.Module):
+        return "(config)", None  # Linen adds a name and a parent
     short = [
         text and text.replace("jaxlib._jax.", "") for text in (arguments, returned)
     ]
