@@ -2,7 +2,7 @@
 #   make train    the embedded model learns arithmetic (a few minutes on a CPU)
 #   make test     format, lint, types and tests
 #   make torture  runs that are killed 50 times end in the same bits (minutes)
-#   make docs     the pages as a site, in docs/_build
+#   make docs     the pages as a site, in docs/_build/html
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -39,8 +39,8 @@ format: $(VENV)/.test
 
 # Anew each time: API pages follow docstrings, which Sphinx does not watch.
 docs: $(VENV)/.docs
-	$(BIN)/python -m sphinx -EW --keep-going -q -b html -c docs . docs/_build
-	@echo "docs/_build/docs/index.html"
+	$(BIN)/python -m sphinx -EW --keep-going -q -b html -c docs -d docs/_build/trees . docs/_build/html
+	@echo "docs/_build/html/docs/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info docs/_build
