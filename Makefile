@@ -2,13 +2,14 @@
 #   make train    the embedded model learns arithmetic (a few minutes on a CPU)
 #   make test     format, lint, types and tests
 #   make torture  runs that are killed 50 times end in the same bits (minutes)
+#   make docs     the pages as a site, in docs/_build/html
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= auto
 
-.PHONY: train test unit torture check lint format types clean
+.PHONY: train test unit torture check lint format types docs clean
 
 train: $(VENV)/.train
 	$(BIN)/grpo-jax train --run-dir runs/arithmetic $(ARGS)
@@ -36,8 +37,13 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Anew each time: API pages follow docstrings, which Sphinx does not watch.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -EW --keep-going -q -b html -c docs -d docs/_build/trees . docs/_build/html
+	@echo "docs/_build/html/docs/index.html"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info docs/_build
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -50,4 +56,8 @@ $(VENV)/.train: $(BIN)/python pyproject.toml
 
 $(VENV)/.test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@ $(VENV)/.train
+
+$(VENV)/.docs: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@ $(VENV)/.train

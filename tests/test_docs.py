@@ -1,7 +1,8 @@
 """What the pages say works: code runs, commands parse, targets and links exist.
 
 A block of code is run unless the line before it is ``<!-- no-test -->``. The blocks of
-a page share their names, from top to bottom, as if a reader typed them.
+a page share their names, from top to bottom, as if a reader typed them. A script in
+`docs/` is a notebook, and runs as it is.
 """
 
 import functools
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 
+import grpo_jax
 from grpo_jax import cli, objective
 from grpo_jax.config import TrainConfig
 from grpo_jax.training import run_dir
@@ -27,6 +29,7 @@ PAGES = sorted(
         *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md")),
     ]
 )
+NOTEBOOKS = sorted(set((ROOT / "docs").glob("*.py")) - {ROOT / "docs" / "conf.py"})
 SKIP = "<!-- no-test -->"
 SEPARATORS = {"&&", "||", "|", ";", "&", ">", ">>", "2>"}
 
@@ -143,18 +146,26 @@ def parse(monkeypatch, tmp_path):
     return parse
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if any(b.page == p for b in PYTHON)], ids=name_of
-)
-def test_the_code_of_a_page_runs(page, tmp_path):
-    # A program whose line numbers are those of the page, so that a traceback helps.
+def code_of(page):
+    """The program of a page; its line numbers are the page's: a traceback helps."""
+    if page.suffix == ".py":
+        return page.read_text(encoding="utf-8")
     lines: list[str] = []
     for block in PYTHON:
         if block.page == page and not block.skipped:
             lines += [""] * (block.line - len(lines)) + block.text.splitlines()
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page",
+    [*NOTEBOOKS, *(p for p in PAGES if any(b.page == p for b in PYTHON))],
+    ids=name_of,
+)
+def test_the_code_of_a_page_runs(page, tmp_path):
     program = tmp_path / "page.py"
-    program.write_text("\n".join(lines) + "\n")
+    program.write_text(code_of(page), encoding="utf-8")
     # As a reader has it: one device, and none of the strict settings of the tests.
     done = subprocess.run(
         [sys.executable, program],
@@ -175,7 +186,8 @@ def test_a_command_of_a_page_parses(place, arguments, parse):
     try:
         parse(arguments)
     except SystemExit as end:
-        assert end.code == 0 and "--help" in arguments, f"{place} does not parse"
+        prints = {"--help", "--tyro-print-completion"} & set(arguments)
+        assert not end.code and prints, f"{place} does not parse"
 
 
 def test_a_command_with_an_unknown_flag_would_be_found(parse):
@@ -183,6 +195,52 @@ def test_a_command_with_an_unknown_flag_would_be_found(parse):
         parse(["eval", "--modle", "embedded"])
     with pytest.raises(SystemExit):
         parse(["train", "--objective.beta", "1"])
+
+
+def in_code(pattern):
+    """(page, text) of each piece of code within the prose of docs/ that is like it."""
+    for page in PAGES:
+        if page.parent.name == "docs":
+            for code in re.findall(r"`([^`\n]+)`", prose(page)):
+                if re.fullmatch(pattern, code):
+                    yield name_of(page), code
+
+
+def test_flags_in_the_prose_parse(parse):
+    flags = {code for _, code in in_code(r"--[a-z]+\.[a-z-]+ .*")}
+    assert len(flags) > 10
+    for flag in flags:
+        parse(["train", *shlex.split(flag)])
+
+
+def test_fields_in_the_prose_exist():
+    config = TrainConfig()
+    sections = {n: v for n, v in vars(config).items() if hasattr(v, "section")}
+    names = "|".join(sections)
+    named = set(in_code(rf"({names})\.\w+|--({names})\.[a-z-]+"))
+    assert len(named) > 40
+    for page, name in named:
+        section, field = name.removeprefix("--").replace("-", "_").split(".")
+        assert field in vars(sections[section]), f"{page}: {name}"
+
+
+def test_metrics_in_the_prose_exist():
+    sources = [*(ROOT / "grpo_jax").rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    shared = r"(rewards/<name>|completions|clip_ratio|time|tokens_per_second|eval"
+    named = set(in_code(rf"{shared}|compile|sampler_logp_diff)/\w+"))
+    assert len(named) > 20
+    for page, name in named:
+        # Some are put together from parts: rewards/<name>/mean, clip_ratio/low_mean.
+        assert name in code or f"/{name.split('/')[-1]}" in code, f"{page}: {name}"
+
+
+def test_each_public_name_has_its_place_in_the_api_pages():
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    named = re.findall(r"^\.\. auto(?:function|class):: ([\w.]+)$", text, re.MULTILINE)
+    assert len(named) == len(set(named))
+    assert {*grpo_jax.__all__, *objective.__all__} - {"__version__"} <= set(named)
 
 
 def test_targets_of_make_exist():

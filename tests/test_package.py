@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 
 import pytest
@@ -110,7 +111,9 @@ def test_everything_the_objective_offers_can_be_had_from_it():
 
 def test_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = (ROOT / "CITATION.cff").read_text().splitlines()
     assert grpo_jax.__version__ == project["version"]
+    assert f"version: {grpo_jax.__version__}" in citation
 
 
 def test_the_package_runs_as_a_module():
@@ -133,25 +136,66 @@ def built_wheel(source, out):
         pytest.skip("the build needs setuptools from a package registry")
     assert built.returncode == 0, built.stderr
     (path,) = out.glob("*.whl")
-    return zipfile.ZipFile(path)
+    return path
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
-def test_the_wheel_holds_the_package_its_model_and_nothing_else(tmp_path_factory):
-    wheel = built_wheel(tmp_path_factory.mktemp("code"), tmp_path_factory.mktemp("out"))
-    names = set(wheel.namelist())
+def check_contents(wheel):
+    """The wheel holds all of the package and nothing else."""
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
     info = f"grpo_jax-{grpo_jax.__version__}.dist-info"
     assert {name.partition("/")[0] for name in names} == {"grpo_jax", info}
     package = ROOT / "grpo_jax"
     files = [*package.rglob("*.py"), *(package / "assets").rglob("*")]
     wanted = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
     assert wanted | {"grpo_jax/py.typed"} <= names
-    entries = wheel.read(f"{info}/entry_points.txt").decode()
+    entries = archive.read(f"{info}/entry_points.txt").decode()
     assert entries.split("\n")[:2] == [
         "[console_scripts]",
         "grpo-jax = grpo_jax.cli:main",
     ]
+
+
+def installed(wheel, place):
+    """The site-packages of a new environment with the wheel in it.
+
+    Its dependencies are those of this environment, whose editable install stays behind:
+    links in a folder that a link names are not followed.
+    """
+    venv.create(place)
+    command = ["-m", "pip", "--python", place, "install", "--no-deps", "--no-index"]
+    done = run_python(*command, wheel)
+    assert done.returncode == 0, done.stderr
+    (packages,) = place.glob("lib/python*/site-packages")
+    links = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "dependencies.pth").write_text("\n".join(links))
+    return packages
+
+
+# One test, since the wheel takes longest: workers would build one each.
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
+def test_the_wheel_is_whole_and_runs_without_the_sources(tmp_path_factory):
+    wheel = built_wheel(tmp_path_factory.mktemp("code"), tmp_path_factory.mktemp("out"))
+    check_contents(wheel)
+    place, empty = tmp_path_factory.mktemp("venv"), tmp_path_factory.mktemp("empty")
+    packages = installed(wheel, place)
+
+    def run(*command):
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        done = subprocess.run(
+            command, env=environment, cwd=empty, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    version = f"grpo-jax {grpo_jax.__version__}\n"
+    assert run(place / "bin" / "grpo-jax", "--version") == version
+    python = place / "bin" / "python"
+    assert run(python, "-m", "grpo_jax", "--version") == version
+    program = "import grpo_jax as g; print(g.__file__, g.load_pretrained('embedded'))"
+    assert run(python, "-c", program).startswith(str(packages))
+    assert not list(empty.iterdir())
 
 
 def test_the_embedded_model_comes_with_the_package():

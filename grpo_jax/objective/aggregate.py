@@ -25,7 +25,8 @@ def aggregate(
 ) -> Mean:
     """Mean of per-token values over the unmasked tokens of all sequences.
 
-    With L_i the number of unmasked tokens of sequence i, and S of sequences with any:
+    With L_i the number of unmasked tokens of sequence i, and S of sequences with any::
+
         "sequence_mean"  total = sum_i sum_t v_it / L_i   weight = S
             GRPO: Shao et al. 2024, eq. 3, https://arxiv.org/abs/2402.03300
         "sequence_sum"   total = sum_i sum_t v_it         weight = S
@@ -34,6 +35,7 @@ def aggregate(
             DAPO: Yu et al. 2025, eq. 12, https://arxiv.org/abs/2503.14476
         "fixed_length"   total = sum_i sum_t v_it         weight = S * max_length
             Dr. GRPO: Liu et al. 2025, section 3.2, https://arxiv.org/abs/2503.20783
+
     A sequence with no unmasked token adds nothing to total or weight. Masked entries
     may hold anything. `max_length`, in tokens, is read by "fixed_length" alone; None
     means T.

@@ -21,10 +21,12 @@ def kl_estimate(
 ) -> Float[Array, "*B T"]:
     """Estimate in nats, from tokens drawn from the policy, of KL(policy || reference).
 
-    With q = ref_logp - logp:
+    With q = ref_logp - logp::
+
         k1 = -q                   unbiased, any sign
         k2 = q^2 / 2              biased, never negative
         k3 = exp(q) - q - 1       unbiased, never negative
+
     Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html;
     k3 is eq. 4 of DeepSeekMath, Shao et al. 2024, https://arxiv.org/abs/2402.03300.
 

@@ -99,9 +99,9 @@ def grpo_loss(
             its weight the number of completions in place of the number of prompts.
 
     Returns:
-        The loss and metrics without gradient: policy_loss (the surrogate, aggregated as
-        the loss is), and means over tokens of kl, entropy (each when given),
-        importance_ratio/mean and clip_ratio/{low,high,region}_mean.
+        The loss, and metrics without gradient. These are policy_loss (the surrogate,
+        aggregated as the loss is), and means over tokens of kl, entropy (each when
+        given), importance_ratio/mean and clip_ratio/{low,high,region}_mean.
     """
     others = {
         "old_logp": old_logp,

@@ -42,7 +42,7 @@ form { display: flex; flex-wrap: wrap; gap: 12px; align-items: end;
 label { font-size: 13px; color: var(--faint); display: grid; }
 input, select, button { font: inherit; font-size: 14px; color: var(--text);
   background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-  padding: 4px 8px; }
+  padding: 0 8px; height: 32px; box-sizing: border-box; }
 input[type=number] { width: 84px; }
 .wide { flex: 1; min-width: 180px; }
 label span { color: var(--faint); }
@@ -95,7 +95,8 @@ function number(value) {
 
 function ticks(low, high, count) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
-  const unit = [1, 2, 5, 10].find((m) => m * power >= rough) * power;
+  // The nearest size: the next larger one could leave two ticks of four.
+  const unit = [1, 2, 5, 10].findLast((m) => m * power <= 1.5 * rough) * power;
   const found = [];
   for (let k = Math.ceil(low / unit - 1e-9); k * unit <= high + unit * 1e-9; k++)
     found.push(Number((k * unit).toPrecision(12)));

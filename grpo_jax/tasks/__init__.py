@@ -19,8 +19,8 @@ def load_task(name: str, *, data: str | None = None, seed: int = 0) -> Task:
 
     `arithmetic`, `gsm8k`, `reasoning_gym:NAME`, or the path of a `.jsonl` file or of a
     folder with `train.jsonl`. `data` is the local file or folder that GSM8K reads;
-    `seed` decides which problems reasoning_gym makes. An unknown name, and `data` for a
-    task that takes none, are `ValueError`s.
+    `seed` decides which problems reasoning_gym makes. Raises `ValueError` for an
+    unknown name, and for `data` with a task that takes none.
     """
     if data is not None and name != "gsm8k":
         raise ValueError(
