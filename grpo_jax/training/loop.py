@@ -39,6 +39,7 @@ from grpo_jax.training.policy import load_policy
 from grpo_jax.training.preemption import GraceCheck, stop_requests
 from grpo_jax.training.references import References
 from grpo_jax.training.state import Batch
+from grpo_jax.training.utilization import Utilization
 from grpo_jax.weights.pretrained import save_pretrained
 
 # Updates in a row that may be skipped before the run stops.
@@ -185,6 +186,7 @@ class _Run:
         self.grace = GraceCheck(
             config.checkpoint.grace_seconds, report=self.console.warning
         )
+        self.utilization = Utilization(model.config, config, mesh)
         self.progress = Progress()
 
     def to_the_end(self) -> TrainResult:
@@ -237,7 +239,8 @@ class _Run:
             step=step,
             position=self.progress.position + rounds * self.config.prompts_per_step,
         )
-        metrics |= self._describe(rollout, time.perf_counter() - start)
+        metrics["time/step"] = time.perf_counter() - start
+        metrics |= self._describe(rollout, metrics)
         if self._due(self.config.eval_every):
             measured = self.evaluate(self.learner.sampler_variables())
             self._advance(accuracy=measured.get(names.ACCURACY), measured_at=step)
@@ -285,21 +288,22 @@ class _Run:
         rollout.metrics["time/score"] = time.perf_counter() - start
         return rollout, batch, rounds
 
-    def _describe(self, rollout: Rollout, seconds: float) -> dict[str, float]:
+    def _describe(
+        self, rollout: Rollout, spent: Mapping[str, float]
+    ) -> dict[str, float]:
         """Numbers about the completions and the speed, over all processes."""
-        lengths, finished, rewards = meshes.gather_rows(
-            (rollout.lengths, rollout.finished, rollout.rewards)
+        prompts, lengths, finished, rewards = meshes.gather_rows(
+            (rollout.prompt_lengths, rollout.lengths, rollout.finished, rollout.rewards)
         )
         tokens = float(lengths.sum())
-        spent = rollout.metrics
         return {
             **names.completion_metrics(lengths, finished),
             **names.reward_metrics(rewards),
+            **self.utilization.metrics(prompts, lengths, spent),
             **self.compiles.metrics(),
             "num_completions": self.progress.position * self.config.group_size,
-            "time/step": seconds,
             "tokens_per_second/rollout": tokens / spent["time/rollout"],
-            names.TOKENS_PER_SECOND: tokens / seconds,
+            names.TOKENS_PER_SECOND: tokens / spent["time/step"],
         }
 
     def _check_finite(self, step: int, metrics: Mapping[str, float]) -> None:

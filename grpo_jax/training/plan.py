@@ -12,22 +12,13 @@ from jax.sharding import AbstractMesh, Mesh
 from grpo_jax.config import TrainConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.parallel.devices import DEVICES
 from grpo_jax.training.memory import activation_bytes, estimate
 from grpo_jax.weights.pretrained import load_config
 
 GIB = 2**30
-# Memory of one JAX device, GiB. TPUs: https://docs.cloud.google.com/tpu/docs/v6e and
-# the pages beside it; GPUs: the data sheets of their maker.
-DEVICES = {
-    "v4": 32,
-    "v5e": 16,
-    "v5p": 95,
-    "v6e": 32,
-    "a100": 80,
-    "h100": 80,
-    "h200": 141,
-}
-# The share of it that arrays may fill; the rest is the runtime's or lost between them.
+# The share of a device's memory that arrays may fill; the rest is the runtime's or lost
+# between them.
 USABLE = 0.92
 # Activations kept for the backward pass where the memory is not known.
 _MODEST = 2 * GIB
@@ -152,7 +143,7 @@ def make_plan(
             "--device-memory-gib."
         )
     if memory_gib is None and device is not None:
-        memory_gib = DEVICES[device]
+        memory_gib = DEVICES[device].memory_gib
     limit = None if memory_gib is None else int(USABLE * memory_gib * GIB)
     mesh = meshes.imagined_mesh(config.mesh, devices or _count(config))
     meshes.check_batch(mesh, config)

@@ -88,7 +88,7 @@ def undisturbed(tiny_policy, tmp_path_factory):
 
 def comparable(history):
     """Metrics without times and the count of compilations."""
-    free = ("time/", "tokens_per_second/", "compile/")
+    free = ("time/", "tokens_per_second/", "mfu/", "compile/")
     return [
         {name: value for name, value in line.items() if not name.startswith(free)}
         for line in history
@@ -138,6 +138,8 @@ def test_metrics_have_one_line_per_step(undisturbed):
         assert line["learning_rate"] == pytest.approx(1e-2)
         assert line["reward"] == pytest.approx(line["rewards/share/mean"])
         assert ("eval/reward" in line) == (line["step"] % 2 == 0)
+        for phase in ("rollout", "score", "update", "step"):
+            assert line[f"mfu/{phase}"] > 0.0
     assert history == result.history
     # The reference is the policy at first, and no more after an update.
     assert history[1]["kl"] == pytest.approx(0.0, abs=1e-6)

@@ -29,7 +29,7 @@ from damages import DAMAGES  # noqa: E402
 
 STEPS = 40
 _PATIENCE = 300.0  # seconds in which what is waited for must happen
-_FREE_METRICS = ("time/", "tokens_per_second/", "compile/")
+_FREE_METRICS = ("time/", "tokens_per_second/", "mfu/", "compile/")
 
 
 @dataclasses.dataclass

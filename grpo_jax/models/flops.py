@@ -1,0 +1,104 @@
+"""Floating-point operations that a model must make at least for groups of completions.
+
+A multiplication and an addition are two operations. Counted are matrix products: the
+projections, the MLP (or the experts that a token passes through, and their router),
+scores and sums of attention over the tokens that each token sees, and the head for each
+completion token. Not counted are norms, rotations, softmax, nonlinearities, biases, the
+products of adapters, padding, and what a backward pass computes again. A prompt counts
+once for its whole group.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from grpo_jax.models.config import ModelConfig
+
+
+class Flops(NamedTuple):
+    """Operations of forward passes.
+
+    Attributes:
+      weights: products of activations with weights.
+      attention: products of activations with each other.
+    """
+
+    weights: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        """All operations."""
+        return self.weights + self.attention
+
+
+def prefill_flops(config: ModelConfig, prompts: Int[np.ndarray, " N"]) -> Flops:
+    """Operations of a pass over prompts of these lengths, without the head."""
+    weights = 2.0 * config.num_layers * layer_weights(config) * prompts.sum()
+    return Flops(weights, _attention(config, _pairs(config, prompts).sum()))
+
+
+def completion_flops(
+    config: ModelConfig,
+    prompts: Int[np.ndarray, " N"],
+    lengths: Int[np.ndarray, "N G"],
+) -> Flops:
+    """Operations of the completions of these lengths, whose prompts are done already.
+
+    A completion of length l has l products with the head but reads only l - 1 tokens:
+    the last one is predicted and never read. So decoding and scoring count alike.
+    """
+    read = np.maximum(lengths - 1, 0)
+    per_token = config.num_layers * layer_weights(config)
+    head = config.hidden_size * config.vocab_size
+    weights = 2.0 * (per_token * read.sum() + head * lengths.sum())
+    before = prompts[:, None]
+    pairs = _pairs(config, before + read) - _pairs(config, before)
+    return Flops(weights, _attention(config, pairs.sum()))
+
+
+def forward_flops(
+    config: ModelConfig,
+    prompts: Int[np.ndarray, " N"],
+    lengths: Int[np.ndarray, "N G"],
+) -> Flops:
+    """Operations of log-probabilities of the completions, and as well of sampling."""
+    parts = prefill_flops(config, prompts), completion_flops(config, prompts, lengths)
+    return Flops(*map(sum, zip(*parts, strict=True)))
+
+
+def gradient_flops(forward: Flops, *, frozen: bool = False) -> float:
+    """Operations of a forward pass with its gradient.
+
+    Each product has two in the backward pass, one per operand. `frozen` weights, as
+    under adapters, need no gradient of their own.
+    """
+    return (2 if frozen else 3) * forward.weights + 3 * forward.attention
+
+
+def layer_weights(config: ModelConfig) -> int:
+    """Weights of one layer with which a token is multiplied."""
+    queries = config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    projections = 2 * queries + 2 * keys  # q and o; k and v
+    router = 0 if config.experts is None else config.experts.count
+    return config.hidden_size * (projections + 3 * config.active_width + router)
+
+
+def _attention(config: ModelConfig, pairs: float) -> float:
+    """Two products, scores and sums, for pairs of query and key, all layers summed."""
+    return 2.0 * 2.0 * config.num_heads * config.head_dim * float(pairs)
+
+
+def _pairs(
+    config: ModelConfig, lengths: Int[np.ndarray, "..."]
+) -> Int[np.ndarray, "..."]:
+    """Pairs of a token and one that it sees, itself included, over all layers."""
+    total = np.zeros(lengths.shape, np.int64)
+    for window in config.layer_window:
+        # The first tokens see all before them, the others as many as the window holds.
+        filling = lengths if window is None else np.minimum(lengths, window)
+        full = lengths - filling
+        total += filling * (filling + 1) // 2 + full * (window or 0)
+    return total
