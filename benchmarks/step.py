@@ -6,20 +6,23 @@ The step is that of `grpo_jax.train`: what is measured is what a user runs.
 """
 
 import contextlib
+import dataclasses
 import io
 import tempfile
 from pathlib import Path
 
 import jax
 import tyro
+from machine import floors, measure, ratios, token_bytes
 from workloads import (
     WORKLOADS,
     exact_prompts,
     medians,
+    own_versions,
     publish,
     record,
     reward,
-    versions,
+    show,
 )
 
 from grpo_jax import TrainConfig, train
@@ -39,7 +42,7 @@ def main(
     microbatch_size: int | None = None,
     out: Path | None = None,
 ) -> None:
-    """Run the steps of a workload and print one JSON line.
+    """Run the steps of a workload; print floors and, last, a line of JSON.
 
     Args:
       workload: its name in workloads.py.
@@ -51,7 +54,7 @@ def main(
       out: a file to which the line is appended.
     """
     work = WORKLOADS[workload]
-    folder = models / work.model
+    folder = work.folder(models)
     count = steps or work.steps
     config = lambda run_dir: TrainConfig(  # noqa: E731
         model=str(folder),
@@ -70,7 +73,9 @@ def main(
         sampling=SamplingConfig(stop_ids=()),
         optimizer=OptimizerConfig(learning_rate=1e-6),
     )
-    tokenizer = load_without_weights(str(folder))[1]
+    model, tokenizer = load_without_weights(str(folder))
+    model = dataclasses.replace(model, dtype=dtype)
+    machine = measure(dtype, bytes_read=token_bytes(model, work))
     texts = exact_prompts(
         lambda text: tokenizer.encode_prompt(text), 64, work.prompt_tokens
     )
@@ -93,14 +98,19 @@ def main(
             ("step", "step"),
         )
     }
+    least = floors(model, machine, work)
+    rates = f"{machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.1f} GB/s"
+    show(f"{workload}, {dtype}: {rates}", ratios(phases, least))
     publish(
         record(
             f"grpo_jax-{dtype}",
             work,
             phases,
+            floors={name: round(value, 5) for name, value in least.items()},
+            machine_rates=dataclasses.asdict(machine),
             sampler_logp_diff=max(row["sampler_logp_diff/max"] for row in rows),
             device=jax.devices()[0].device_kind,
-            versions=versions("grpo-jax", "jax", "jaxlib", "flax", "optax"),
+            versions=own_versions(),
         ),
         out,
     )

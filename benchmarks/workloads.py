@@ -24,6 +24,9 @@ WORDS = (
     "house service friend father power hour game line end member law car city name"
 ).split()
 
+# The model that comes with the package.
+EMBEDDED = Path(__file__).parents[1] / "grpo_jax" / "assets" / "arithmetic-1m"
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -42,6 +45,10 @@ class Workload:
     steps: int
     kl_coef: float = 0.04
 
+    def folder(self, models: Path) -> Path:
+        """Where the model lies."""
+        return EMBEDDED if self.model == EMBEDDED.name else models / self.model
+
     @property
     def sequences(self) -> int:
         """Completions of a step."""
@@ -56,6 +63,8 @@ class Workload:
 WORKLOADS = {
     work.name: work
     for work in (
+        # As in a default run, but all completions as long as its limit.
+        Workload("embedded", EMBEDDED.name, 32, 8, 6, 8, steps=24),
         Workload("tiny", "tiny", 8, 8, 32, 32, steps=14),
         Workload("smol", "smol", 4, 8, 128, 64, steps=4),
         Workload("long", "tiny", 4, 16, 512, 64, steps=6),
@@ -108,6 +117,13 @@ def record(
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2
         ),
         **more,
+        **surroundings(),
+    }
+
+
+def surroundings() -> dict[str, Any]:
+    """What every result depends on besides: the host, and when it was."""
+    return {
         "machine": {
             "cpu": _cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
@@ -115,6 +131,11 @@ def record(
         },
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def own_versions() -> dict[str, str]:
+    """Versions of this library and of what it stands on."""
+    return versions("grpo-jax", "jax", "jaxlib", "flax", "optax")
 
 
 def versions(*names: str) -> dict[str, str]:
@@ -136,6 +157,28 @@ def publish(line: dict[str, Any], out: Path | None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a") as file:
             file.write(text + "\n")
+
+
+def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
+    """Print a table; columns are the names in the rows, in order of appearance."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    table = Table()
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name, row in rows.items():
+        cells = (row.get(column, "") for column in columns)
+        table.add_row(name, *(_cell(value) for value in cells))
+    console = Console(width=100)
+    console.print(title, highlight=False)
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _cpu_name() -> str:

@@ -79,7 +79,7 @@ def main():
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     work = WORKLOADS[args.workload]
-    folder = str(args.models / work.model)
+    folder = str(work.folder(args.models))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = exact_prompts(
         lambda text: tokenizer(text)["input_ids"], 64, work.prompt_tokens

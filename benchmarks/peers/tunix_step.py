@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     work = WORKLOADS[args.workload]
-    folder = args.models / work.model
+    folder = work.folder(args.models)
     steps = args.steps or work.steps
     tokenizer = AutoTokenizer.from_pretrained(folder)
     added = 1 if tokenizer.bos_token_id else 0
