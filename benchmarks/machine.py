@@ -43,7 +43,12 @@ class Machine:
 
 
 def floors(
-    config: ModelConfig, machine: Machine, work: Workload, *, copies: int = 1
+    config: ModelConfig,
+    machine: Machine,
+    work: Workload,
+    *,
+    copies: int = 1,
+    frozen: bool = False,
 ) -> dict[str, float]:
     """Least seconds of each phase of a step with full-length completions.
 
@@ -54,6 +59,7 @@ def floors(
 
     Args:
       copies: of the weights while sampling: each device reads its part of one.
+      frozen: adapters are trained: weights have no gradient and no optimizer.
     """
     prompts = np.full(work.prompts, work.prompt_tokens)
     lengths = np.full((work.prompts, work.group), work.new_tokens)
@@ -66,11 +72,12 @@ def floors(
         )
         for step in range(work.new_tokens)
     )
-    optimizer = ADAM_BYTES * weights(config) / machine.bandwidth
+    moved = 0.0 if frozen else ADAM_BYTES * weights(config)
     phases = {
         "rollout": prefill + decode,
         "reference": forward.total / machine.flops if work.kl_coef else 0.0,
-        "update": gradient_flops(forward) / machine.flops + optimizer,
+        "update": gradient_flops(forward, frozen=frozen) / machine.flops
+        + moved / machine.bandwidth,
     }
     return phases | {"step": sum(phases.values()), "decode": decode / work.new_tokens}
 
