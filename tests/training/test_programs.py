@@ -47,6 +47,7 @@ MODEL = ModelConfig.from_hf(
 )
 PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS = 16, 4, 32, 64
 WHILE_BODY = re.compile(r"body=%?([\w.\-]+)")
+CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 
 
@@ -159,17 +160,32 @@ def whole_leaves(compiled):
     return wanted & there
 
 
+def lines_in_loops(compiled):
+    """Lines of the bodies of loops, and of all computations that they call."""
+    lines, name = {}, ""
+    for line in compiled.as_text().splitlines():
+        if start := COMPUTATION.match(line):
+            name = start[1]
+        lines.setdefault(name, []).append(line)
+    waiting = set(WHILE_BODY.findall(compiled.as_text()))
+    inside = set()
+    while waiting:
+        inside.add(name := waiting.pop())
+        waiting |= set(CALLED.findall("\n".join(lines.get(name, ())))) - inside
+    return [line for name in inside for line in lines.get(name, ())]
+
+
+def made_in_loops(compiled, operation):
+    """Shapes that an operation makes at every turn of a loop, axes sorted, no ones."""
+    made = re.compile(rf"= \w+\[([\d,]*)\]\S* {operation}(?:-start)?\(")
+    found = [made.search(line) for line in lines_in_loops(compiled)]
+    shapes = [match[1].split(",") for match in found if match]
+    return {tuple(sorted(int(n) for n in s if n not in ("", "1"))) for s in shapes}
+
+
 def gathered_in_loops(compiled):
     """Shapes that are gathered at every turn of a loop, axes sorted."""
-    text, inside, found = compiled.as_text(), False, set()
-    bodies = set(WHILE_BODY.findall(text))
-    for line in text.splitlines():
-        if start := COMPUTATION.match(line):
-            inside = start[1] in bodies
-        gather = re.search(r"= \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", line)
-        if inside and gather:
-            found.add(tuple(sorted(map(int, gather[1].split(",")))))
-    return found
+    return made_in_loops(compiled, "all-gather")
 
 
 LAYER = {(72, 96), (48, 72), (72, 176)}  # q and o; k and v; gate, up and down
@@ -203,6 +219,23 @@ def test_training_and_scoring_gather_a_layer_at_a_time(step, score):
 
 def test_sampling_gathers_nothing_in_its_loop(generate):
     assert not gathered_in_loops(generate)
+
+
+def test_sampling_writes_its_cache_in_place(generate):
+    # Of a layer on one of eight devices: prompts, heads, group, tokens, width.
+    cache = tuple(sorted((PROMPTS // 8, 4, GROUP, NEW_TOKENS, 12)))
+    assert cache in made_in_loops(generate, "dynamic-update-slice")
+    assert cache not in made_in_loops(generate, "copy")
+
+
+def test_a_copied_cache_would_be_seen():
+    def loop(cache):
+        write = lambda i, x: jnp.flip(x, 0).at[i].set(1.0)  # noqa: E731
+        return jax.lax.fori_loop(0, 3, write, cache)
+
+    cache = jax.ShapeDtypeStruct((5, 7, 11), jnp.float32)
+    seen = jax.jit(loop).lower(cache).compile()
+    assert (5, 7, 11) in made_in_loops(seen, "copy")
 
 
 def test_a_split_sampler_gathers_a_layer_at_a_time(programs):
