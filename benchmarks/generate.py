@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from machine import Machine, floors, measure, token_bytes
+from machine import Machine, floors, measure, share_left, token_bytes
 from workloads import WORKLOADS, Workload, own_versions, publish, show, surroundings
 
 from grpo_jax import generate, load_pretrained
@@ -69,6 +69,7 @@ def main(
         "full": full,
         "geometric": geometric,
         "machine_rates": dataclasses.asdict(machine),
+        "rate_left": share_left(machine, dtype),
         "device": jax.devices()[0].device_kind,
         "versions": own_versions(),
         **surroundings(),

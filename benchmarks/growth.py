@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import tyro
-from machine import Machine, floors, measure
+from machine import Machine, floors, measure, share_left
 from phases import phases
 from workloads import Workload, own_versions, publish, show, surroundings
 
@@ -77,6 +77,7 @@ def main(
             rows[str(value)] = seconds | {f"{n} floor": least[n] for n in seconds}
         show(f"{size}, {NAMES[size]}: seconds", rows)
         curves[size] = rows
+        share_left(machine)
     line = {
         "benchmark": "growth",
         "curves": curves,

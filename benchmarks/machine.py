@@ -113,6 +113,17 @@ def measure(dtype: str = "float32", *, bytes_read: float = 2**29) -> Machine:
     return Machine(flops, matrix.nbytes / seconds)
 
 
+def share_left(before: Machine, dtype: str = "float32") -> float:
+    """The rate of products now over that of before; says so where it fell.
+
+    A lower one means that something else ran meanwhile, and that times are too long.
+    """
+    share = measure(dtype, bytes_read=2**24).flops / before.flops
+    if share < 0.9:
+        print(f"disturbed: products are now at {share:.0%} of their rate before")
+    return share
+
+
 def best(call: Callable[..., Any], *args: Any, repeats: int = 5) -> float:
     """Least seconds of a few calls, after one that compiles."""
     jax.block_until_ready(call(*args))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 import tyro
-from machine import floors, measure, ratios, token_bytes
+from machine import floors, measure, ratios, share_left, token_bytes
 from workloads import (
     WORKLOADS,
     exact_prompts,
@@ -108,6 +108,7 @@ def main(
             phases,
             floors={name: round(value, 5) for name, value in least.items()},
             machine_rates=dataclasses.asdict(machine),
+            rate_left=round(share_left(machine, dtype), 3),
             sampler_logp_diff=max(row["sampler_logp_diff/max"] for row in rows),
             device=jax.devices()[0].device_kind,
             versions=own_versions(),
