@@ -227,7 +227,7 @@ def test_fields_in_the_prose_exist():
 def test_metrics_in_the_prose_exist():
     sources = [*(ROOT / "grpo_jax").rglob("*.py")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
-    shared = r"(rewards/<name>|completions|clip_ratio|time|tokens_per_second|eval"
+    shared = r"(rewards/<name>|completions|clip_ratio|time|tokens_per_second|mfu|eval"
     named = set(in_code(rf"{shared}|compile|sampler_logp_diff)/\w+"))
     assert len(named) > 20
     for page, name in named:

@@ -160,32 +160,31 @@ def whole_leaves(compiled):
     return wanted & there
 
 
-def lines_in_loops(compiled):
-    """Lines of the bodies of loops, and of all computations that they call."""
+def loops(compiled):
+    """Of each loop the lines of its body, and of all computations that it calls."""
     lines, name = {}, ""
     for line in compiled.as_text().splitlines():
         if start := COMPUTATION.match(line):
             name = start[1]
         lines.setdefault(name, []).append(line)
-    waiting = set(WHILE_BODY.findall(compiled.as_text()))
-    inside = set()
-    while waiting:
-        inside.add(name := waiting.pop())
-        waiting |= set(CALLED.findall("\n".join(lines.get(name, ())))) - inside
-    return [line for name in inside for line in lines.get(name, ())]
+    for body in set(WHILE_BODY.findall(compiled.as_text())):
+        inside, waiting = set(), {body}
+        while waiting:
+            inside.add(name := waiting.pop())
+            waiting |= set(CALLED.findall("\n".join(lines.get(name, ())))) - inside
+        yield [line for name in inside for line in lines.get(name, ())]
 
 
-def made_in_loops(compiled, operation):
-    """Shapes that an operation makes at every turn of a loop, axes sorted, no ones."""
-    made = re.compile(rf"= \w+\[([\d,]*)\]\S* {operation}(?:-start)?\(")
-    found = [made.search(line) for line in lines_in_loops(compiled)]
-    shapes = [match[1].split(",") for match in found if match]
+def made(lines, operation):
+    """Shapes of the results of an operation, axes sorted, without ones."""
+    result = re.compile(rf"= \w+\[([\d,]*)\]\S* {operation}(?:-start)?\(")
+    shapes = [match[1].split(",") for line in lines if (match := result.search(line))]
     return {tuple(sorted(int(n) for n in s if n not in ("", "1"))) for s in shapes}
 
 
 def gathered_in_loops(compiled):
-    """Shapes that are gathered at every turn of a loop, axes sorted."""
-    return made_in_loops(compiled, "all-gather")
+    """Shapes that are gathered at every turn of a loop."""
+    return set().union(*(made(lines, "all-gather") for lines in loops(compiled)))
 
 
 LAYER = {(72, 96), (48, 72), (72, 176)}  # q and o; k and v; gate, up and down
@@ -221,11 +220,14 @@ def test_sampling_gathers_nothing_in_its_loop(generate):
     assert not gathered_in_loops(generate)
 
 
-def test_sampling_writes_its_cache_in_place(generate):
+def test_sampling_writes_its_cache_in_place_and_copies_no_prompt(generate):
     # Of a layer on one of eight devices: prompts, heads, group, tokens, width.
     cache = tuple(sorted((PROMPTS // 8, 4, GROUP, NEW_TOKENS, 12)))
-    assert cache in made_in_loops(generate, "dynamic-update-slice")
-    assert cache not in made_in_loops(generate, "copy")
+    prompts = tuple(sorted((PROMPTS // 8, 4, PROMPT_TOKENS, 12)))
+    decoding = [x for x in loops(generate) if cache in made(x, "dynamic-update-slice")]
+    assert decoding
+    for lines in decoding:
+        assert not {cache, prompts} & made(lines, "copy")
 
 
 def test_a_copied_cache_would_be_seen():
@@ -234,8 +236,8 @@ def test_a_copied_cache_would_be_seen():
         return jax.lax.fori_loop(0, 3, write, cache)
 
     cache = jax.ShapeDtypeStruct((5, 7, 11), jnp.float32)
-    seen = jax.jit(loop).lower(cache).compile()
-    assert (5, 7, 11) in made_in_loops(seen, "copy")
+    (lines,) = loops(jax.jit(loop).lower(cache).compile())
+    assert (5, 7, 11) in made(lines, "copy")
 
 
 def test_a_split_sampler_gathers_a_layer_at_a_time(programs):
