@@ -2,8 +2,9 @@
 
 Layout, readable with Orbax alone: ``<directory>/<step>/`` holds the checkpointables
 ``params``, ``optimizer`` (``step`` and ``opt_state``) and ``meta`` (JSON: ``schema``,
-``run``, ``arrays`` with shape, dtype and digest by path, ``sha256``). A frozen base
-under adapters is not saved. Orbax itself has no checksums and never falls back.
+``run``, ``metrics`` by name, ``arrays`` with shape, dtype and digest by path,
+``sha256``). A frozen base under adapters is not saved. Orbax itself has no checksums
+and never falls back.
 
     from orbax.checkpoint import v1 as ocp
     meta = ocp.load_checkpointables("checkpoints/100", {"meta": None})["meta"]
@@ -15,7 +16,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,9 @@ from grpo_jax.training.step_folders import StepFolders
 
 _LOG = logging.getLogger(__name__)
 
+# A step by its number, or the best one that is kept; None is the newest.
+Step = int | Literal["best"] | None
+
 
 class Checkpoints:
     """The checkpoints in one folder, on storage that all processes share.
@@ -73,6 +77,9 @@ class Checkpoints:
         self._config = config
         self._report = report
         self._running: tuple[int, ocp.AsyncResponse[None]] | None = None
+        # What `keep_best` compares, by step; None for a step without a finite value.
+        self._values: dict[int, float | None] = {}
+        self._warned = False
 
     def steps(self) -> list[int]:
         """The steps on disk, oldest first; waits for the save that still runs."""
@@ -85,6 +92,7 @@ class Checkpoints:
         state: TrainState,
         meta: Mapping[str, Any],
         *,
+        metrics: Mapping[str, Any] | None = None,
         wait: bool = False,
     ) -> None:
         """Starts to write a checkpoint, after the save before it has ended.
@@ -95,11 +103,13 @@ class Checkpoints:
 
         Args:
           meta: JSON values to remember beside the arrays.
+          metrics: numbers of the step by name, by which the best one is known.
           wait: return only when the checkpoint is complete.
         """
         self._finish()
         items = jax.tree.map(savable, state_items(state))
-        inventory = make_inventory(items, meta)
+        inventory = make_inventory(items, meta, metrics)
+        self._warn_without_value(step, inventory["metrics"])
         try:
             if jax.process_index() == 0:
                 self._folders.directory.mkdir(parents=True, exist_ok=True)
@@ -117,7 +127,7 @@ class Checkpoints:
             self._finish()
 
     def restore(
-        self, like: TrainState, *, step: int | None = None
+        self, like: TrainState, *, step: Step = None
     ) -> tuple[int, TrainState, dict[str, Any]] | None:
         """The newest good checkpoint: its step, the state, and the `meta` it was given.
 
@@ -128,7 +138,7 @@ class Checkpoints:
           like: arrays or `ShapeDtypeStruct` with the wanted shardings, whatever mesh
             the checkpoint was saved on. Arrays without a mesh beside others with one
             are replicated on it. `base` is passed through.
-          step: exactly this step; None takes the newest.
+          step: exactly this step, or "best"; None takes the newest.
 
         Returns:
           None if there is no checkpoint.
@@ -147,7 +157,7 @@ class Checkpoints:
         return step, state, meta
 
     def restore_params(
-        self, step: int | None = None, *, like: PyTree | None = None
+        self, step: Step = None, *, like: PyTree | None = None
     ) -> tuple[int, PyTree, dict[str, Any]]:
         """As `restore`, the parameters alone: step, parameters, `meta`.
 
@@ -179,9 +189,57 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             self._count_failure(step, error)
         else:
+            self._values.pop(step, None)
             if jax.process_index() == 0:
-                keep, keep_every = self._config.keep, self._config.keep_every
-                self._folders.remove_old(keep=keep, keep_every=keep_every)
+                self._folders.remove_old(
+                    keep=self._config.keep,
+                    keep_every=self._config.keep_every,
+                    best=self._best(),
+                )
+
+    def _warn_without_value(self, step: int, metrics: Mapping[str, Any]) -> None:
+        name = self._config.keep_best
+        if name is None or self._warned or metrics.get(name) is not None:
+            return
+        self._warned = True
+        self._report(
+            f"checkpoint {step} has no {name!r} and cannot be the best (told once); "
+            "evaluate where you save, or name another metric"
+        )
+
+    def _best(self) -> int | None:
+        """The first of the steps with the best value; None where no step has one."""
+        if self._config.keep_best is None:
+            return None
+        values = {step: self._value(step) for step in self._folders.steps()}
+        found = {step: value for step, value in values.items() if value is not None}
+        choose = max if self._config.best_mode == "max" else min
+        return choose(found, key=found.__getitem__, default=None)
+
+    def _value(self, step: int) -> float | None:
+        if step not in self._values:
+            try:
+                path = self._folders.path(step)
+                inventory = _read(path, {"meta": None})["meta"]
+                check_inventory(inventory, name=str(path))
+                self._values[step] = inventory["metrics"][self._config.keep_best]
+            # Damaged, of another version, away, or without that metric.
+            except (DamageError, ValueError, OSError, KeyError):
+                self._values[step] = None
+        return self._values[step]
+
+    def _named(self, step: Step) -> int | None:
+        """The number of a step; raises ValueError where none is the best."""
+        if step != "best":
+            return step
+        best = self._best()
+        if best is None:
+            raise ValueError(
+                f"no step in {self._folders.directory} is known to be the best: the "
+                f"run's checkpoint.keep_best is {self._config.keep_best!r}; steps that "
+                f"exist: {self._folders.steps()}."
+            )
+        return best
 
     def _count_failure(self, step: int, error: Exception) -> None:
         self.failed_saves += 1
@@ -194,12 +252,12 @@ class Checkpoints:
         )
 
     def _find(
-        self, step: int | None, like: dict[str, PyTree] | None
+        self, step: Step, like: dict[str, PyTree] | None
     ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
         self._finish()
         _wait_for_all("old checkpoints are removed")
         damaged: dict[int, DamageError] = {}
-        for candidate in self._folders.candidates(step):
+        for candidate in self._folders.candidates(self._named(step)):
             try:
                 items, inventory = self._load(candidate, like)
             except DamageError as error:

@@ -55,7 +55,6 @@ class Progress:
     seconds: float = 0.0  # spent in training, over all starts
     accuracy_before: float | None = None
     accuracy: float | None = None  # of the newest evaluation
-    measured_at: int = 0  # the step of that evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +185,7 @@ class _Run:
             config.checkpoint.grace_seconds, report=self.console.warning
         )
         self.progress = Progress()
+        self.metrics: Mapping[str, Any] = {}  # of the newest step
 
     def to_the_end(self) -> TrainResult:
         """Resume, train what is left, write what stays."""
@@ -238,9 +238,9 @@ class _Run:
             position=self.progress.position + rounds * self.config.prompts_per_step,
         )
         metrics |= self._describe(rollout, time.perf_counter() - start)
-        if self._due(self.config.eval_every):
+        if self._due(self.config.eval_every) or step == self.config.steps:
             measured = self.evaluate(self.learner.sampler_variables())
-            self._advance(accuracy=measured.get(names.ACCURACY), measured_at=step)
+            self._advance(accuracy=measured.get(names.ACCURACY))
             metrics |= measured
         rows = rollout.records(step, meshes.to_host(batch.advantages))
         written = self._due(self.config.report.completions_every) or step == 1
@@ -330,9 +330,9 @@ class _Run:
         return self._result("preempted", accuracy_after=None)
 
     def _finished(self) -> TrainResult:
-        after = self._last_accuracy()
         self.checkpoints.close()
-        result = self._result("finished", accuracy_after=after)
+        # The last step is always evaluated.
+        result = self._result("finished", accuracy_after=self.progress.accuracy)
         params = meshes.to_first(result.params)
         with self.agreement.phase("results"):
             if self.first:
@@ -342,12 +342,6 @@ class _Run:
             self._set_status("finished")
         self.console.summary(result.summary)
         return result
-
-    def _last_accuracy(self) -> float | None:
-        """The accuracy after the last step, measured now if it was not then."""
-        if self.progress.measured_at == self.config.steps:
-            return self.progress.accuracy
-        return self.evaluate(self.learner.sampler_variables()).get(names.ACCURACY)
 
     def _result(self, status: directories.Status, **values: Any) -> TrainResult:
         params = self.policy.merged(self.learner.state.params)
@@ -370,9 +364,12 @@ class _Run:
     def _save(self) -> None:
         self.tracker.flush()
         meta = {"progress": dataclasses.asdict(self.progress)}
-        self.checkpoints.save(self.progress.step, self.learner.state, meta)
+        self.checkpoints.save(
+            self.progress.step, self.learner.state, meta, metrics=self.metrics
+        )
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
+        self.metrics = metrics
         self.tracker.log(metrics, step)
         self.console.step(step, metrics)
 
