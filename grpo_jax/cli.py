@@ -37,6 +37,11 @@ def main() -> None:
     except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
+    finally:
+        if "jax" in sys.modules:
+            from grpo_jax.parallel.processes import leave_processes
+
+            leave_processes()
 
 
 def _use_compile_cache() -> None:

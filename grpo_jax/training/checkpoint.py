@@ -10,11 +10,13 @@ and never falls back.
     meta = ocp.load_checkpointables("checkpoints/100", {"meta": None})["meta"]
 """
 
+import contextlib
 import dataclasses
 import gc
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +29,7 @@ from orbax.checkpoint import v1 as ocp
 
 from grpo_jax.config import CheckpointConfig
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.parallel.agreement import Agreement
+from grpo_jax.parallel.agreement import Agreement, end_of_work
 from grpo_jax.training.damage import (
     READ_ERRORS,
     DamageError,
@@ -50,6 +52,9 @@ from grpo_jax.training.state import TrainState
 from grpo_jax.training.step_folders import StepFolders
 
 _LOG = logging.getLogger(__name__)
+
+# Seconds that a process which fails waits for what it still writes.
+_LAST_SECONDS = 60.0
 
 # A step by its number, or the best one that is kept; None is the newest.
 Step = int | Literal["best"] | None
@@ -76,7 +81,7 @@ class Checkpoints:
         self._folders = StepFolders(Path(directory).absolute())
         self._config = config
         self._report = report
-        self._running: tuple[int, ocp.AsyncResponse[None]] | None = None
+        self._running: tuple[int, ocp.AsyncResponse[None] | Future] | None = None
         # What `keep_best` compares, by step; None for a step without a finite value.
         self._values: dict[int, float | None] = {}
         self._warned = False
@@ -110,19 +115,14 @@ class Checkpoints:
         items = jax.tree.map(savable, state_items(state))
         inventory = make_inventory(items, meta, metrics)
         self._warn_without_value(step, inventory["metrics"])
-        try:
-            if jax.process_index() == 0:
-                self._folders.directory.mkdir(parents=True, exist_ok=True)
-                self._folders.remove_leftovers()
-            with _handlers():
-                response = ocp.save_checkpointables_async(
-                    str(self._folders.path(step)),
-                    {**items, "meta": inventory},
-                    overwrite=True,
-                )
-            self._running = step, response
-        except OSError as error:
+        error = end_of_work(lambda _: self._prepare())
+        if error is not None:
             self._count_failure(step, error)
+            return
+        self._running = (
+            step,
+            _save(self._folders.path(step), {**items, "meta": inventory}),
+        )
         if wait:
             self._finish()
 
@@ -178,15 +178,23 @@ class Checkpoints:
         """Waits for the save that still runs."""
         self._finish()
 
+    def abandon(self) -> None:
+        """Waits for what this process still writes, after an error that ends it.
+
+        Other processes may be elsewhere; a step that they do not complete is none.
+        """
+        if self._running is not None:
+            (_, response), self._running = self._running, None
+            with contextlib.suppress(Exception):
+                response.result(_LAST_SECONDS)
+
     def _finish(self) -> None:
         """Wait for the running save, then remove steps that are no longer kept."""
         if self._running is None:
             return
         (step, response), self._running = self._running, None
-        try:
-            response.result()
-        # What TensorStore and JAX raise when storage or another process fails.
-        except (OSError, ValueError, RuntimeError) as error:
+        error = end_of_work(response.result)
+        if error is not None:
             self._count_failure(step, error)
         else:
             self._values.pop(step, None)
@@ -241,7 +249,15 @@ class Checkpoints:
             )
         return best
 
+    def _prepare(self) -> None:
+        if jax.process_index() == 0:
+            self._folders.directory.mkdir(parents=True, exist_ok=True)
+            self._folders.remove_leftovers()
+
     def _count_failure(self, step: int, error: Exception) -> None:
+        # What TensorStore and JAX raise when storage or another process fails.
+        if not isinstance(error, OSError | ValueError | RuntimeError):
+            raise error
         self.failed_saves += 1
         if jax.process_index() == 0:
             # What was written so far would keep a full disk full.
@@ -302,6 +318,17 @@ class Checkpoints:
             f"checkpoint {step} is damaged ({reason}); it was set aside as {name}, "
             f"step {instead} is used"
         )
+
+
+def _save(path: Path, items: dict[str, Any]) -> "ocp.AsyncResponse[None] | Future":
+    """Starts to write a folder; what fails at once is told like what fails later."""
+    try:
+        with _handlers():
+            return ocp.save_checkpointables_async(str(path), items, overwrite=True)
+    except OSError as error:
+        failed: Future[None] = Future()
+        failed.set_exception(error)
+        return failed
 
 
 def _wait_for_all(what: str) -> None:

@@ -177,7 +177,7 @@ class _Run:
         self.checkpoints = Checkpoints(
             path / "checkpoints", config.checkpoint, report=self.console.warning
         )
-        stack.callback(self.checkpoints.close)
+        stack.callback(self.checkpoints.abandon)
         self.references = References(
             path / "references", config, report=self.console.warning
         )
