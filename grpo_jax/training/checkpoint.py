@@ -13,6 +13,7 @@ and never falls back.
 import contextlib
 import dataclasses
 import gc
+import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from orbax.checkpoint import v1 as ocp
 from grpo_jax.config import CheckpointConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement, end_of_work
+from grpo_jax.training.best import BestStep
 from grpo_jax.training.damage import (
     READ_ERRORS,
     DamageError,
@@ -82,9 +84,7 @@ class Checkpoints:
         self._config = config
         self._report = report
         self._running: tuple[int, ocp.AsyncResponse[None] | Future] | None = None
-        # What `keep_best` compares, by step; None for a step without a finite value.
-        self._values: dict[int, float | None] = {}
-        self._warned = False
+        self._best = BestStep(config, self._inventory, report=report)
 
     def steps(self) -> list[int]:
         """The steps on disk, oldest first; waits for the save that still runs."""
@@ -114,11 +114,11 @@ class Checkpoints:
         self._finish()
         items = jax.tree.map(savable, state_items(state))
         inventory = make_inventory(items, meta, metrics)
-        self._warn_without_value(step, inventory["metrics"])
         error = end_of_work(lambda _: self._prepare())
         if error is not None:
             self._count_failure(step, error)
             return
+        self._best.saving(step, inventory["metrics"])
         self._running = (
             step,
             _save(self._folders.path(step), {**items, "meta": inventory}),
@@ -197,57 +197,12 @@ class Checkpoints:
         if error is not None:
             self._count_failure(step, error)
         else:
-            self._values.pop(step, None)
             if jax.process_index() == 0:
                 self._folders.remove_old(
                     keep=self._config.keep,
                     keep_every=self._config.keep_every,
-                    best=self._best(),
+                    best=self._best.among(self._folders.steps()),
                 )
-
-    def _warn_without_value(self, step: int, metrics: Mapping[str, Any]) -> None:
-        name = self._config.keep_best
-        if name is None or self._warned or metrics.get(name) is not None:
-            return
-        self._warned = True
-        self._report(
-            f"checkpoint {step} has no {name!r} and cannot be the best (told once); "
-            "evaluate where you save, or name another metric"
-        )
-
-    def _best(self) -> int | None:
-        """The first of the steps with the best value; None where no step has one."""
-        if self._config.keep_best is None:
-            return None
-        values = {step: self._value(step) for step in self._folders.steps()}
-        found = {step: value for step, value in values.items() if value is not None}
-        choose = max if self._config.best_mode == "max" else min
-        return choose(found, key=found.__getitem__, default=None)
-
-    def _value(self, step: int) -> float | None:
-        if step not in self._values:
-            try:
-                path = self._folders.path(step)
-                inventory = _read(path, {"meta": None})["meta"]
-                check_inventory(inventory, name=str(path))
-                self._values[step] = inventory["metrics"][self._config.keep_best]
-            # Damaged, of another version, away, or without that metric.
-            except (DamageError, ValueError, OSError, KeyError):
-                self._values[step] = None
-        return self._values[step]
-
-    def _named(self, step: Step) -> int | None:
-        """The number of a step; raises ValueError where none is the best."""
-        if step != "best":
-            return step
-        best = self._best()
-        if best is None:
-            raise ValueError(
-                f"no step in {self._folders.directory} is known to be the best: the "
-                f"run's checkpoint.keep_best is {self._config.keep_best!r}; steps that "
-                f"exist: {self._folders.steps()}."
-            )
-        return best
 
     def _prepare(self) -> None:
         if jax.process_index() == 0:
@@ -273,7 +228,9 @@ class Checkpoints:
         self._finish()
         _wait_for_all("old checkpoints are removed")
         damaged: dict[int, DamageError] = {}
-        for candidate in self._folders.candidates(self._named(step)):
+        if step == "best":
+            step = self._best.named(self._folders.steps())
+        for candidate in self._folders.candidates(step):
             try:
                 items, inventory = self._load(candidate, like)
             except DamageError as error:
@@ -308,6 +265,16 @@ class Checkpoints:
             items = jax.tree.map(jnp.asarray, items)
         check_digests(inventory, items)
         return items, inventory
+
+    def _inventory(self, step: int) -> dict[str, Any]:
+        """The inventory alone, read by this process for itself."""
+        path = self._folders.path(step)
+        # Without Orbax, which counts what it reads and saves: a process that read more
+        # than the others would wait for them under another number.
+        text = (path / "meta" / "data.json").read_text(encoding="utf-8")
+        inventory = json.loads(text)
+        check_inventory(inventory, name=str(path))
+        return inventory
 
     def _set_aside(self, step: int, reason: str, *, instead: int) -> None:
         name = f"{step}.damaged"

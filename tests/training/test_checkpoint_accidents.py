@@ -131,7 +131,8 @@ make = jax.jit(
 )
 state = make_train_state({"w": make()}, optax.adamw(1e-3))
 reports = []
-checkpoints = Checkpoints(path, CheckpointConfig(keep=2), report=reports.append)
+config = CheckpointConfig(keep=2, keep_best="score")
+checkpoints = Checkpoints(path, config, report=reports.append)
 for step in (1, 2, 3):
     checkpoints.save(step, state, {"step": step})
 assert checkpoints.restore(state)[2] == {"step": 3}
@@ -141,8 +142,8 @@ if process == 0:  # the part that only process 1 reads
     largest.write_bytes(largest.read_bytes()[:1000])
 sync_global_devices("damaged")
 step, restored, _ = checkpoints.restore(state)
-assert step == 2 and len(reports) == 1, (step, reports)
-checkpoints.save(3, restored, {"step": 33})
+assert step == 2 and len(reports) == 2, (step, reports)
+checkpoints.save(3, restored, {"step": 33}, metrics={"score": 1.0})
 step, restored, meta = checkpoints.restore(state)
 assert (step, meta, checkpoints.steps()) == (3, {"step": 33}, [2, 3])
 print(params_sha256(restored.params))
@@ -159,9 +160,11 @@ for failures, victim in enumerate((1, 0), start=1):
     why = "File too large" if process == victim else f"process {victim} of 2 could not"
     assert "checkpoint 4 could not be saved" in reports[-1] and why in reports[-1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-checkpoints.save(5, state, {"step": 5})
+for step in (4, 5):
+    checkpoints.save(step, state, {"step": step})
 step, restored, meta = checkpoints.restore(state)
-assert (step, meta, checkpoints.steps()) == (5, {"step": 5}, [3, 5])
+assert (step, meta, checkpoints.steps()) == (5, {"step": 5}, [3, 4, 5])
+assert checkpoints.restore(state, step="best")[0] == 3
 print(params_sha256(restored.params))
 leave_processes()
 """
