@@ -212,7 +212,10 @@ class _Run:
             return
         step, self.learner.state, meta = found
         self.references.restore_at(step, self.learner)
-        self.progress = Progress(**meta["progress"])
+        # What another version of the package remembered besides is left out.
+        known = {field.name for field in dataclasses.fields(Progress)}
+        saved = meta["progress"].items()
+        self.progress = Progress(**{k: v for k, v in saved if k in known})
         # A run that was stopped before its first step measures the policy again.
         self.tracker.truncate_after(step or -1)
         self.console.note(f"resumed from step {step} of {self.config.steps}")

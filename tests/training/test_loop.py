@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import signal
 
 import jax
@@ -250,6 +251,31 @@ def test_a_damaged_checkpoint_costs_steps_but_no_bits(undisturbed, tmp_path):
     assert resumed.summary["params_sha256"] == result.summary["params_sha256"]
     assert comparable(resumed.history) == comparable(result.history)
     assert "checkpoint 3 is damaged" in (tmp_path / "other" / "log.txt").read_text()
+
+
+def test_a_disk_that_is_full_for_a_while_costs_saves_and_no_bits(undisturbed, tmp_path):
+    config, result = undisturbed
+    config = elsewhere(config, tmp_path)
+    # Too large a file is then an error, as on a full disk, and no signal.
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def share_(completions, wanted, trainer_state, **_):
+        limit = 1 << 15 if trainer_state.global_step in (2, 3) else soft
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        return share(completions, wanted)
+
+    share_.__name__ = "share"
+    try:
+        full = run(config, share_)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert full.summary["params_sha256"] == result.summary["params_sha256"]
+    assert comparable(full.history) == comparable(result.history)
+    assert 2 not in saved_steps(full.run_dir) and STEPS in saved_steps(full.run_dir)
+    log = (full.run_dir / "log.txt").read_text()
+    assert "checkpoint 2 could not be saved" in log
 
 
 def test_a_renewed_reference_survives_a_stop(undisturbed, tmp_path):
