@@ -81,6 +81,8 @@ def main(
                 dataset=[{"prompt": text} for text in texts],
                 rewards=lambda completions, **_: reward(completions),
             )
+        if result.summary["status"] != "finished":
+            raise RuntimeError(f"the run was stopped after step {len(result.history)}")
         newest = run_dir / Path("checkpoints") / str(steps)
         size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
     rows = [line for line in result.history if line["step"] > EVERY]
