@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -36,6 +37,11 @@ def main() -> None:
     except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
+    finally:
+        if "jax" in sys.modules:
+            from grpo_jax.parallel.processes import leave_processes
+
+            leave_processes()
 
 
 def _use_compile_cache() -> None:
@@ -127,7 +133,7 @@ def evaluate(
     model: str | None = None,
     task: str | None = None,
     data: str | None = None,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
     prompts: int | None = None,
     samples: int = 1,
     temperature: float | None = None,
@@ -147,7 +153,7 @@ def evaluate(
       task: arithmetic, gsm8k, reasoning_gym:NAME or a .jsonl file; by default the run's
         own, or arithmetic for a model.
       data: local file or folder with the task's rows; by default the run's own.
-      step: the checkpoint of the run; the newest by default.
+      step: the checkpoint of the run, or best; the newest by default.
       prompts: how many held-out prompts; all by default.
       samples: completions per prompt; from two on, pass@k and majority are told too.
       temperature: of sampling; by default 0 (greedy) for one sample, else the run's, or
@@ -210,7 +216,7 @@ def sample(
     prompt: str,
     model: str = EMBEDDED,
     run_dir: Path | None = None,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
     samples: int = 1,
     temperature: float = 0.0,
     max_new_tokens: int = 64,
@@ -222,7 +228,7 @@ def sample(
       prompt: the text; a chat model sees it as the message of a user.
       model: hub name, folder, .gguf file, or the embedded model.
       run_dir: or a run, whose policy is used.
-      step: the checkpoint of the run; the newest by default.
+      step: the checkpoint of the run, or best; the newest by default.
       samples: how many completions.
       temperature: of sampling; 0 takes the likeliest token.
       max_new_tokens: completions are cut at this length.
@@ -254,7 +260,7 @@ def export(
     *,
     run_dir: Path,
     out: Path | None = None,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
     adapter: bool = False,
 ) -> None:
     """Write a checkpoint of a run as a Hugging Face folder.
@@ -262,7 +268,7 @@ def export(
     Args:
       run_dir: the run.
       out: the folder; RUN_DIR/export by default, RUN_DIR/adapter for adapters.
-      step: the checkpoint; the newest by default.
+      step: the checkpoint, or best; the newest by default.
       adapter: the adapters alone, for PEFT; else they are merged into the model.
     """
     if adapter:
@@ -279,7 +285,9 @@ def export(
     print(f"step {policy.step} written to {folder}")
 
 
-def _export_adapter(run_dir: Path, folder: Path, step: int | None) -> None:
+def _export_adapter(
+    run_dir: Path, folder: Path, step: int | Literal["best"] | None
+) -> None:
     from grpo_jax.training.policy import restore_adapter
     from grpo_jax.weights.adapter import save_adapter
 

@@ -27,6 +27,9 @@ from grpo_jax.validation import (
 # Stands for "not given": `TrainConfig` replaces it by the value that suits the model.
 UNSET: Any = None
 
+# Matrices of a layer that may get adapters.
+Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
 EMBEDDED = "embedded"  # the small model that comes with the package
 
 
@@ -207,15 +210,7 @@ class LoraConfig(Section):
     rank: Count | None = None  # width of the adapters; None trains all weights
     alpha: Positive = 32.0  # the adapters' output is scaled by alpha / rank
     # The projections that get adapters.
-    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
-        "q",
-        "k",
-        "v",
-        "o",
-        "gate",
-        "up",
-        "down",
-    )
+    targets: tuple[Projection, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 
     @property
     def scale(self) -> float | None:
@@ -231,6 +226,10 @@ class CheckpointConfig(Section):
     every: Count = 50  # steps between saves; the last step is always saved
     keep: Count = 3  # newest checkpoints that are kept
     keep_every: Count | None = None  # besides, keep each step that this number divides
+    # Besides, keep the step with the best value of this metric, say eval/accuracy; of
+    # equal ones the first.
+    keep_best: Text | None = None
+    best_mode: Literal["max", "min"] = "max"  # the best value: the largest or smallest
     # Seconds between the request to stop and the end of the machine, for a warning when
     # a phase of a step takes longer: then the run resumes from its last checkpoint.
     grace_seconds: Positive = 30.0
@@ -356,6 +355,9 @@ class TrainConfig(Section):
                 f"{group} and divide the {sequences} sequences of an update, or divide "
                 f"a group; {group} always does"
             )
+        best = self.checkpoint.keep_best
+        if best is not None and best.startswith("eval/") and not self.eval_prompts:
+            yield f"eval_prompts must be above 0 for checkpoint.keep_best {best!r}"
         has_reference = self.objective.kl_coef > 0 and self.lora.rank is None
         if "reference" in self.mesh.offload and not has_reference:
             yield (

@@ -101,14 +101,15 @@ def from_dict(cls: type, values: Mapping[str, Any], *, where: str = "") -> Any:
     """A config of class `cls` from the nested dict that `to_dict` makes.
 
     Raises:
-      ValueError: for an unknown key (with the nearest name) or a section that is not
-        a mapping; what the sections themselves refuse is raised by them.
+      ValueError: with every problem: unknown keys (with the nearest name), sections
+        that are no mapping, and what the sections themselves refuse.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where or 'the configuration'} must be a mapping of fields.")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     given: dict[str, Any] = {}
+    found: list[str] = []
     for name, value in values.items():
         path = f"{where}.{name}" if where else str(name)
         if name not in names:
@@ -116,11 +117,23 @@ def from_dict(cls: type, values: Mapping[str, Any], *, where: str = "") -> Any:
             hint = (
                 f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(names)}"
             )
-            raise ValueError(f"{path} is not a field of the configuration; {hint}")
+            found.append(f"{path} is not a field of the configuration; {hint}")
+            continue
         if dataclasses.is_dataclass(hints[name]):
-            value = from_dict(hints[name], value, where=path)
+            try:
+                value = from_dict(hints[name], value, where=path)
+            except ValueError as error:
+                found.append(str(error).rstrip("."))
+                continue  # its defaults stand in, so that the rest is checked too
         given[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**given)
+    try:
+        made = cls(**given)
+    except ValueError as error:
+        found.append(str(error).rstrip("."))
+    else:
+        if not found:
+            return made
+    raise ValueError("; ".join(found) + ".")
 
 
 def overlay(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -222,6 +222,30 @@ def test_problems_of_a_run_are_told_at_once():
     assert "group_size" in str(caught.value) and "minibatches" in str(caught.value)
 
 
+def test_problems_of_a_file_are_told_at_once_whatever_their_section():
+    values = {
+        "stepz": 3,
+        "group_size": 0,
+        "optimizer": {"learning_rate": -1.0, "b1": 2.0},
+        "sampling": {"top_pp": 0.5, "temperature": -1.0},
+        "mesh": 7,
+    }
+    with pytest.raises(ValueError) as caught:
+        from_dict(TrainConfig, values)
+    message = str(caught.value)
+    for problem in (
+        "did you mean 'steps'",
+        "group_size must be an integer from 1 on, got 0",
+        "optimizer.learning_rate must be a positive number, got -1.0",
+        "optimizer.b1 must lie in [0, 1)",
+        "sampling.top_pp is not a field",
+        "sampling.temperature must be a number not below 0",
+        "mesh must be a mapping",
+    ):
+        assert problem in message, problem
+    assert "\n" not in message
+
+
 # What differs from DeepSeekMath's clip 0.2, KL 0.04 (k3), mean over sequences.
 PAPERS = {
     "softmax": {},

@@ -5,12 +5,45 @@ functions, writes files. If one left the run there, the others would wait for ev
 """
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
 from grpo_jax.parallel import mesh as meshes
+
+# Seconds between two looks at how the others fare.
+_LOOK_EVERY = 0.5
+
+
+def end_of_work(result: Callable[[float], object]) -> Exception | None:
+    """The error of work that all processes do in the background; None if none failed.
+
+    A process that waits for the part of one that failed is not waited for: all learn of
+    the failure within a second. All must call this at the same point.
+
+    Args:
+      result: waits that many seconds for the end of the work of this process and raises
+        its error, or TimeoutError if it goes on.
+    """
+    while True:
+        start, error, ended = time.monotonic(), None, True
+        try:
+            result(_LOOK_EVERY)
+        # Before the time is up it is an error of the work, a TimeoutError too.
+        except Exception as raised:
+            waited = time.monotonic() - start >= _LOOK_EVERY
+            ended = not (isinstance(raised, TimeoutError) and waited)
+            error = raised if ended else None
+        known = meshes.gather_rows(np.array([[ended, error is not None]]))
+        failed = np.flatnonzero(known[:, 1])
+        if failed.size:
+            return error or RuntimeError(
+                f"process {failed[0]} of {jax.process_count()} could not write its part"
+            )
+        if known[:, 0].all():
+            return None
 
 
 class Agreement:

@@ -41,6 +41,16 @@ def initialize_processes(config: MeshConfig) -> None:
         jax.distributed.initialize()
 
 
+def leave_processes() -> None:
+    """Leave the runtime that several processes share, as Python does too late.
+
+    Where a save failed on one process, others have threads that wait for it for up to
+    20 minutes. Python joins them before it ends; leaving first ends their wait.
+    """
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
 def _number(value: int | None, variable: str) -> int | None:
     text = os.environ.get(variable)
     if value is not None or text is None:

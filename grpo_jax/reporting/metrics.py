@@ -22,6 +22,7 @@ COMPLETIONS_DIR = "completions"
 REWARD = "reward"
 REWARD_STD = "reward_std"
 ACCURACY = "eval/accuracy"
+EVAL_REWARD = "eval/reward"  # where a task cannot tell right from wrong
 KL = "kl"
 ENTROPY = "entropy"
 GRAD_NORM = "grad_norm"

@@ -115,6 +115,14 @@ class RewardRunner:
         self._runner = (Worker if config.isolate else LocalCalls)(self._calls)
         self._logged: set[tuple[str, str]] = set()
 
+    @property
+    def may_log_metrics(self) -> bool:
+        """Whether a function takes `log_metric`, and so may log any name."""
+        return any(
+            call.accepted is None or "log_metric" in call.accepted
+            for call in self._calls
+        )
+
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raises `ValueError` naming a function that needs a column not among these."""
         columns = tuple(columns)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from grpo_jax.reporting.metrics import plain
 from grpo_jax.training.damage import DamageError
 from grpo_jax.training.digest import array_digests, named_leaves
 
@@ -20,18 +21,24 @@ SCHEMA = 1
 _SHOWN = 8  # differences that an error message lists
 
 
-def make_inventory(items: Mapping[str, PyTree], run: Mapping[str, Any]) -> dict:
+def make_inventory(
+    items: Mapping[str, PyTree],
+    run: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None = None,
+) -> dict:
     """The inventory of `items`, with the run's own JSON values under ``run``.
 
     Returns:
-      ``schema`` (1), ``run``, ``arrays`` (path -> ``shape``, ``dtype``, ``digest``) and
-      ``sha256`` of those three as sorted JSON. Waits until the arrays are computed.
+      ``schema`` (1), ``run``, ``metrics`` (numbers by name, null for those that are not
+      finite), ``arrays`` (path -> ``shape``, ``dtype``, ``digest``) and ``sha256`` of
+      all these as sorted JSON. Waits until the arrays are computed.
     """
     leaves = named_leaves(items)
     digests = np.asarray(array_digests(list(leaves.values()))).tolist()
     content = {
         "schema": SCHEMA,
         "run": dict(run),
+        "metrics": plain(metrics or {}),
         "arrays": {
             path: {
                 "shape": list(leaf.shape),

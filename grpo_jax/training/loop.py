@@ -56,7 +56,6 @@ class Progress:
     seconds: float = 0.0  # spent in training, over all starts
     accuracy_before: float | None = None
     accuracy: float | None = None  # of the newest evaluation
-    measured_at: int = 0  # the step of that evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +178,7 @@ class _Run:
         self.checkpoints = Checkpoints(
             path / "checkpoints", config.checkpoint, report=self.console.warning
         )
-        stack.callback(self.checkpoints.close)
+        stack.callback(self.checkpoints.abandon)
         self.references = References(
             path / "references", config, report=self.console.warning
         )
@@ -188,6 +187,7 @@ class _Run:
         )
         self.utilization = Utilization(model.config, config, mesh)
         self.progress = Progress()
+        self.metrics: Mapping[str, Any] = {}  # of the newest step
 
     def to_the_end(self) -> TrainResult:
         """Resume, train what is left, write what stays."""
@@ -214,7 +214,10 @@ class _Run:
             return
         step, self.learner.state, meta = found
         self.references.restore_at(step, self.learner)
-        self.progress = Progress(**meta["progress"])
+        # What another version of the package remembered besides is left out.
+        known = {field.name for field in dataclasses.fields(Progress)}
+        saved = meta["progress"].items()
+        self.progress = Progress(**{k: v for k, v in saved if k in known})
         # A run that was stopped before its first step measures the policy again.
         self.tracker.truncate_after(step or -1)
         self.console.note(f"resumed from step {step} of {self.config.steps}")
@@ -241,9 +244,9 @@ class _Run:
         )
         metrics["time/step"] = time.perf_counter() - start
         metrics |= self._describe(rollout, metrics)
-        if self._due(self.config.eval_every):
+        if self._due(self.config.eval_every) or step == self.config.steps:
             measured = self.evaluate(self.learner.sampler_variables())
-            self._advance(accuracy=measured.get(names.ACCURACY), measured_at=step)
+            self._advance(accuracy=measured.get(names.ACCURACY))
             metrics |= measured
         rows = rollout.records(step, meshes.to_host(batch.advantages))
         written = self._due(self.config.report.completions_every) or step == 1
@@ -334,9 +337,9 @@ class _Run:
         return self._result("preempted", accuracy_after=None)
 
     def _finished(self) -> TrainResult:
-        after = self._last_accuracy()
         self.checkpoints.close()
-        result = self._result("finished", accuracy_after=after)
+        # The last step is always evaluated.
+        result = self._result("finished", accuracy_after=self.progress.accuracy)
         params = meshes.to_first(result.params)
         with self.agreement.phase("results"):
             if self.first:
@@ -346,12 +349,6 @@ class _Run:
             self._set_status("finished")
         self.console.summary(result.summary)
         return result
-
-    def _last_accuracy(self) -> float | None:
-        """The accuracy after the last step, measured now if it was not then."""
-        if self.progress.measured_at == self.config.steps:
-            return self.progress.accuracy
-        return self.evaluate(self.learner.sampler_variables()).get(names.ACCURACY)
 
     def _result(self, status: directories.Status, **values: Any) -> TrainResult:
         params = self.policy.merged(self.learner.state.params)
@@ -374,9 +371,12 @@ class _Run:
     def _save(self) -> None:
         self.tracker.flush()
         meta = {"progress": dataclasses.asdict(self.progress)}
-        self.checkpoints.save(self.progress.step, self.learner.state, meta)
+        self.checkpoints.save(
+            self.progress.step, self.learner.state, meta, metrics=self.metrics
+        )
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
+        self.metrics = metrics
         self.tracker.log(metrics, step)
         self.console.step(step, metrics)
 

@@ -17,7 +17,7 @@ from grpo_jax.models.lora import init_lora, lora_axes, merge_lora
 from grpo_jax.models.protocol import WIDE
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training import run_dir as directories
-from grpo_jax.training.checkpoint import Checkpoints
+from grpo_jax.training.checkpoint import Checkpoints, Step
 from grpo_jax.training.plan import (
     advice,
     compute_dtype,
@@ -108,9 +108,11 @@ def load_policy(config: TrainConfig, mesh: Mesh) -> Policy:
 
 
 def restore(
-    run_dir: str | Path, step: int | None = None, mesh: Mesh | None = None
+    run_dir: str | Path, step: Step = None, mesh: Mesh | None = None
 ) -> Restored:
     """The parameters of a run at a step (the newest by default), on any devices.
+
+    The step "best" is the one that `checkpoint.keep_best` of the run keeps.
 
     Adapters are merged into their base, which is read again from the run's model in
     the compute dtype of this machine.
@@ -143,7 +145,7 @@ def restore(
 
 
 def restore_adapter(
-    run_dir: str | Path, step: int | None = None
+    run_dir: str | Path, step: Step = None
 ) -> tuple[int, Adapter, ModelConfig]:
     """The adapters of a run: step, adapters, and the configuration of their base.
 
@@ -161,7 +163,7 @@ def restore_adapter(
 
 
 def open_policy(
-    *, run_dir: Path | None = None, model: str | None = None, step: int | None = None
+    *, run_dir: Path | None = None, model: str | None = None, step: Step = None
 ) -> Restored:
     """The policy of a run, or of a model that was not trained here.
 
@@ -183,7 +185,7 @@ def open_policy(
     )
 
 
-def _read_trained(path: Path, step: int | None) -> tuple[TrainConfig, int, PyTree]:
+def _read_trained(path: Path, step: Step) -> tuple[TrainConfig, int, PyTree]:
     """The configuration of a run, and the newest or another step, on the host."""
     config = directories.read_config(path)
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint)

@@ -1,6 +1,7 @@
 """What a run is made of: its task, its rewards and how it measures a policy."""
 
 import dataclasses
+import difflib
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -62,7 +63,23 @@ def make_runner(config: TrainConfig, task: Task) -> RewardRunner:
     )
     runner = RewardRunner(task.rewards, chosen, max_steps=config.steps)
     runner.check_columns(task.train[0])
+    _check_best(config.checkpoint.keep_best, task, runner)
     return runner
+
+
+def _check_best(name: str | None, task: Task, runner: RewardRunner) -> None:
+    """Raises ValueError for a metric by which this run has no best step."""
+    evaluated = names.ACCURACY if is_judged(task) else names.EVAL_REWARD
+    known = [evaluated, names.REWARD, "loss", names.KL, names.ENTROPY]
+    known += [f"rewards/{function}/mean" for function in runner.names]
+    logged = runner.may_log_metrics and not (name or "").startswith("eval/")
+    if name is None or name in known or logged:
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+    raise ValueError(
+        f"checkpoint.keep_best {name!r} is no metric of this run to choose by; {hint}"
+    )
 
 
 def make_evaluation(
@@ -102,7 +119,7 @@ def make_evaluation(
                     "eval/standard_error": result.standard_error,
                 }
             else:
-                metrics = {"eval/reward": _mean_reward(runner, rows, completed)}
+                metrics = {names.EVAL_REWARD: _mean_reward(runner, rows, completed)}
         return metrics | {"time/eval": time.perf_counter() - start}
 
     return evaluate

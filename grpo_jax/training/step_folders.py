@@ -44,10 +44,12 @@ class StepFolders:
             f"{steps}."
         )
 
-    def remove_old(self, *, keep: int, keep_every: int | None) -> None:
-        """Removes all but the newest `keep` steps and those `keep_every` divides."""
+    def remove_old(
+        self, *, keep: int, keep_every: int | None, best: int | None
+    ) -> None:
+        """Removes all but the newest `keep`, `best`, and what `keep_every` divides."""
         for step in self.steps()[:-keep]:
-            if keep_every is None or step % keep_every:
+            if step != best and (keep_every is None or step % keep_every):
                 path = self.path(step)
                 # Renamed first: a step that is half removed must not look damaged.
                 path = path.rename(f"{path}.old.{TEMPORARY}")

@@ -109,7 +109,7 @@ def test_a_process_killed_while_it_saves_leaves_a_good_checkpoint(tmp_path):
 
 
 TWO_PROCESSES = """
-import os, sys
+import os, resource, signal, sys
 from pathlib import Path
 import jax
 path, port, process = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -120,6 +120,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec as P
 from grpo_jax.config import CheckpointConfig, MeshConfig
 from grpo_jax.parallel.mesh import make_mesh
+from grpo_jax.parallel.processes import leave_processes
 from grpo_jax.training.checkpoint import Checkpoints
 from grpo_jax.training.digest import params_sha256
 from grpo_jax.training.state import make_train_state
@@ -130,7 +131,8 @@ make = jax.jit(
 )
 state = make_train_state({"w": make()}, optax.adamw(1e-3))
 reports = []
-checkpoints = Checkpoints(path, CheckpointConfig(keep=2), report=reports.append)
+config = CheckpointConfig(keep=2, keep_best="score")
+checkpoints = Checkpoints(path, config, report=reports.append)
 for step in (1, 2, 3):
     checkpoints.save(step, state, {"step": step})
 assert checkpoints.restore(state)[2] == {"step": 3}
@@ -140,22 +142,45 @@ if process == 0:  # the part that only process 1 reads
     largest.write_bytes(largest.read_bytes()[:1000])
 sync_global_devices("damaged")
 step, restored, _ = checkpoints.restore(state)
-assert step == 2 and len(reports) == 1, (step, reports)
-checkpoints.save(3, restored, {"step": 33})
+assert step == 2 and len(reports) == 2, (step, reports)
+checkpoints.save(3, restored, {"step": 33}, metrics={"score": 1.0})
 step, restored, meta = checkpoints.restore(state)
 assert (step, meta, checkpoints.steps()) == (3, {"step": 33}, [2, 3])
 print(params_sha256(restored.params))
 print(params_sha256(state.params))
+
+# The disk of one process is full, then that of the other.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for failures, victim in enumerate((1, 0), start=1):
+    if process == victim:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, hard))
+    checkpoints.save(4, state, {"step": 4})
+    assert checkpoints.steps() == [2, 3] and checkpoints.failed_saves == failures
+    why = "File too large" if process == victim else f"process {victim} of 2 could not"
+    assert "checkpoint 4 could not be saved" in reports[-1] and why in reports[-1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+for step in (4, 5):
+    checkpoints.save(step, state, {"step": step})
+step, restored, meta = checkpoints.restore(state)
+assert (step, meta, checkpoints.steps()) == (5, {"step": 5}, [3, 4, 5])
+assert checkpoints.restore(state, step="best")[0] == 3
+print(params_sha256(restored.params))
+leave_processes()
 """
 
 
-def test_two_processes_save_together_and_agree_on_damage(tmp_path):
+def test_two_processes_agree_on_damage_and_on_saves_that_fail_on_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     processes = [child(TWO_PROCESSES, tmp_path, port, i) for i in (0, 1)]
-    results = [process.communicate(timeout=120) for process in processes]
+    try:
+        results = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for process, (_, errors) in zip(processes, results, strict=True):
         assert process.returncode == 0, errors[-3000:]
     digests = [line for out, _ in results for line in out.split() if len(line) == 64]
-    assert len(digests) == 4 and len(set(digests)) == 1
+    assert len(digests) == 6 and len(set(digests)) == 1

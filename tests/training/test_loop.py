@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import signal
 
 import jax
@@ -83,7 +84,16 @@ def undisturbed(tiny_policy, tmp_path_factory):
     """A run that nothing disturbs, and its result."""
     path = tmp_path_factory.mktemp("undisturbed")
     made = config.__wrapped__(tiny_policy, path)
+    kept = dataclasses.replace(
+        made.checkpoint, keep_best="eval/reward", best_mode="min"
+    )
+    made = dataclasses.replace(made, checkpoint=kept)
     return made, run(made)
+
+
+def without_evaluation(config):
+    plain = CheckpointConfig(every=1, keep=2)
+    return dataclasses.replace(config, eval_every=0, eval_prompts=0, checkpoint=plain)
 
 
 def comparable(history):
@@ -97,6 +107,10 @@ def comparable(history):
 
 def elsewhere(config, path, **changes):
     return dataclasses.replace(config, run_dir=str(path / "other"), **changes)
+
+
+def saved_steps(path):
+    return sorted(int(folder.name) for folder in (path / "checkpoints").iterdir())
 
 
 def manifest(result_or_path):
@@ -123,8 +137,9 @@ def test_a_run_leaves_what_its_directory_promises(undisturbed):
     assert manifest(path)["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
     assert json.loads((path / "summary.json").read_text()) == result.summary
     assert (path / "plots" / "metrics.png").read_bytes()[:4] == b"\x89PNG"
-    steps = sorted(int(p.name) for p in (path / "checkpoints").iterdir())
-    assert steps == [STEPS - 1, STEPS]
+    assert saved_steps(path) == [2, STEPS - 1, STEPS]
+    rewards = {line["step"]: line.get("eval/reward") for line in result.history}
+    assert rewards[2] < rewards[4]
 
 
 def test_metrics_have_one_line_per_step(undisturbed):
@@ -202,6 +217,9 @@ def test_an_interrupted_run_ends_in_the_same_bits(how, step, undisturbed, tmp_pa
     assert manifest(path)["status"] == "finished"
     assert resumed.summary["params_sha256"] == result.summary["params_sha256"]
     assert comparable(resumed.history) == comparable(result.history)
+    # The stop saved step 0, which no reward has spoiled yet.
+    best = 0 if how == "stopped" else 2
+    assert saved_steps(path) == [best, STEPS - 1, STEPS]
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(undisturbed):
@@ -216,7 +234,7 @@ def test_a_run_stopped_before_its_first_step_and_evaluation_can_resume(
     undisturbed, tmp_path
 ):
     config, result = undisturbed
-    config = elsewhere(config, tmp_path, eval_every=0, eval_prompts=0)
+    config = elsewhere(without_evaluation(config), tmp_path)
     halted = run(config, at_step(1, stop))
     assert halted.summary["status"] == "preempted" and halted.history == []
     resumed = run(config)
@@ -237,10 +255,35 @@ def test_a_damaged_checkpoint_costs_steps_but_no_bits(undisturbed, tmp_path):
     assert "checkpoint 3 is damaged" in (tmp_path / "other" / "log.txt").read_text()
 
 
+def test_a_disk_that_is_full_for_a_while_costs_saves_and_no_bits(undisturbed, tmp_path):
+    config, result = undisturbed
+    config = elsewhere(config, tmp_path)
+    # Too large a file is then an error, as on a full disk, and no signal.
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def share_(completions, wanted, trainer_state, **_):
+        limit = 1 << 15 if trainer_state.global_step in (2, 3) else soft
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        return share(completions, wanted)
+
+    share_.__name__ = "share"
+    try:
+        full = run(config, share_)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert full.summary["params_sha256"] == result.summary["params_sha256"]
+    assert comparable(full.history) == comparable(result.history)
+    assert 2 not in saved_steps(full.run_dir) and STEPS in saved_steps(full.run_dir)
+    log = (full.run_dir / "log.txt").read_text()
+    assert "checkpoint 2 could not be saved" in log
+
+
 def test_a_renewed_reference_survives_a_stop(undisturbed, tmp_path):
     config, _ = undisturbed
     objective = ObjectiveConfig(kl_coef=0.5, reference_every=2)
-    config = dataclasses.replace(config, objective=objective, eval_prompts=0)
+    config = dataclasses.replace(without_evaluation(config), objective=objective)
     whole = run(elsewhere(config, tmp_path / "whole"))
     kl = [line["kl"] for line in whole.history]
     # Steps 1 and 3 begin with a reference that is the policy.
