@@ -7,7 +7,7 @@ causal pass is the case without prefix; decoding is the case of one query at an 
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.models import rope
 from grpo_jax.models.cache import Prefix
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.flash import Keys, flash_attention, has_flash
 from grpo_jax.models.layers import Projection, RMSNorm, constrain
 
 # Finite, so that the difference of two masked scores is 0 and not NaN.
@@ -43,10 +44,15 @@ def attention(
     among them; so no row is ever empty. A softcap c turns scores s into c tanh(s / c)
     (Gemma Team 2024, https://arxiv.org/abs/2408.00118, section 2). Scores and softmax
     are float32. Query head i reads key/value head i // (H / K) (Ainslie et al. 2023,
-    https://arxiv.org/abs/2305.13245).
+    https://arxiv.org/abs/2305.13245). Several queries at once are left to cuDNN where
+    it serves them.
     """
     n, g, t, heads, width = queries.shape
     kv_heads = keys.shape[1]
+    if t > 1 and softcap is None and has_flash(queries):
+        seen = _all_keys(t, keys, values, prefix, offset=offset, window=window)
+        causal = len(seen) == 1 and window is None and t == keys.shape[3]
+        return flash_attention(queries, seen, scale=scale, causal=causal)
     # One layout serves both products: with (N, K) as batch, all rows of a prompt's
     # sequences against its prefix; with (N, K, G), a sequence's rows against its own.
     # Keys and values come in it, so that decoding need not rearrange its cache.
@@ -143,6 +149,22 @@ class SelfAttention(nn.Module):
             use_bias=use_bias,
             lora_scale=self.config.lora_scale,
         )
+
+
+def _all_keys(
+    num_queries: int,
+    keys: Float[Array, "N K G S h"],
+    values: Float[Array, "N K G S h"],
+    prefix: Prefix | None,
+    **where: Any,
+) -> list[Keys]:
+    mask = _own_mask(num_queries, keys.shape[3], **where)
+    parts = [Keys(keys, values, mask[:, 0, 0, :, 0])]
+    if prefix is not None:
+        mask = _prefix_mask(num_queries, prefix, **where)
+        shared = prefix.keys[:, :, None], prefix.values[:, :, None]
+        parts.append(Keys(*shared, mask[:, 0, 0, :, 0]))
+    return parts
 
 
 def _product(equation: str, left: Array, right: Array) -> Float[Array, "..."]:

@@ -1,0 +1,91 @@
+"""Flash attention's arrangement of prefix and group, against the plain form.
+
+The arrangement runs anywhere, with JAX's own attention in place of cuDNN's.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.models import attention as attentions
+from grpo_jax.models.cache import Prefix
+from grpo_jax.models.flash import flash_attention, has_flash
+
+N, G, P, H, K, WIDTH = 2, 3, 5, 4, 2, 8
+
+
+def draw(seed, *shape):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+def inputs(tokens):
+    prefix = Prefix(
+        keys=draw(3, N, K, P, WIDTH),
+        values=draw(4, N, K, P, WIDTH),
+        lengths=jnp.array([5, 2]),
+    )
+    own = (N, K, G, tokens, WIDTH)
+    return draw(0, N, G, tokens, H, WIDTH), draw(1, *own), draw(2, *own), prefix
+
+
+@pytest.fixture
+def with_flash(monkeypatch):
+    """Makes `attention` take the arrangement for cuDNN."""
+
+    def use():
+        plain = functools.partial(flash_attention, implementation="xla")
+        monkeypatch.setattr(attentions, "flash_attention", plain)
+        monkeypatch.setattr(attentions, "has_flash", lambda queries: True)
+
+    return use
+
+
+@pytest.mark.parametrize("tokens", [4, 3])  # odd lengths are padded
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("with_prefix", [True, False])
+def test_it_equals_the_plain_form_in_value_and_gradient(
+    tokens, window, with_prefix, with_flash
+):
+    queries, keys, values, prefix = inputs(tokens)
+    weights = draw(5, *queries.shape)
+
+    def total(queries, keys, values, prefix_keys, prefix_values):
+        shared = prefix.replace(keys=prefix_keys, values=prefix_values)
+        out = attentions.attention(
+            queries,
+            keys,
+            values,
+            prefix=shared if with_prefix else None,
+            offset=0,
+            window=window,
+            scale=0.8,
+            softcap=None,
+        )
+        return jnp.sum(weights * out)
+
+    arrays = queries, keys, values, prefix.keys, prefix.values
+    differentiate = jax.value_and_grad(total, argnums=range(len(arrays)))
+    expected, expected_gradients = differentiate(*arrays)
+    with_flash()
+    found, gradients = differentiate(*arrays)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for ours, plain in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(ours, plain, atol=1e-5)
+
+
+def test_one_query_and_capped_scores_stay_with_the_plain_form(with_flash, monkeypatch):
+    queries, keys, values, prefix = inputs(4)
+    with_flash()
+    monkeypatch.setattr(attentions, "flash_attention", None)
+    options = {"prefix": prefix, "window": None, "scale": 1.0}
+    attentions.attention(queries, keys, values, offset=0, softcap=2.0, **options)
+    one = queries[:, :, :1]
+    attentions.attention(one, keys, values, offset=3, softcap=None, **options)
+
+
+def test_a_device_without_it_is_told_apart():
+    assert not has_flash(jnp.zeros((1, 1, 2, 1, 64), jnp.bfloat16))
