@@ -19,7 +19,12 @@ from grpo_jax.training.learner import Learner
 
 
 def phases(
-    model: ModelConfig, work: Workload, mesh: MeshConfig, *, repeats: int = 3
+    model: ModelConfig,
+    work: Workload,
+    mesh: MeshConfig,
+    *,
+    repeats: int = 3,
+    microbatch_size: int | None = None,
 ) -> dict[str, float]:
     """Least seconds of rollout, reference pass and update, full-length completions."""
     decoder, made = Decoder(model), meshes.make_mesh(mesh)
@@ -29,6 +34,7 @@ def phases(
         group_size=work.group,
         max_prompt_tokens=work.prompt_tokens,
         max_new_tokens=work.new_tokens,
+        microbatch_size=microbatch_size,
         mesh=mesh,
     )
     with jax.set_mesh(made), nn.logical_axis_rules(meshes.RULES):

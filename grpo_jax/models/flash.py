@@ -61,12 +61,12 @@ def flash_attention(
     q = split.transpose(0, 2, 3, 1, 4, 5).reshape(n, t, g * heads, width)
     k = _as_heads([part.keys for part in parts], g)
     v = _as_heads([part.values for part in parts], g)
+    # Its gradient needs even lengths.
+    q, k, v = (_even(x, axis=1) for x in (q, k, v))
     mask = None
     if not causal:
         masks = [jnp.broadcast_to(p.mask, (n, t, p.mask.shape[2])) for p in parts]
         mask = jnp.concatenate(masks, axis=-1)[:, None]
-        # With a mask its gradient needs even lengths.
-        q, k, v = (_even(x, axis=1) for x in (q, k, v))
         mask = _even(_even(mask, axis=2), axis=3)
     out = jax.nn.dot_product_attention(
         q,

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
-# Layouts of a rollout: each is compiled. Halving beyond an eighth gains little.
+# Layouts of a rollout. Each is compiled, which on a GPU takes 8 s: it must have many
+# tokens to save. Halving beyond an eighth gains little.
+_TOKENS_PER_LAYOUT = 64
 _MOST_LAYOUTS = 4
 # Slots below which a token takes the same time however few there are.
 _FEWEST_SLOTS = 16
@@ -53,13 +55,15 @@ class Places(struct.PyTreeNode):
         return index.reshape(parts * groups, width)
 
 
-def layouts(num_prompts: int, group_size: int, *, parts: int) -> list[Layout]:
+def layouts(
+    num_prompts: int, group_size: int, *, max_new_tokens: int, parts: int
+) -> list[Layout]:
     """The layouts that a rollout goes through, each with half the slots of the last.
 
-    First the width is halved, then the number of groups.
+    First the width is halved, then the number of groups. Short rollouts have fewer.
     """
     chosen = [Layout(num_prompts, group_size, parts)]
-    while len(chosen) < _MOST_LAYOUTS:
+    while len(chosen) < min(_MOST_LAYOUTS, 1 + max_new_tokens // _TOKENS_PER_LAYOUT):
         groups, width, _ = chosen[-1]
         if width > 1:
             width = -(-width // 2)

@@ -44,6 +44,49 @@ def with_flash(monkeypatch):
     return use
 
 
+@pytest.mark.accelerator
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("with_prefix", [True, False])
+def test_a_gpu_gives_what_the_plain_form_gives(window, with_prefix, monkeypatch):
+    n, group, heads, kv_heads, width, tokens, prompt = 2, 8, 9, 3, 64, 255, 64
+    own = (n, kv_heads, group, tokens, width)
+    shared = (n, kv_heads, prompt, width)
+    shapes = [(n, group, tokens, heads, width), own, own, shared, shared]
+    arrays = [draw(i, *s).astype(jnp.bfloat16) for i, s in enumerate(shapes)]
+    if not has_flash(arrays[0]):
+        pytest.skip("needs an NVIDIA GPU: JAX_PLATFORMS=cuda pytest -m accelerator")
+    weights = draw(5, *shapes[0])
+
+    def total(queries, keys, values, prefix_keys, prefix_values):
+        prefix = Prefix(prefix_keys, prefix_values, jnp.array([prompt, prompt // 3]))
+        out = attentions.attention(
+            queries,
+            keys,
+            values,
+            prefix=prefix if with_prefix else None,
+            offset=0,
+            window=window,
+            scale=width**-0.5,
+            softcap=None,
+        )
+        return jnp.sum(weights * out), out
+
+    # One after the other: a function that was traced is not traced again.
+    def differentiate(*arrays):
+        gradient = jax.grad(total, argnums=range(len(shapes)), has_aux=True)
+        return jax.jit(lambda *a: gradient(*a))(*arrays)
+
+    gradients, out = differentiate(*arrays)
+    monkeypatch.setattr(attentions, "has_flash", lambda queries: False)
+    wide = [x.astype(jnp.float32) for x in arrays]
+    expected_gradients, expected = differentiate(*wide)
+    for ours, plain in zip(
+        [out, *gradients], [expected, *expected_gradients], strict=True
+    ):
+        error = jnp.linalg.norm(ours.astype(jnp.float32) - plain)
+        assert error <= 1e-2 * jnp.linalg.norm(plain)  # bfloat16 has 8 bits
+
+
 @pytest.mark.parametrize("tokens", [4, 3])  # odd lengths are padded
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("with_prefix", [True, False])

@@ -213,6 +213,7 @@ def test_the_loop_stops_when_every_completion_has_ended(tiny_policy, monkeypatch
 def few_slots(monkeypatch):
     """Layouts down to a single slot, for programs compiled while it is in use."""
     monkeypatch.setattr(slots, "_FEWEST_SLOTS", 1)
+    monkeypatch.setattr(slots, "_TOKENS_PER_LAYOUT", 1)
     generating._generate.clear_cache()
     yield
     generating._generate.clear_cache()

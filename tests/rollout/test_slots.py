@@ -92,13 +92,21 @@ def test_completions_stay_in_their_part():
     ],
 )
 def test_layouts_halve_down_to_the_fewest_slots(shape, parts, expected):
-    found = slots.layouts(*shape, parts=parts)
+    found = slots.layouts(*shape, max_new_tokens=256, parts=parts)
     assert [tuple(layout) for layout in found] == [(*one, parts) for one in expected]
+
+
+@pytest.mark.parametrize(
+    "tokens, count", [(8, 1), (63, 1), (64, 2), (128, 3), (999, 4)]
+)
+def test_short_rollouts_have_few_layouts(tokens, count):
+    assert len(slots.layouts(64, 16, max_new_tokens=tokens, parts=1)) == count
 
 
 def test_layouts_shrink_to_one_group(monkeypatch):
     monkeypatch.setattr(slots, "_FEWEST_SLOTS", 1)
-    assert [tuple(one) for one in slots.layouts(3, 2, parts=1)] == [
+    found = slots.layouts(3, 2, max_new_tokens=256, parts=1)
+    assert [tuple(one) for one in found] == [
         (3, 2, 1),
         (3, 1, 1),
         (2, 1, 1),
