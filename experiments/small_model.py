@@ -6,13 +6,13 @@
     python experiments/small_model.py gsm8k --model $MODEL --data DIR
 
 `sums` asks for two-digit sums and differences in words (1,001 held-out problems);
-`gsm8k` for word problems step by step and `direct` for their answers alone (1,319).
-Completions are greedy; answers are read strictly, in the format asked for, and
-leniently, as the last number. `--data` is a folder with GSM8K's train.jsonl and
-test.jsonl. Every line of `--out` is the result of one seed.
+`gsm8k` for word problems step by step (1,319). Completions are greedy; answers are read
+strictly, in the format asked for, and leniently, as the last number. `--data` is a
+folder with GSM8K's train.jsonl and test.jsonl. Every line of `--out` is the result of
+one seed; a run that is there already is not trained again.
 
-Hardware: one H100.
-Time: minutes.
+Hardware and time: TIME
+Result: RESULT
 """
 
 import dataclasses
@@ -40,7 +40,6 @@ from grpo_jax.training.judging import Evaluation
 from grpo_jax.weights.pretrained import Pretrained
 
 NUMBER_ONLY = "Reply with the number only."
-MARKED_ONLY = 'Give only the final answer as a number, after "####".'
 
 
 class Recipe(NamedTuple):
@@ -49,48 +48,48 @@ class Recipe(NamedTuple):
     steps: int
     max_new_tokens: int
     learning_rate: float
-    prompts_per_step: int = 64
+    prompts_per_step: int
+    temperature: float
     group_size: int = 16
 
 
 RECIPES = {
-    "sums": Recipe(steps=200, max_new_tokens=16, learning_rate=2e-5),
-    "direct": Recipe(steps=200, max_new_tokens=16, learning_rate=1e-5),
+    "sums": Recipe(
+        steps=45,
+        max_new_tokens=16,
+        learning_rate=5e-5,
+        prompts_per_step=8,
+        temperature=0.7,
+        group_size=8,
+    ),
     "gsm8k": Recipe(
-        steps=60, max_new_tokens=200, learning_rate=1e-5, prompts_per_step=32
+        steps=60,
+        max_new_tokens=200,
+        learning_rate=1e-5,
+        prompts_per_step=32,
+        temperature=1.0,
     ),
 }
 
 
 def make_task(name: str, data: str) -> Task:
     """The task with its prompts and rewards."""
-    if name == "sums":
-        task = with_prompts(load_task("arithmetic"), sum_in_words)
-        return dataclasses.replace(
-            task, rewards=(last_number_right,), reward_weights=None
-        )
-    task = load_task("gsm8k", data=data)
-    return with_prompts(task, answer_alone) if name == "direct" else task
+    if name == "gsm8k":
+        return load_task("gsm8k", data=data)
+    task = load_task("arithmetic")
+    return dataclasses.replace(
+        task,
+        train=[*map(in_words, task.train)],
+        test=[*map(in_words, task.test)],
+        rewards=(last_number_right,),
+        reward_weights=None,
+    )
 
 
-def sum_in_words(row: Mapping[str, Any]) -> str:
-    """A question for a row of the package's arithmetic."""
-    return f"What is {row['prompt'].removesuffix('=')}? {NUMBER_ONLY}"
-
-
-def answer_alone(row: Mapping[str, Any]) -> str:
-    """A problem of GSM8K whose answer is to come without reasoning."""
-    return f"{row['question']}\n\n{MARKED_ONLY}"
-
-
-def with_prompts(task: Task, question) -> Task:
-    """The task with other questions for its rows."""
-
-    def changed(row):
-        return {**row, "prompt": [{"role": "user", "content": question(row)}]}
-
-    rows = {"train": [*map(changed, task.train)], "test": [*map(changed, task.test)]}
-    return dataclasses.replace(task, **rows)
+def in_words(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the package's arithmetic, as the message of a user."""
+    question = f"What is {row['prompt'].removesuffix('=')}? {NUMBER_ONLY}"
+    return {**row, "prompt": [{"role": "user", "content": question}]}
 
 
 def last_number_right(completions, answer, **columns):
@@ -113,18 +112,18 @@ def accuracies(measured: Evaluation) -> dict[str, float]:
 
 
 def main(
-    name: tyro.conf.Positional[Literal["sums", "direct", "gsm8k"]],
+    name: tyro.conf.Positional[Literal["sums", "gsm8k"]],
     model: str,
     data: str = "gsm8k",
     seeds: tuple[int, ...] = (0, 1, 2),
     runs: Path = Path("runs/small_model"),
     out: Path = Path("experiments/results/small_model.jsonl"),
-    temperature: float = 1.0,
     steps: int | None = None,
     max_new_tokens: int | None = None,
     learning_rate: float | None = None,
     prompts_per_step: int | None = None,
     group_size: int | None = None,
+    temperature: float | None = None,
 ) -> None:
     """Measure the model, then train and measure it with each seed.
 
@@ -143,7 +142,7 @@ def main(
     print(f"{name}, before: {before}", flush=True)
     for seed in seeds:
         run_dir = runs / f"{name}-{seed}"
-        config = configuration(recipe, model, seed, run_dir, temperature)
+        config = configuration(recipe, model, seed, run_dir)
         weights = RewardsConfig(weights=task.reward_weights)
         config = dataclasses.replace(config, rewards=weights)
         result = train(config, dataset=task.train, rewards=task.rewards)
@@ -154,7 +153,6 @@ def main(
             "after": measure(start, result.params, task, recipe),
             "seconds": round(result.summary["seconds"], 1),
             **recipe._asdict(),
-            "temperature": temperature,
         }
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a") as file:
@@ -162,9 +160,7 @@ def main(
         print(json.dumps(line), flush=True)
 
 
-def configuration(
-    recipe: Recipe, model: str, seed: int, run_dir: Path, temperature: float
-) -> TrainConfig:
+def configuration(recipe: Recipe, model: str, seed: int, run_dir: Path) -> TrainConfig:
     """A run without KL penalty: the reference knows no better than the policy."""
     return TrainConfig(
         model=model,
@@ -177,7 +173,7 @@ def configuration(
         eval_every=0,
         eval_prompts=0,
         objective=dataclasses.replace(ObjectiveConfig.preset("grpo"), kl_coef=0.0),
-        sampling=SamplingConfig(temperature=temperature),
+        sampling=SamplingConfig(temperature=recipe.temperature),
         optimizer=OptimizerConfig(learning_rate=recipe.learning_rate, warmup_steps=10),
     )
 
