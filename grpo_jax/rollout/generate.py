@@ -171,9 +171,7 @@ def _generate(
 
     first = jnp.broadcast_to(last[:, None, :], (*shape, last.shape[-1]))
     state = ended = draw(blank, first)
-    layouts = slots.layouts(
-        *shape, max_new_tokens=max_new_tokens, parts=_batch_parts()
-    )
+    layouts = slots.layouts(*shape, max_new_tokens=max_new_tokens, parts=_batch_parts())
     places = slots.first_places(layouts[0])
     # Where nothing stops a completion, none ends before the others.
     for layout in layouts[1:] if regroup and stop_ids else ():
