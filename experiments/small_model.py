@@ -49,25 +49,29 @@ class Recipe(NamedTuple):
     max_new_tokens: int
     learning_rate: float
     prompts_per_step: int
+    group_size: int
     temperature: float
-    group_size: int = 16
+    warmup_steps: int
 
 
 RECIPES = {
     "sums": Recipe(
-        steps=45,
+        steps=50,
         max_new_tokens=16,
-        learning_rate=5e-5,
+        learning_rate=3e-5,
         prompts_per_step=8,
-        temperature=0.7,
         group_size=8,
+        temperature=0.7,
+        warmup_steps=0,
     ),
     "gsm8k": Recipe(
         steps=60,
         max_new_tokens=200,
         learning_rate=1e-5,
         prompts_per_step=32,
+        group_size=16,
         temperature=1.0,
+        warmup_steps=10,
     ),
 }
 
@@ -124,6 +128,7 @@ def main(
     prompts_per_step: int | None = None,
     group_size: int | None = None,
     temperature: float | None = None,
+    warmup_steps: int | None = None,
 ) -> None:
     """Measure the model, then train and measure it with each seed.
 
@@ -174,7 +179,9 @@ def configuration(recipe: Recipe, model: str, seed: int, run_dir: Path) -> Train
         eval_prompts=0,
         objective=dataclasses.replace(ObjectiveConfig.preset("grpo"), kl_coef=0.0),
         sampling=SamplingConfig(temperature=recipe.temperature),
-        optimizer=OptimizerConfig(learning_rate=recipe.learning_rate, warmup_steps=10),
+        optimizer=OptimizerConfig(
+            learning_rate=recipe.learning_rate, warmup_steps=recipe.warmup_steps
+        ),
     )
 
 
