@@ -11,8 +11,11 @@ strictly, in the format asked for, and leniently, as the last number. `--data` i
 folder with GSM8K's train.jsonl and test.jsonl. Every line of `--out` is the result of
 one seed; a run that is there already is not trained again.
 
-Hardware and time: TIME
-Result: RESULT
+Hardware and time: `sums` 12 minutes a seed on 2 CPU cores, `gsm8k` a minute on an H200,
+and as long again to measure.
+Result: `sums` lenient accuracy 12.3 -> 29.5 % (standard error 1.4), strict 0 as before.
+`gsm8k` strict 0.2 -> 2.7, 2.3, 2.7 % (0.5), no more than the same answer to every
+problem gets: the reward for the format ended the reasoning (docs/troubleshooting.md).
 """
 
 import dataclasses

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import resource
 import signal
 
@@ -275,9 +276,11 @@ def test_a_disk_that_is_full_for_a_while_costs_saves_and_no_bits(undisturbed, tm
         signal.signal(signal.SIGXFSZ, ignored)
     assert full.summary["params_sha256"] == result.summary["params_sha256"]
     assert comparable(full.history) == comparable(result.history)
-    assert 2 not in saved_steps(full.run_dir) and STEPS in saved_steps(full.run_dir)
+    # Saves run beside the steps: which ones meet the full disk is a matter of speed.
     log = (full.run_dir / "log.txt").read_text()
-    assert "checkpoint 2 could not be saved" in log
+    lost = set(map(int, re.findall(r"checkpoint (\d) could not be saved", log)))
+    assert lost and lost.isdisjoint(saved_steps(full.run_dir))
+    assert STEPS in saved_steps(full.run_dir)
 
 
 def test_a_renewed_reference_survives_a_stop(undisturbed, tmp_path):
