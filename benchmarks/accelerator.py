@@ -151,7 +151,10 @@ def shares(
 
 
 def peak_gib() -> float | None:
-    """The most memory of the device that was in use; None where it is not told."""
+    """The most memory of the device in use so far; None where it is not told.
+
+    Of several shapes only the largest until then has a figure of its own.
+    """
     used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return None if used is None else used / 2**30
 

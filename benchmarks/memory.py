@@ -82,10 +82,7 @@ def run_config(work: Workload, remat: Any, microbatch_size: int | None) -> Train
     """The run whose programs these are."""
     return TrainConfig(
         model="benchmark",
-        prompts_per_step=work.prompts,
-        group_size=work.group,
-        max_prompt_tokens=work.prompt_tokens,
-        max_new_tokens=work.new_tokens,
+        **work.sizes,
         microbatch_size=microbatch_size,
         compute_dtype="float32",
         remat=remat,

@@ -30,10 +30,7 @@ def phases(
     decoder, made = Decoder(model), meshes.make_mesh(mesh)
     config = TrainConfig(
         model="benchmark",
-        prompts_per_step=work.prompts,
-        group_size=work.group,
-        max_prompt_tokens=work.prompt_tokens,
-        max_new_tokens=work.new_tokens,
+        **work.sizes,
         microbatch_size=microbatch_size,
         mesh=mesh,
     )

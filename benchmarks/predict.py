@@ -122,10 +122,7 @@ def run(shape: str, count: int, rank: int | None) -> tuple[ModelConfig, TrainCon
     tensor = 8 if shape == "70B" else 1
     config = TrainConfig(
         model="predicted",
-        prompts_per_step=WORK.prompts,
-        group_size=WORK.group,
-        max_prompt_tokens=WORK.prompt_tokens,
-        max_new_tokens=WORK.new_tokens,
+        **WORK.sizes,
         microbatch_size=WORK.group * (count // tensor),
         lora=LoraConfig(rank=rank),
         mesh=MeshConfig(tensor=tensor),

@@ -50,6 +50,16 @@ class Workload:
         return EMBEDDED if self.model == EMBEDDED.name else models / self.model
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The fields of a `TrainConfig` that say the same."""
+        return {
+            "prompts_per_step": self.prompts,
+            "group_size": self.group,
+            "max_prompt_tokens": self.prompt_tokens,
+            "max_new_tokens": self.new_tokens,
+        }
+
+    @property
     def sequences(self) -> int:
         """Completions of a step."""
         return self.prompts * self.group

@@ -40,7 +40,6 @@ from grpo_jax import (
     train,
 )
 from grpo_jax.tasks import arithmetic
-from grpo_jax.training.judging import Evaluation
 from grpo_jax.weights.pretrained import Pretrained
 
 NUMBER_ONLY = "Reply with the number only."
@@ -109,16 +108,6 @@ def last_number_right(completions, answer, **columns):
     ]
 
 
-def accuracies(measured: Evaluation) -> dict[str, float]:
-    """Strict and lenient accuracy with standard errors."""
-    return {
-        "strict": measured.accuracy,
-        "strict_se": measured.standard_error,
-        "lenient": measured.lenient.accuracy,
-        "lenient_se": measured.lenient.standard_error,
-    }
-
-
 def main(
     name: tyro.conf.Positional[Literal["sums", "gsm8k"]],
     model: str,
@@ -126,13 +115,6 @@ def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     runs: Path = Path("runs/small_model"),
     out: Path = Path("experiments/results/small_model.jsonl"),
-    steps: int | None = None,
-    max_new_tokens: int | None = None,
-    learning_rate: float | None = None,
-    prompts_per_step: int | None = None,
-    group_size: int | None = None,
-    temperature: float | None = None,
-    warmup_steps: int | None = None,
 ) -> None:
     """Measure the model, then train and measure it with each seed.
 
@@ -142,18 +124,13 @@ def main(
       runs: where the runs are kept; finished ones are not repeated.
       out: a file to which results are appended.
     """
-    given = {key: value for key, value in locals().items() if key in Recipe._fields}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    recipe = RECIPES[name]._replace(**chosen)
-    task = make_task(name, data)
+    recipe, task = RECIPES[name], make_task(name, data)
     start = load_pretrained(model)
     before = measure(start, start.params, task, recipe)
     print(f"{name}, before: {before}", flush=True)
     for seed in seeds:
         run_dir = runs / f"{name}-{seed}"
-        config = configuration(recipe, model, seed, run_dir)
-        weights = RewardsConfig(weights=task.reward_weights)
-        config = dataclasses.replace(config, rewards=weights)
+        config = configuration(recipe, task, model, seed, run_dir)
         result = train(config, dataset=task.train, rewards=task.rewards)
         line = {
             "task": name,
@@ -169,7 +146,9 @@ def main(
         print(json.dumps(line), flush=True)
 
 
-def configuration(recipe: Recipe, model: str, seed: int, run_dir: Path) -> TrainConfig:
+def configuration(
+    recipe: Recipe, task: Task, model: str, seed: int, run_dir: Path
+) -> TrainConfig:
     """A run without KL penalty: the reference knows no better than the policy."""
     return TrainConfig(
         model=model,
@@ -186,13 +165,17 @@ def configuration(recipe: Recipe, model: str, seed: int, run_dir: Path) -> Train
         optimizer=OptimizerConfig(
             learning_rate=recipe.learning_rate, warmup_steps=recipe.warmup_steps
         ),
+        rewards=RewardsConfig(weights=task.reward_weights),
     )
 
 
 def measure(
     loaded: Pretrained, params: Any, task: Task, recipe: Recipe
 ) -> dict[str, float]:
-    """Greedy accuracy of a model with other parameters on all held-out problems."""
+    """Greedy accuracy of a model with other parameters on all held-out problems.
+
+    Strict and lenient, each with its standard error.
+    """
     measured = evaluate(
         loaded.model,
         params,
@@ -200,7 +183,13 @@ def measure(
         task,
         max_new_tokens=recipe.max_new_tokens,
     )
-    return {name: round(value, 5) for name, value in accuracies(measured).items()}
+    found = {
+        "strict": measured.accuracy,
+        "strict_se": measured.standard_error,
+        "lenient": measured.lenient.accuracy,
+        "lenient_se": measured.lenient.standard_error,
+    }
+    return {name: round(value, 5) for name, value in found.items()}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int
 
 # Layouts of a rollout. Each is compiled, which on a GPU takes 8 s: it must have many
 # tokens to save. Halving beyond an eighth gains little.
-_TOKENS_PER_LAYOUT = 64
+_TOKENS_PER_LAYOUT = 16
 _MOST_LAYOUTS = 4
 # Slots below which a token takes the same time however few there are.
 _FEWEST_SLOTS = 16

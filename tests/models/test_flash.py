@@ -32,6 +32,21 @@ def inputs(tokens):
     return draw(0, N, G, tokens, H, WIDTH), draw(1, *own), draw(2, *own), prefix
 
 
+def attended(arrays, lengths, *, window, scale):
+    """Attention of queries, keys and values, and of a prefix's where lengths are."""
+    queries, keys, values, *shared = arrays
+    return attentions.attention(
+        queries,
+        keys,
+        values,
+        prefix=None if lengths is None else Prefix(*shared, lengths),
+        offset=0,
+        window=window,
+        scale=scale,
+        softcap=None,
+    )
+
+
 @pytest.fixture
 def with_flash(monkeypatch):
     """Makes `attention` take the arrangement for cuDNN."""
@@ -57,18 +72,10 @@ def test_a_gpu_gives_what_the_plain_form_gives(window, with_prefix, monkeypatch)
         pytest.skip("needs an NVIDIA GPU: JAX_PLATFORMS=cuda pytest -m accelerator")
     weights = draw(5, *shapes[0])
 
-    def total(queries, keys, values, prefix_keys, prefix_values):
-        prefix = Prefix(prefix_keys, prefix_values, jnp.array([prompt, prompt // 3]))
-        out = attentions.attention(
-            queries,
-            keys,
-            values,
-            prefix=prefix if with_prefix else None,
-            offset=0,
-            window=window,
-            scale=width**-0.5,
-            softcap=None,
-        )
+    lengths = jnp.array([prompt, prompt // 3]) if with_prefix else None
+
+    def total(*arrays):
+        out = attended(arrays, lengths, window=window, scale=width**-0.5)
         return jnp.sum(weights * out), out
 
     # One after the other: a function that was traced is not traced again.
@@ -96,19 +103,10 @@ def test_it_equals_the_plain_form_in_value_and_gradient(
     queries, keys, values, prefix = inputs(tokens)
     weights = draw(5, *queries.shape)
 
-    def total(queries, keys, values, prefix_keys, prefix_values):
-        shared = prefix.replace(keys=prefix_keys, values=prefix_values)
-        out = attentions.attention(
-            queries,
-            keys,
-            values,
-            prefix=shared if with_prefix else None,
-            offset=0,
-            window=window,
-            scale=0.8,
-            softcap=None,
-        )
-        return jnp.sum(weights * out)
+    lengths = prefix.lengths if with_prefix else None
+
+    def total(*arrays):
+        return jnp.sum(weights * attended(arrays, lengths, window=window, scale=0.8))
 
     arrays = queries, keys, values, prefix.keys, prefix.values
     differentiate = jax.value_and_grad(total, argnums=range(len(arrays)))
