@@ -16,7 +16,7 @@ from typing import Any
 
 from grpo_jax.reporting import metrics
 from grpo_jax.reporting.page_assets import SCRIPT, STYLE
-from grpo_jax.reporting.panels import PANELS
+from grpo_jax.reporting.panels import panels_of
 from grpo_jax.reporting.text import duration_text, prompt_text, visible
 from grpo_jax.reporting.trackers import write_text
 
@@ -46,7 +46,7 @@ def _page(folder: Path, history: Sequence[Mapping[str, Any]]) -> str:
     status = str(manifest.get("status", "running"))
     rows, completions_note = _completions(folder)
     data = {
-        "panels": [dataclasses.asdict(panel) for panel in PANELS],
+        "panels": [dataclasses.asdict(panel) for panel in panels_of([history])],
         "series": _all_series(history),
         "rows": rows,
     }

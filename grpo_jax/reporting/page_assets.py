@@ -195,8 +195,7 @@ function chart(panel) {
 }
 
 const curves = document.getElementById("curves");
-for (const panel of data.panels)
-  if (data.series[panel.metric]) curves.append(chart(panel));
+for (const panel of data.panels) curves.append(chart(panel));
 const every = document.getElementById("every");
 every.addEventListener("toggle", () => {
   const place = every.querySelector("div");

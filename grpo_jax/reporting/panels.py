@@ -1,7 +1,9 @@
 """Which curves of a run are shown, and how; one list for the plot and the page."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +49,28 @@ PANELS = (
         label="tokens per second",
     ),
 )
+
+_ONE_REWARD = re.compile(r"rewards/(.+)/mean")
+
+
+def panels_of(histories: Iterable[Sequence[Mapping[str, Any]]]) -> list[Panel]:
+    """The panels of which some history has values.
+
+    Where a run has several reward functions, each has a panel behind that of their sum.
+    """
+    lines = [line for history in histories for line in history]
+    names = dict.fromkeys(name for line in lines for name in line)
+    found = [match for name in names if (match := _ONE_REWARD.fullmatch(name))]
+    single = [
+        Panel(title=f"Reward: {match[1]}", metric=match[0], label="mean")
+        for match in (found if len(found) > 1 else [])
+    ]
+    total, *rest = PANELS
+    return [
+        panel
+        for panel in (total, *single, *rest)
+        if metrics.series(lines, panel.metric)[0]
+    ]
 
 
 def trend(values: Sequence[float]) -> list[float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grpo_jax.reporting import metrics
-from grpo_jax.reporting.panels import PANELS, Panel, trend
+from grpo_jax.reporting.panels import PANELS, Panel, panels_of, trend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def make_figure(runs: dict[str, list[dict[str, Any]]]) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    panels = [panel for panel in PANELS if _any_has(runs, panel)]
+    panels = panels_of(runs.values())
     if not panels:
         wanted = ", ".join(panel.metric for panel in PANELS)
         raise ValueError(f"nothing to draw: no run has any of {wanted}")
@@ -152,7 +152,3 @@ def _step_limits(runs: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
     steps = [line["step"] for history in runs.values() for line in history]
     margin = max(0.02 * (max(steps) - min(steps)), 0.5)
     return min(steps) - margin, max(steps) + margin
-
-
-def _any_has(runs: dict[str, list[dict[str, Any]]], panel: Panel) -> bool:
-    return any(metrics.series(history, panel.metric)[0] for history in runs.values())

@@ -54,6 +54,22 @@ def test_each_run_is_a_line_with_its_own_values_and_a_band():
         assert axes.get_xlim() == figure.axes[0].get_xlim()
 
 
+def test_several_reward_functions_have_a_panel_each():
+    def run(**means):
+        line = {"step": 1, "reward": 1.0, "rewards/neat/std": 0.1, "grad_norm": 1.0}
+        return [line | {f"rewards/{name}/mean": mean for name, mean in means.items()}]
+
+    def titles(**runs):
+        return [axes.get_title(loc="left") for axes in make_figure(runs).axes]
+
+    one = run(neat=0.25)
+    assert titles(one=one) == ["Reward", "Gradient norm"]  # it is the reward
+    both = titles(one=one, two=run(neat=0.5, right=0.75))
+    assert both == ["Reward", "Reward: neat", "Reward: right", "Gradient norm"]
+    neat = _axes(make_figure({"two": run(neat=0.5, right=0.75)}), "Reward: neat")
+    assert neat.lines[0].get_ydata().tolist() == [0.5]
+
+
 def test_a_flat_curve_is_not_drawn_on_a_scale_of_hundredths():
     flat = [{"step": i, "reward": i, "kl": 0.0} for i in range(3)]
     low, high = _axes(make_figure({"a": flat}), "KL to the reference").get_ylim()
