@@ -16,7 +16,7 @@ from typing import Literal
 
 import tyro
 
-from grpo_jax.config import EMBEDDED, SamplingConfig
+from grpo_jax.config import EMBEDDED, SamplingConfig, TrainConfig
 from grpo_jax.flags import all_plan_flags, all_train_flags, plan_flags, train_config
 
 _HELP = """GRPO post-training of language models in JAX.
@@ -172,6 +172,8 @@ def evaluate(
     policy = open_policy(run_dir=run_dir, model=model, step=step)
     config = policy.config
     if task is None:
+        if run_dir is not None:
+            _check_task_is_known(run_dir, config)
         task, data = config.task, data or config.data
     if temperature is None:
         temperature = 0.0 if samples == 1 else config.sampling.temperature
@@ -206,6 +208,18 @@ def evaluate(
         _write(completions, "".join(line + "\n" for line in lines))
 
 
+def _check_task_is_known(run_dir: Path, config: TrainConfig) -> None:
+    from grpo_jax.tasks.base import CALLERS_ROWS
+    from grpo_jax.training.run_dir import read_data
+
+    came_from = read_data(run_dir).get("task")
+    if came_from == CALLERS_ROWS and Path(config.task).stem != CALLERS_ROWS:
+        raise ValueError(
+            f"{run_dir} was trained on rows given from Python, which are not kept; "
+            "name a task with --task."
+        )
+
+
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -214,7 +228,7 @@ def _write(path: Path, text: str) -> None:
 def sample(
     *,
     prompt: str,
-    model: str = EMBEDDED,
+    model: str | None = None,
     run_dir: Path | None = None,
     step: int | Literal["best"] | None = None,
     samples: int = 1,
@@ -226,7 +240,7 @@ def sample(
 
     Args:
       prompt: the text; a chat model sees it as the message of a user.
-      model: hub name, folder, .gguf file, or the embedded model.
+      model: hub name, folder or .gguf file; the embedded model by default.
       run_dir: or a run, whose policy is used.
       step: the checkpoint of the run, or best; the newest by default.
       samples: how many completions.
@@ -239,9 +253,9 @@ def sample(
     from grpo_jax.training.evaluate import complete
     from grpo_jax.training.policy import open_policy
 
-    policy = open_policy(
-        run_dir=run_dir, model=None if run_dir is not None else model, step=step
-    )
+    if model is None and run_dir is None:
+        model = EMBEDDED
+    policy = open_policy(run_dir=run_dir, model=model, step=step)
     texts = complete(
         policy.model,
         policy.params,

@@ -33,6 +33,27 @@ The flags are those of `grpo-jax train`, of whose model the config.json is enoug
 
 {_TWO_FLAGS}"""
 
+# Names of TRL's GRPOConfig that say the same by another name; docs/trl.md has all.
+TRL_NAMES = {
+    "model_name_or_path": "model",
+    "output_dir": "run-dir",
+    "max_steps": "steps",
+    "per_device_train_batch_size": "prompts-per-step",
+    "num_generations": "group-size",
+    "num_iterations": "updates-per-rollout",
+    "max_prompt_length": "max-prompt-tokens",
+    "max_completion_length": "max-new-tokens",
+    "beta": "objective.kl-coef",
+    "epsilon": "objective.clip-low",
+    "epsilon_high": "objective.clip-high",
+    "loss_type": "objective.preset",
+    "scale_rewards": "objective.advantage",
+    "reward_weights": "rewards.weights",
+    "save_steps": "checkpoint.every",
+    "logging_steps": "report.log-every",
+    "report_to": "report.wandb",
+}
+
 
 def train_config(
     arguments: Sequence[str], *, prog: str = "train", description: str = _TRAIN_HELP
@@ -53,6 +74,7 @@ def train_config(
     first.add_argument("--objective.preset", dest="preset")
     first.add_argument("--model")
     chosen, rest = first.parse_known_args(arguments)
+    _explain_trl_names(rest)
     if chosen.config is not None:
         from grpo_jax.training.run_dir import load_config
 
@@ -69,6 +91,15 @@ def train_config(
         prog=f"grpo-jax {prog}",
         description=description,
     )
+
+
+def _explain_trl_names(arguments: Sequence[str]) -> None:
+    flags = [word for word in arguments if word.startswith("--")]
+    names = [flag[2:].partition("=")[0].replace("-", "_") for flag in flags]
+    known = dict.fromkeys(name for name in names if name in TRL_NAMES)
+    if known:
+        pairs = "; ".join(f"{name} is --{TRL_NAMES[name]} here" for name in known)
+        raise ValueError(f"{pairs}. docs/trl.md says what TRL's options are here.")
 
 
 def plan_flags(

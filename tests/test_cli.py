@@ -154,6 +154,8 @@ def failing(monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        ("train --num-generations 8", "num_generations is --group-size here"),
+        ("train --beta=0 --max_steps 3", "beta is --objective.kl-coef here; max_steps"),
         ("train --stepz 3", "Unrecognized options: --stepz|Perhaps you meant: --steps"),
         ("train --objective.klcoef 1", "Perhaps you meant: --objective.kl-coef"),
         ("train --steps ten", "Error parsing --steps: invalid literal|'ten'"),
@@ -190,6 +192,7 @@ def test_flags_that_do_not_parse_say_what_would(monkeypatch, capsys, arguments, 
         ("eval --model {tiny} --temperature -1", "sampling.temperature"),
         ("sample --prompt 1+1= --max-new-tokens 0", "--max-new-tokens must be at"),
         ("sample --prompt 1+1= --run-dir {tmp}", "holds no run"),
+        ("sample --prompt 1 --run-dir {tmp} --model a", "give either --run-dir or"),
         ("export --run-dir {tmp}", "holds no run"),
         ("plot", "needs at least one run directory"),
         ("plot {tmp}", "has no metrics.jsonl; give the directory of a run"),
@@ -385,6 +388,15 @@ def run(tiny_policy, tmp_path_factory):
 def out_of(capsys, *arguments):
     cli._dispatch([str(argument) for argument in arguments])
     return capsys.readouterr().out
+
+
+def test_eval_asks_for_the_task_of_a_run_on_rows_from_python(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    config = dataclasses.replace(directories.read_config(copy), task="arithmetic")
+    (copy / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    (copy / "manifest.json").write_text(to_json_line({"data": {"task": "dataset"}}))
+    with pytest.raises(ValueError, match="rows given from Python.*--task"):
+        cli._dispatch(["eval", "--run-dir", str(copy)])
 
 
 def test_eval_prints_json_and_writes_the_same(capsys, tmp_path, tiny_policy):

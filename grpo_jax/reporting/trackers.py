@@ -174,8 +174,8 @@ class WandbTracker:
         folder.mkdir(parents=True, exist_ok=True)
         self._make_table = wandb.Table
         self._run = wandb.init(
-            project="grpo_jax",
-            name=folder.resolve().name,
+            project=os.environ.get("WANDB_PROJECT", "grpo_jax"),
+            name=os.environ.get("WANDB_NAME", folder.resolve().name),
             dir=str(folder),
             id=_run_id(folder / "wandb_id.txt"),
             resume="allow",

@@ -31,8 +31,9 @@ def encode_rows(
     Raises:
       ValueError: naming the first row whose prompt has no token, more than
         `limit`, or an id that the model does not have, and how many such
-        rows there are.
+        rows there are; also for a string that carries the chat template already.
     """
+    _check_templated_once(tokenizer, rows)
     encoded = tokenizer.encode_prompts(
         [_as_messages(tokenizer, row["prompt"]) for row in rows]
     )
@@ -88,6 +89,20 @@ def _as_messages(
     if isinstance(prompt, str) and tokenizer.has_chat_template:
         return [{"role": "user", "content": prompt}]
     return prompt
+
+
+def _check_templated_once(
+    tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    if not tokenizer.has_chat_template or not isinstance(rows[0]["prompt"], str):
+        return
+    for number, row in enumerate(rows):
+        if tokenizer.is_templated(row["prompt"]):
+            raise ValueError(
+                f"the prompt of row {number} carries the model's chat template "
+                "already, and would get it a second time; give the messages, "
+                '[{"role": "user", "content": ...}], or the text alone.'
+            )
 
 
 def _problem(ids: Sequence[int], limit: int, vocab_size: int) -> str | None:

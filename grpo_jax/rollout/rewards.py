@@ -153,6 +153,13 @@ class RewardRunner:
         rewards = np.stack([result.rewards for result in results])
         total = np.nansum(rewards * self._weights[:, None], axis=0)
         total[np.isnan(rewards).all(axis=0)] = np.nan
+        if np.isnan(total).all() and "none" not in self._logged:
+            self._logged.add("none")
+            _logger.warning(
+                "step %d: no completion has a reward, so it teaches nothing; further "
+                "such steps are not told",
+                step,
+            )
         extra: dict[str, list[Any]] = {}
         for result in results:
             extra |= result.extra

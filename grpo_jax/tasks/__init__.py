@@ -20,7 +20,8 @@ def load_task(name: str, *, data: str | None = None, seed: int = 0) -> Task:
     `arithmetic`, `gsm8k`, `reasoning_gym:NAME`, or the path of a `.jsonl` file or of a
     folder with `train.jsonl`. `data` is the local file or folder that GSM8K reads;
     `seed` decides which problems reasoning_gym makes. Raises `ValueError` for an
-    unknown name, and for `data` with a task that takes none.
+    unknown name, rows that cannot be had, a library that is missing, and for `data`
+    with a task that takes none.
     """
     if data is not None and name != "gsm8k":
         raise ValueError(

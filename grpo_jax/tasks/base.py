@@ -22,6 +22,9 @@ RESERVED_COLUMNS = frozenset(
     {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
 )
 
+# The name of a task made of rows that the caller gave.
+CALLERS_ROWS = "dataset"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
@@ -92,7 +95,7 @@ def task_from_rows(
         check_rows(eval_rows, name="held-out dataset rows")
     functions = (rewards,) if callable(rewards) else tuple(rewards)
     return Task(
-        name="dataset",
+        name=CALLERS_ROWS,
         train=rows,
         test=() if eval_rows is None else eval_rows,
         rewards=functions,
@@ -113,9 +116,12 @@ def check_rows(rows: Sequence[Row], *, name: str, count: int | None = None) -> N
     kind: a non-empty string, or a non-empty list of `{"role": ..., "content": ...}`.
     """
     if isinstance(rows, Mapping | str) or not isinstance(rows, Sized):
+        kind = type(rows).__name__
+        remedy = "Turn it into a list of dicts"
+        if isinstance(rows, Mapping) and kind.endswith("DatasetDict"):
+            remedy = f"Choose a split: {', '.join(map(str, rows))}"
         raise ValueError(
-            f"{name} must be a sequence of rows with a length, got a "
-            f"{type(rows).__name__}. Turn it into a list of dicts."
+            f"{name} must be a sequence of rows with a length, got a {kind}. {remedy}."
         )
     if not len(rows):
         raise ValueError(f"{name} are empty; at least one row is needed.")

@@ -104,14 +104,14 @@ def _from_hub() -> tuple[Iterable[Any], Iterable[Any]]:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             "GSM8K from the hub needs the datasets library: pip install "
             "'grpo-jax[hub]', or give a local copy with --data DIR."
         ) from error
     try:
         splits = datasets.load_dataset(_HUB_NAME, "main")
     except OSError as error:  # ConnectionError and every other failed download
-        raise ConnectionError(
+        raise ValueError(
             f"cannot load {_HUB_NAME} from the hub ({error}). Give a local copy with "
             "--data DIR, a folder with train.jsonl and test.jsonl."
         ) from error

@@ -167,7 +167,7 @@ def _library() -> Any:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             "reasoning_gym tasks need the reasoning-gym library: "
             "pip install 'grpo-jax[tasks]'."
         ) from error

@@ -126,7 +126,7 @@ def _open_run(
     path = path.expanduser()
     if jax.process_index() == 0:
         stack.enter_context(directories.claim(path))
-        directories.check_config(path, config)
+        directories.check_config(path, config, setup.describe_data(task))
         stack.enter_context(attach_log_file(path))
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(nn.logical_axis_rules(meshes.RULES))
@@ -221,6 +221,8 @@ class _Run:
         # A run that was stopped before its first step measures the policy again.
         self.tracker.truncate_after(step or -1)
         self.console.note(f"resumed from step {step} of {self.config.steps}")
+        if step >= self.config.steps:
+            self.console.note("nothing is left to train; another run_dir starts anew")
 
     def _begin(self) -> None:
         metrics = self.evaluate(self.learner.sampler_variables())
@@ -388,4 +390,5 @@ class _Run:
 
     def _set_status(self, status: directories.Status) -> None:
         if self.first:
-            directories.write_manifest(self.path, self.config, self.mesh, status)
+            data = setup.describe_data(self.task)
+            directories.write_manifest(self.path, self.config, self.mesh, status, data)

@@ -5,6 +5,7 @@ A lock keeps two runs apart; `config.yaml` says what the run is and refuses anot
 """
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import importlib.metadata
@@ -23,13 +24,16 @@ import yaml
 from jax.sharding import Mesh
 
 from grpo_jax import validation
-from grpo_jax.config import EMBEDDED, TrainConfig
+from grpo_jax.config import EMBEDDED, ObjectiveConfig, TrainConfig
 from grpo_jax.reporting.metrics import METRICS_FILE, plain
 
 Status = Literal["running", "preempted", "failed", "finished"]
 
-# What does not make another run of it: where it is kept and how work is spread.
-_FREE_FIELDS = ("run_dir", "mesh", "report", "checkpoint.grace_seconds")
+# What does not make another run of it: where it is kept, what is kept of it, and how
+# work is spread over time and devices.
+_FREE_FIELDS = (
+    "run_dir", "mesh", "report", "checkpoint", "microbatch_size", "remat"
+)  # fmt: skip
 _PACKAGES = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Settings that can change speed or bits. Only these: an environment holds secrets.
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64")
@@ -70,29 +74,63 @@ def claim(path: Path) -> Iterator[None]:
         yield
 
 
-def check_config(path: Path, config: TrainConfig) -> None:
-    """Save the configuration of a new run, or compare it with that of an old one.
+def check_config(
+    path: Path, config: TrainConfig, data: Mapping[str, Any] | None = None
+) -> None:
+    """Save what a new run is, or compare it with what the old one was.
 
     A run that stopped before it wrote anything, say for want of its model, may be
-    followed by any other.
+    followed by any other. More steps continue a run whose learning rate is constant.
+
+    Args:
+      data: what `setup.describe_data` says of its rows and rewards; None compares the
+        configuration alone.
 
     Raises:
-      ValueError: if the directory holds a run of another configuration, with the fields
-        in which they differ.
+      ValueError: if the directory holds a run of another configuration or of other
+        data, with the fields in which they differ.
     """
-    file = path / "config.yaml"
-    if not file.exists() or not _has_begun(path):
-        write_atomically(
-            file, yaml.safe_dump(validation.to_dict(config), sort_keys=False)
-        )
+    if not (path / "config.yaml").exists() or not _has_begun(path):
+        _write_config(path, config)
         return
-    differing = validation.differences(read_config(path), config, ignore=_FREE_FIELDS)
+    before = read_config(path)
+    longer = config.steps > before.steps and config.optimizer.schedule == "constant"
+    if longer:
+        before = dataclasses.replace(before, steps=config.steps)
+    known, data = read_data(path), data or {}
+    differing = [
+        *validation.differences(before, config, ignore=_FREE_FIELDS),
+        *(
+            f"{name}: {known[name]!r} and {data[name]!r}"
+            for name in sorted(known.keys() & data.keys())
+            if known[name] != data[name]
+        ),
+    ]
     if differing:
         raise ValueError(
             f"run_dir {path} holds a run with another configuration: "
             f"{'; '.join(differing)} (there and here). Use another run_dir, or the "
             "same configuration to resume."
         )
+    if longer:
+        _write_config(path, before)
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """What the rows and rewards of a run were, as its manifest says.
+
+    Nothing where that is unknown: a manifest that is missing, damaged or older.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        return dict(manifest["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _write_config(path: Path, config: TrainConfig) -> None:
+    text = yaml.safe_dump(validation.to_dict(config), sort_keys=False)
+    write_atomically(path / "config.yaml", text)
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -124,14 +162,31 @@ def load_config(file: Path, *, model: str | None = None) -> TrainConfig:
     values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise ValueError(f"{file} must hold a mapping of fields, as config.yaml does.")
+    values = _with_preset(values)
     name = values.get("model", EMBEDDED) if model is None else model
     defaults = validation.to_dict(TrainConfig(model=name))
     given = validation.overlay(defaults, {**values, "model": name})
     return validation.from_dict(TrainConfig, given)
 
 
-def write_manifest(path: Path, config: TrainConfig, mesh: Mesh, status: Status) -> None:
-    """Record versions, devices, mesh, revision, seed and the status of the run."""
+def _with_preset(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values with `objective.preset`, which is no field, as the fields it means."""
+    objective = values.get("objective")
+    if not isinstance(objective, Mapping) or "preset" not in objective:
+        return values
+    others = {name: value for name, value in objective.items() if name != "preset"}
+    preset = validation.to_dict(ObjectiveConfig.preset(objective["preset"]))
+    return {**values, "objective": preset | others}
+
+
+def write_manifest(
+    path: Path,
+    config: TrainConfig,
+    mesh: Mesh,
+    status: Status,
+    data: Mapping[str, Any] | None = None,
+) -> None:
+    """Record versions, devices, mesh, revision, seed, data and status of the run."""
     devices = mesh.devices.flat
     manifest = {
         "status": status,
@@ -146,6 +201,7 @@ def write_manifest(path: Path, config: TrainConfig, mesh: Mesh, status: Status) 
         "mesh": dict(mesh.shape),
         "git_revision": _git_revision(),
         "seed": config.seed,
+        "data": dict(data or {}),
         "environment": {v: os.environ[v] for v in _VARIABLES if v in os.environ},
     }
     write_json(path / "manifest.json", manifest)

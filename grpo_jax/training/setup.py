@@ -2,10 +2,13 @@
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,6 +18,7 @@ from grpo_jax.config import TrainConfig
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.reporting import metrics as names
 from grpo_jax.rollout.collect import score_rows
+from grpo_jax.rollout.reward_call import reward_names
 from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.base import RewardFunction, Row, Task
@@ -49,6 +53,28 @@ def choose_task(
     return task_from_rows(dataset, rewards, eval_rows=eval_dataset)
 
 
+def describe_data(task: Task) -> dict[str, Any]:
+    """What a run learns from: enough to see that another one learns from other data.
+
+    The digest is that of up to 1,000 rows, evenly chosen; values that JSON does not
+    know count by their type.
+    """
+    rows = [*_some(task.train), *_some(task.test)]
+    text = json.dumps(rows, sort_keys=True, default=lambda value: str(type(value)))
+    return {
+        "task": task.name,
+        "rows": len(task.train),
+        "held_out": len(task.test),
+        "rewards": list(reward_names(task.rewards)),
+        "rows_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def _some(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    count = min(len(rows), 500)
+    return [dict(rows[i * len(rows) // count]) for i in range(count)]
+
+
 def file_name(task: str) -> str:
     """The name of a task as that of a folder."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(task).stem).strip("-.") or "run"
@@ -72,7 +98,8 @@ def _check_best(name: str | None, task: Task, runner: RewardRunner) -> None:
     evaluated = names.ACCURACY if is_judged(task) else names.EVAL_REWARD
     known = [evaluated, names.REWARD, "loss", names.KL, names.ENTROPY]
     known += [f"rewards/{function}/mean" for function in runner.names]
-    logged = runner.may_log_metrics and not (name or "").startswith("eval/")
+    reserved = (name or "").startswith("eval/") or name == "accuracy"
+    logged = runner.may_log_metrics and not reserved
     if name is None or name in known or logged:
         return
     near = difflib.get_close_matches(name, known, n=1)

@@ -3,6 +3,7 @@
 A thin wrapper over a `transformers` fast tokenizer, which is imported on first use.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -89,6 +90,22 @@ class Tokenizer:
             return self._fast(list(prompts))["input_ids"]
         return [self.encode_prompt(prompt) for prompt in prompts]
 
+    def is_templated(self, text: str) -> bool:
+        """Whether a text already holds a mark that the chat template would set."""
+        return any(mark in text for mark in self._marks)
+
+    @functools.cached_property
+    def _marks(self) -> list[str]:
+        """The special tokens around a message, without the one that begins any text."""
+        rendered = self._fast.apply_chat_template(
+            [{"role": "user", "content": "-"}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        added = self._fast.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special]
+        return [t for t in special if t in rendered and t != self._fast.bos_token]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens."""
         return self._fast.decode(
@@ -109,7 +126,7 @@ class Tokenizer:
         if not self.has_chat_template:
             raise ValueError(
                 "prompt is a list of messages, but the tokenizer has no chat template; "
-                "give prompts as strings, or use an instruction-tuned model"
+                "give prompts as strings, or an instruction-tuned model (--model)"
             )
         if not messages:
             raise ValueError("prompt is an empty list of messages; add one")

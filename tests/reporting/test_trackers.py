@@ -195,6 +195,16 @@ def test_wandb_gets_numbers_a_table_and_the_same_id_after_a_restart(
     assert run.finished
 
 
+def test_wandb_takes_its_names_from_the_environment(tmp_path, monkeypatch):
+    calls, _ = _fake_wandb(monkeypatch)
+    for _ in range(2):
+        trackers.make_tracker(ReportConfig(wandb=True), tmp_path / "mine").close()
+        monkeypatch.setenv("WANDB_PROJECT", "theirs")
+        monkeypatch.setenv("WANDB_NAME", "first try")
+    names = [(call["project"], call["name"]) for call in calls]
+    assert names == [("grpo_jax", "mine"), ("theirs", "first try")]
+
+
 @pytest.mark.parametrize(
     ("field", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")]
 )

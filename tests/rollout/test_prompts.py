@@ -11,6 +11,12 @@ class ChatTokenizer:
 
     has_chat_template = True
 
+    def is_templated(self, text):
+        return "<|im_start|>" in text
+
+    def encode_prompts(self, prompts):
+        return [*map(self.encode_prompt, prompts)]
+
     def encode_prompt(self, prompt):
         if isinstance(prompt, str):
             return [ord(character) for character in prompt]
@@ -35,6 +41,15 @@ def test_messages_go_to_the_template_as_they_are():
 
 def rows(*prompts):
     return [{"prompt": prompt} for prompt in prompts]
+
+
+def test_a_text_with_the_template_applied_already_is_refused():
+    ready = "<|im_start|>user\nhi<|im_end|>"
+    options = {"limit": 99, "vocab_size": 256}
+    with pytest.raises(ValueError, match="row 1 carries the model's chat template"):
+        texts.encode_rows(ChatTokenizer(), rows("hi", ready), **options)
+    quoted = [{"role": "user", "content": f"What is {ready}?"}]
+    assert len(texts.encode_rows(ChatTokenizer(), rows(quoted), **options)) == 1
 
 
 @pytest.mark.parametrize(

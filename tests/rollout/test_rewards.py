@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import logging
+import math
 import sys
 import threading
 from pathlib import Path
@@ -39,6 +40,16 @@ def returning(values):
         return values
 
     return constant
+
+
+def test_steps_without_any_reward_are_told_once(caplog):
+    with RewardRunner([returning([None, math.nan])], RewardsConfig()) as runner:
+        for _ in range(2):
+            assert np.isnan(run(runner, ["a", "b"]).total).all()
+    assert [r.message for r in caplog.records] == [
+        "step 5: no completion has a reward, so it teaches nothing; further such steps "
+        "are not told"
+    ]
 
 
 # --- TRL's convention ---

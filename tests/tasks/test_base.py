@@ -47,6 +47,7 @@ def test_the_first_bad_row_is_named_with_what_is_wrong(row, problem):
         ((row for row in [GOOD]), "with a length, got a generator"),
         (GOOD, "got a dict"),
         ("rows", "got a str"),
+        (datasets.DatasetDict(train=[GOOD], test=[]), "Choose a split: train, test"),
     ],
 )
 def test_what_is_not_rows_is_refused(rows, problem):

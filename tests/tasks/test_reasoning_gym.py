@@ -92,5 +92,5 @@ def test_unknown_data_sets_and_a_missing_library_are_explained(monkeypatch):
     with pytest.raises(ValueError, match=r"no data set 'chainsum'.*chain_sum"):
         load_task("reasoning_gym:chainsum")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ImportError, match=r"grpo-jax\[tasks\]"):
+    with pytest.raises(ValueError, match=r"grpo-jax\[tasks\]"):
         load_task("reasoning_gym:chain_sum")

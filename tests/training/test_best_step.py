@@ -1,5 +1,6 @@
 """The best step by a metric stays, whatever is removed and however often it resumes."""
 
+import dataclasses
 import json
 import math
 
@@ -9,7 +10,7 @@ import pytest
 
 from grpo_jax.config import CheckpointConfig, TrainConfig
 from grpo_jax.rollout.rewards import RewardRunner
-from grpo_jax.tasks import task_from_rows
+from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.training import run_dir as directories
 from grpo_jax.training import setup
 from grpo_jax.training.checkpoint import Checkpoints
@@ -139,6 +140,16 @@ def make_runner(name, function=plain):
 def test_a_metric_that_the_run_will_not_have_is_refused(name, words):
     with pytest.raises(ValueError, match=words):
         make_runner(name)
+
+
+def test_the_name_of_the_accuracy_on_the_console_is_not_that_of_the_metric():
+    def correct(completions, **columns):  # may log any metric
+        return [0.0] * len(completions)
+
+    task = dataclasses.replace(load_task("arithmetic"), rewards=(correct,))
+    config = TrainConfig(checkpoint=CheckpointConfig(keep_best="accuracy"))
+    with pytest.raises(ValueError, match="did you mean 'eval/accuracy'"):
+        setup.make_runner(config, task)
 
 
 def test_metrics_that_the_run_will_have_are_taken():

@@ -25,7 +25,7 @@ from grpo_jax.reporting.metrics import read_completions, read_metrics
 from grpo_jax.training.checkpoint import Checkpoints
 from grpo_jax.training.digest import params_sha256
 from grpo_jax.training.learner import Learner
-from grpo_jax.training.run_dir import claim
+from grpo_jax.training.run_dir import claim, read_config
 from grpo_jax.weights.pretrained import load_pretrained
 
 ROWS = [{"prompt": f"say {i}", "wanted": "aeiou"[i % 5]} for i in range(20)]
@@ -229,6 +229,19 @@ def test_a_finished_run_that_is_started_again_changes_nothing(undisturbed):
     again = run(config)
     assert (result.run_dir / "metrics.jsonl").read_bytes() == before
     assert again.summary["params_sha256"] == result.summary["params_sha256"]
+    assert "nothing is left to train" in (result.run_dir / "log.txt").read_text()
+
+
+def test_more_steps_end_in_the_bits_of_a_run_that_had_them_from_the_start(
+    undisturbed, tmp_path
+):
+    config, result = undisturbed
+    config = elsewhere(config, tmp_path)
+    assert run(dataclasses.replace(config, steps=2)).summary["steps"] == 2
+    longer = run(config)
+    assert longer.summary["params_sha256"] == result.summary["params_sha256"]
+    assert comparable(longer.history) == comparable(result.history)
+    assert read_config(longer.run_dir).steps == STEPS
 
 
 def test_a_run_stopped_before_its_first_step_and_evaluation_can_resume(
@@ -307,6 +320,18 @@ def test_another_configuration_is_refused_with_the_differing_fields(undisturbed)
         ValueError, match=r"optimizer\.learning_rate: 0\.01 and 0\.5;.*seed: 0 and 5"
     ):
         run(other)
+    assert manifest(result.run_dir)["status"] == "finished"
+
+
+def test_other_rows_and_other_rewards_are_refused_too(undisturbed):
+    config, result = undisturbed
+    with pytest.raises(ValueError, match=r"rows: 20 and 19; rows_sha256"):
+        run(config, dataset=ROWS[1:])
+    edited = [*ROWS[:7], ROWS[7] | {"wanted": "z"}, *ROWS[8:]]
+    with pytest.raises(ValueError, match=r"configuration: rows_sha256"):
+        run(config, dataset=edited)
+    with pytest.raises(ValueError, match=r"rewards: \['share'\] and \['crash'\]"):
+        run(config, crash)
     assert manifest(result.run_dir)["status"] == "finished"
 
 

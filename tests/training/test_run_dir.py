@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from grpo_jax.config import (
+    CheckpointConfig,
     MeshConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -119,6 +120,8 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
         {"run_dir": "elsewhere"},
         {"mesh": MeshConfig(data=2, num_processes=4, process_id=3, mode="pmap")},
         {"report": ReportConfig(log_every=7, tensorboard=True)},
+        {"checkpoint": CheckpointConfig(every=7, keep=1)},
+        {"microbatch_size": 8, "remat": "layer"},
     ],
 )
 def test_where_and_how_a_run_goes_on_does_not_make_it_another(tmp_path, change):
@@ -127,6 +130,51 @@ def test_where_and_how_a_run_goes_on_does_not_make_it_another(tmp_path, change):
     begun(tmp_path)
     directories.check_config(tmp_path, dataclasses.replace(config, **change))
     assert directories.read_config(tmp_path) == config
+
+
+def test_a_preset_in_a_file_means_its_fields(tmp_path):
+    text = "objective: {preset: grpo, kl_coef: 0.5}"
+    config = directories.load_config(write_yaml(tmp_path, text))
+    grpo = ObjectiveConfig.preset("grpo")
+    assert config.objective == dataclasses.replace(grpo, kl_coef=0.5)
+    with pytest.raises(ValueError, match="'ppo' is unknown; use one of softmax"):
+        directories.load_config(write_yaml(tmp_path, "objective: {preset: ppo}"))
+
+
+def test_more_steps_continue_a_run_with_a_constant_rate(tmp_path):
+    config = TrainConfig(steps=5)
+    directories.check_config(tmp_path, config)
+    begun(tmp_path)
+    directories.check_config(tmp_path, TrainConfig(steps=8, microbatch_size=8))
+    assert directories.read_config(tmp_path) == TrainConfig(steps=8)
+    with pytest.raises(ValueError, match="steps: 8 and 7"):
+        directories.check_config(tmp_path, TrainConfig(steps=7))
+
+
+def test_more_steps_are_another_run_where_the_rate_depends_on_them(tmp_path):
+    falling = OptimizerConfig(learning_rate=1e-3, schedule="linear")
+    directories.check_config(tmp_path, TrainConfig(steps=5, optimizer=falling))
+    begun(tmp_path)
+    with pytest.raises(ValueError, match="steps: 5 and 8"):
+        directories.check_config(tmp_path, TrainConfig(steps=8, optimizer=falling))
+
+
+def test_other_data_are_refused_and_unknown_data_are_not(tmp_path):
+    mesh = meshes.make_mesh(MeshConfig())
+    config = TrainConfig()
+    data = {"task": "dataset", "rows": 3, "rewards": ["short"]}
+    directories.check_config(tmp_path, config, data)
+    begun(tmp_path)
+    directories.check_config(tmp_path, config, data)  # no manifest yet
+    directories.write_manifest(tmp_path, config, mesh, "running", data)
+    directories.check_config(tmp_path, config, data)
+    other = data | {"rows": 4, "rewards": ["long"]}
+    with pytest.raises(
+        ValueError, match=r"rewards: \['short'\] and \['long'\]; rows: 3"
+    ):
+        directories.check_config(tmp_path, config, other)
+    (tmp_path / "manifest.json").write_text("{}")  # of a version that did not say
+    directories.check_config(tmp_path, config, other)
 
 
 def test_a_run_that_never_began_may_be_followed_by_another(tmp_path):

@@ -64,6 +64,12 @@ def test_messages_need_a_template(tools):
         tokenizer.encode_prompt([{"role": "user", "content": "a"}])
 
 
+def test_marks_of_the_template_in_a_text_are_seen(tokenizer):
+    # The template sets <s> and </s>; <s> also begins any text.
+    assert tokenizer.is_templated("<s>user the</s>")
+    assert not tokenizer.is_templated("<s>the user of <b>s</b>")
+
+
 @pytest.mark.parametrize("messages", [[], ["hello"], [{"role": "user"}]])
 def test_malformed_messages_are_refused(tokenizer, messages):
     with pytest.raises(ValueError, match="message"):
