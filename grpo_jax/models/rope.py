@@ -140,9 +140,9 @@ def rotary_tables(
             for rope in settings
         ]
     )
-    angles = jnp.einsum(
-        "ns,ri->rnsi", positions.astype(jnp.float32), jnp.asarray(frequencies)
-    )
+    # No matrix product: an accelerator would round its factors.
+    places = positions.astype(jnp.float32)[None, :, :, None]
+    angles = places * frequencies[:, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 

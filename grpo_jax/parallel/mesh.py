@@ -235,11 +235,12 @@ def check_batch(mesh: Mesh | AbstractMesh, config: TrainConfig) -> None:
         fits = max(round(prompts / parts), 1) * parts
         raise ValueError(f"{prompts} prompts per update {over} {fits}.")
     size = config.microbatch_size
-    # Under pmap each device cuts its own part of the batch.
-    if size is None or config.mesh.mode == "pmap":
+    if size is None:
         return
     held = max(size // group, 1)
-    if held % parts:
+    if config.mesh.mode == "pmap":
+        _check_own_part(prompts // parts, held, size, group)
+    elif held % parts:
         multiples = range(parts, prompts + 1, parts)
         fits = min(
             (count for count in multiples if prompts % count == 0),
@@ -247,6 +248,17 @@ def check_batch(mesh: Mesh | AbstractMesh, config: TrainConfig) -> None:
         )
         raise ValueError(
             f"microbatch_size {size}, {held} prompt(s), {over} {fits * group}."
+        )
+
+
+def _check_own_part(own: int, held: int, size: int, group: int) -> None:
+    """Under pmap each device cuts its own prompts into microbatches."""
+    if own % min(held, own):
+        divisors = [count for count in range(1, own + 1) if own % count == 0]
+        fits = min(divisors, key=lambda count: abs(count - held))
+        raise ValueError(
+            f"microbatch_size {size}, {held} prompts, does not divide the {own} that a "
+            f"device has under mesh.mode 'pmap'; use {fits * group}."
         )
 
 

@@ -7,7 +7,7 @@ and a reward of NaN means that the completion has none.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -42,23 +42,29 @@ def to_json_line(record: Mapping[str, Any]) -> str:
     return json.dumps(plain(record), allow_nan=False)
 
 
-def plain(value: Any) -> Any:
-    """`value` in what strict JSON has: texts, finite numbers, null, lists, objects."""
+def plain(value: Any, *, other: Callable[[Any], Any] | None = None) -> Any:
+    """`value` in what strict JSON has: texts, finite numbers, null, lists, objects.
+
+    `other` gives what stands for a value that is none of these; by default it is a
+    TypeError.
+    """
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, other=other) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain(item, other=other) for item in value]
     array = np.asarray(value)
-    if array.dtype == object:
-        raise TypeError(f"cannot write {type(value).__name__} {value!r} as JSON")
+    if array.dtype.kind in "OS":  # any object, bytes
+        if other is None:
+            raise TypeError(f"cannot write {type(value).__name__} {value!r} as JSON")
+        return other(value)
     # Through float32, numpy's own types and bfloat16 (no numpy type) alike.
-    if array.dtype.kind not in "biufUS":
+    if array.dtype.kind not in "biufU":
         array = array.astype(np.float32)
-    return plain(array.tolist())
+    return plain(array.tolist(), other=other)
 
 
 def completion_metrics(

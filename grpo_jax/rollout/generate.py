@@ -313,8 +313,13 @@ def _sample_keys(
 
 
 def _uniforms(keys: Key[Array, "N G"], step: Int[Array, ""]) -> Float[Array, "N G"]:
+    """Numbers strictly between 0 and 1.
+
+    At 0 itself the first token would be drawn, however unlikely it is; half a step of
+    float32 is added, which is exact.
+    """
     draw = lambda key: jax.random.uniform(jax.random.fold_in(key, step))  # noqa: E731
-    return jax.vmap(jax.vmap(draw))(keys)
+    return jax.vmap(jax.vmap(draw))(keys) + 2.0**-24
 
 
 def _check(

@@ -53,6 +53,8 @@ class Rollout:
         by_name = {name: v.reshape(-1) for name, v in self.rewards_by_name.items()}
         return [
             {
+                # First, so that no column of a reward function hides a field.
+                **{name: values[i] for name, values in self.extra.items()},
                 "step": step,
                 "prompt": self.rows[i // group]["prompt"],
                 "completion": text,
@@ -61,7 +63,6 @@ class Rollout:
                 "advantage": advantages.reshape(-1)[i],
                 "length": self.lengths.reshape(-1)[i],
                 "finished": self.finished.reshape(-1)[i],
-                **{name: values[i] for name, values in self.extra.items()},
             }
             for i, text in enumerate(self.completions)
         ]

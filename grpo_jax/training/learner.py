@@ -72,6 +72,9 @@ class Learner:
         self._advantages = jax.jit(
             functools.partial(advantages_and_mask, config=config), out_shardings=rows
         )
+        self._minibatch = jax.jit(
+            functools.partial(_minibatch, count=config.minibatches), out_shardings=rows
+        )
         self._compute_dtype = model.config.dtype
         self._copy_for_sampling: Callable[[PyTree], PyTree] | None = None
         if config.mesh.offload:
@@ -171,7 +174,7 @@ class Learner:
         start = time.perf_counter()
         state, results = self.state, []
         for _ in range(self._config.updates_per_rollout):
-            for part in _minibatches(batch, self._config.minibatches):
+            for part in self._minibatches(batch):
                 state, metrics = self._step(state, part)
                 results.append(metrics)
         self.state = state
@@ -188,10 +191,31 @@ class Learner:
         metrics["time/update"] = time.perf_counter() - start
         return metrics
 
+    def give_up(self) -> TrainState:
+        """The state as shapes and places, to restore one like it; its arrays are gone.
+
+        Without this the arrays of two states lay in memory at once.
+        """
+        state = self.state
+        own = (state.params, state.opt_state)
+        params, opt_state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), own
+        )
+        like = state.replace(params=params, opt_state=opt_state)
+        for leaf in jax.tree.leaves(own):
+            leaf.delete()
+        return like
+
     def refresh_reference(self) -> None:
         """Make the policy as it is now the reference."""
         if self._reference is not None:
             self.reference = policy_variables(self._frozen_policy(), self._state.base)
+
+    def _minibatches(self, batch: Batch) -> list[Batch]:
+        count = self._config.minibatches
+        if count == 1:
+            return [batch]
+        return [self._minibatch(batch, number) for number in range(count)]
 
     def _first_reference(self) -> PyTree:
         if self._state.base is not None:
@@ -276,9 +300,10 @@ def advantages_and_mask(
     return advantages_from_rewards(rewards, valid, chosen), mask
 
 
-def _minibatches(batch: Batch, count: int) -> list[Batch]:
+def _minibatch(batch: Batch, number: Array, *, count: int) -> Batch:
     """Prompt i goes to minibatch i mod count, so each lies on all devices."""
-    if count == 1:
-        return [batch]
-    starts = range(count)
-    return [jax.tree.map(lambda x, i=i: x[i::count], batch) for i in starts]
+
+    def part(x: Array) -> Array:
+        return x.reshape(-1, count, *x.shape[1:])[:, number]
+
+    return jax.tree.map(part, batch)

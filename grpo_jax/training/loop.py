@@ -208,7 +208,9 @@ class _Run:
             raise
 
     def _resume(self) -> None:
-        found = self.checkpoints.restore(self.learner.state)
+        there = self.checkpoints.steps()
+        like = self.learner.give_up() if there else self.learner.state
+        found = self.checkpoints.restore(like)
         if found is None:
             self.tracker.truncate_after(-1)
             return
@@ -252,7 +254,7 @@ class _Run:
             metrics |= measured
         rows = rollout.records(step, meshes.to_host(batch.advantages))
         written = self._due(self.config.report.completions_every) or step == 1
-        rows = meshes.gather_lists(names.plain(rows)) if written else rows
+        rows = meshes.gather_lists(names.plain(rows, other=str)) if written else rows
         with self.agreement.phase("report"):
             if written:
                 self.tracker.log_completions(rows, step)
@@ -371,6 +373,8 @@ class _Run:
         )
 
     def _save(self) -> None:
+        if not self.references.are_saved(self.learner):
+            return  # a checkpoint without its reference could not be resumed
         self.tracker.flush()
         meta = {"progress": dataclasses.asdict(self.progress)}
         self.checkpoints.save(

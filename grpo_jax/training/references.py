@@ -25,7 +25,10 @@ class References:
         # Each checkpoint that is kept must find its reference.
         steps = config.checkpoint.keep * config.checkpoint.every
         keep = CheckpointConfig(keep=steps // (self._every or steps) + 2)
-        self._saved = Checkpoints(directory, keep, report=report)
+        self._saved = Checkpoints(
+            directory, keep, report=lambda text: report(f"the reference's {text}")
+        )
+        self._unsaved: int | None = None  # the step of a reference not on disk
 
     def refresh_after(self, step: int, learner: Learner) -> None:
         """Make the policy the reference, and save it, if it is due after this step."""
@@ -33,10 +36,24 @@ class References:
             return
         learner.refresh_reference()
         if learner.reference is not None:
-            kept = learner.reference[_renewed(learner)]
-            only = TrainState(step=jnp.int32(step), params=kept, opt_state=())
-            # On disk before any checkpoint that needs it.
-            self._saved.save(step, only, {}, wait=True)
+            self._unsaved = step
+            self.are_saved(learner)
+
+    def are_saved(self, learner: Learner) -> bool:
+        """Whether the reference is on disk, where checkpoints will look for it.
+
+        One that could not be saved when it was made is tried again.
+        """
+        if self._unsaved is None or learner.reference is None:
+            return True
+        kept = learner.reference[_renewed(learner)]
+        only = TrainState(step=jnp.int32(self._unsaved), params=kept, opt_state=())
+        failed = self._saved.failed_saves
+        self._saved.save(self._unsaved, only, {}, wait=True)
+        if self._saved.failed_saves > failed:
+            return False
+        self._unsaved = None
+        return True
 
     def restore_at(self, step: int, learner: Learner) -> None:
         """Give the learner the reference that it had after this step.

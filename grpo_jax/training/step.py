@@ -63,18 +63,16 @@ def advantages_from_rewards(
 ) -> Float[Array, "N G"]:
     """The advantages that `config` names; 0 where a completion has no reward.
 
-    With the plain likelihood the softmax weights w themselves are taken, times the
-    number of valid completions: the mean over G of -(G w) log π is -Σ w log π.
+    With the plain likelihood the softmax weights w themselves are taken, times G: the
+    mean over the G completions of -(G w) log π is -Σ w log π.
     """
     match config.advantage:
         case "softmax":
-            temperature = config.softmax_temperature
-            advantages = objective.softmax_advantages(
-                rewards, temperature=temperature, valid=valid
-            )
+            options = {"temperature": config.softmax_temperature, "valid": valid}
             if config.surrogate == "likelihood":
-                advantages = jnp.where(valid, advantages + 1.0, 0.0)
-            return advantages
+                weights = objective.group_softmax_weights(rewards, **options)
+                return rewards.shape[-1] * weights
+            return objective.softmax_advantages(rewards, **options)
         case "standardized":
             return objective.standardized_advantages(
                 rewards, valid=valid, std_over=config.std_over

@@ -1,5 +1,7 @@
 """The mesh, what it refuses by name, and the way of arrays onto it and back."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +132,20 @@ def test_a_microbatch_that_would_leave_devices_idle_is_refused(
     message = f"microbatch_size {microbatch}, {held} prompt.* = 8 devices; use {fits}"
     with pytest.raises(ValueError, match=message):
         meshes.check_batch(meshes_of(2, 4, 1), run_of(24, microbatch))
+
+
+def test_under_pmap_a_microbatch_must_divide_what_a_device_has(meshes_of):
+    mesh = meshes_of(2, 1, 1)
+
+    def check(microbatch):
+        config = run_of(30, microbatch)  # 15 prompts on each device
+        pmap = dataclasses.replace(config.mesh, mode="pmap")
+        meshes.check_batch(mesh, dataclasses.replace(config, mesh=pmap))
+
+    for microbatch in (None, 2, 4, 12, 20, 60, 120):  # the last two: all 15
+        check(microbatch)
+    with pytest.raises(ValueError, match="24, 6 prompts, .* the 15 .* use 20"):
+        check(24)
 
 
 def test_a_batch_that_divides_is_accepted(meshes_of):

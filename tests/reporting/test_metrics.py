@@ -1,5 +1,6 @@
 import json
 import math
+from decimal import Decimal
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,15 @@ def test_json_lines_take_numpy_and_jax_numbers_and_arrays():
         "bf16": 1.5,
         "nested": {"none": None, "tuple": [1, None]},
     }
+
+
+def test_what_json_does_not_have_can_be_given_as_something_else():
+    values = {"when": [Decimal("1.5"), {3}], "raw": b"x", "fine": 1}
+    told = metrics.plain(values, other=str)
+    assert told == {"when": ["1.5", "{3}"], "raw": "b'x'", "fine": 1}
+    for value in values["when"], values["raw"]:
+        with pytest.raises(TypeError, match="cannot write"):
+            metrics.plain(value)
 
 
 def test_json_line_refuses_what_is_no_number_or_text():

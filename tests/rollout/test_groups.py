@@ -32,6 +32,13 @@ def make_rollout(rewards, *, start=0, width=3, prompt_width=4, **changes):
     return Rollout(**(fields | changes))
 
 
+def test_what_rewards_remember_hides_no_field_of_a_record():
+    rollout = make_rollout([[0.0, 1.0]], extra={"reward": ["x", "y"], "note": "ab"})
+    records = rollout.records(7, np.zeros((1, 2)))
+    assert [record["reward"] for record in records] == [0.0, 1.0]
+    assert [record["note"] for record in records] == ["a", "b"]
+
+
 def test_a_group_informs_when_its_rewards_differ():
     rewards = [[1, 1], [0, 1], [NAN, 1], [NAN, NAN], [0.1, 0.1], [-1, 1]]
     expected = [False, True, False, False, False, True]

@@ -1,6 +1,7 @@
 """Whole runs of a tiny model: what they leave, how they resume, what they refuse."""
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -294,6 +295,60 @@ def test_a_disk_that_is_full_for_a_while_costs_saves_and_no_bits(undisturbed, tm
     lost = set(map(int, re.findall(r"checkpoint (\d) could not be saved", log)))
     assert lost and lost.isdisjoint(saved_steps(full.run_dir))
     assert STEPS in saved_steps(full.run_dir)
+
+
+def test_a_checkpoint_waits_for_a_reference_that_could_not_be_saved(
+    undisturbed, tmp_path
+):
+    config, _ = undisturbed
+    objective = ObjectiveConfig(kl_coef=0.5, reference_every=2)
+    config = dataclasses.replace(without_evaluation(config), objective=objective)
+    whole = run(elsewhere(config, tmp_path / "whole"))
+    config = elsewhere(config, tmp_path / "full")
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def share_(completions, wanted, trainer_state, **_):
+        step = trainer_state.global_step
+        limit = 1 << 15 if step == 2 else soft  # when the reference is made
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        if step == 4:
+            stop()
+        return share(completions, wanted)
+
+    share_.__name__ = "share"
+    try:
+        stopped = run(config, share_)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    log = (stopped.run_dir / "log.txt").read_text()
+    assert "the reference's checkpoint 2 could not be saved" in log
+    assert saved_steps(stopped.run_dir)[-1] == 3
+    assert comparable(run(config).history) == comparable(whole.history)
+
+
+def test_a_resumed_run_holds_no_more_arrays_than_one_that_was_not_stopped(
+    undisturbed, tmp_path, tiny_policy
+):
+    config, _ = undisturbed
+    config = elsewhere(without_evaluation(config), tmp_path / "stopped")
+    run(config, at_step(2, stop))
+    held = []
+
+    def live_bytes():
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    def weigh():
+        held.append(live_bytes() - before)
+
+    for each in config, elsewhere(config, tmp_path / "fresh"):
+        before = live_bytes()
+        run(each, at_step(STEPS, weigh))
+    resumed, fresh = held
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny_policy.params))
+    assert resumed - fresh < parameters / 4
 
 
 def test_a_renewed_reference_survives_a_stop(undisturbed, tmp_path):

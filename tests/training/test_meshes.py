@@ -98,6 +98,19 @@ def test_every_mesh_gives_the_same_run(run, name):
         np.testing.assert_allclose(same, leaf, rtol=1e-3, atol=1e-4, err_msg=path)
 
 
+def test_minibatches_are_the_same_on_every_mesh(tiny_policy, tmp_path):
+    results = []
+    for name in ("1x8x1", "pmap"):
+        config = make_config(tiny_policy, MESHES[name], tmp_path / name)
+        config = dataclasses.replace(
+            config, steps=1, prompts_per_step=16, minibatches=2, updates_per_rollout=2
+        )
+        results.append(train(config, dataset=ROWS, rewards=letters))
+    one, other = (result.history[0] for result in results)
+    for metric in ("grad_norm", "kl", "loss", "importance_ratio/mean"):
+        np.testing.assert_allclose(other[metric], one[metric], rtol=1e-4, atol=1e-6)
+
+
 def make_learner(tiny_policy, name, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         use_devices_of(name, patch)
@@ -173,6 +186,7 @@ def test_a_run_goes_on_where_another_mesh_left_it(run, tiny_policy, tmp_path):
             raise OSError("the machine is gone")
         return letters(completions)
 
+    fails_in_step_3.__name__ = letters.__name__
     config = make_config(tiny_policy, MESHES["1x4x2"], tmp_path / "run")
     with pytest.raises(RuntimeError, match="the machine is gone"):
         train(config, dataset=ROWS, rewards=fails_in_step_3)

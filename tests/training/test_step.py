@@ -324,8 +324,8 @@ def test_the_likelihood_preset_is_the_weighted_likelihood_loss(
     # G times what N prompts do.
     batch = batch.replace(mask=batch.mask.at[0, 0, 0].set(True))
     rewards = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4)), jnp.float32)
-    valid = jnp.ones((4, 4), bool)
-    weights = group_softmax_weights(rewards)
+    valid = jnp.ones((4, 4), bool).at[1, :2].set(False)  # two without a reward
+    weights = group_softmax_weights(rewards, valid=valid)
 
     def simple(params):
         hidden = model.apply(
