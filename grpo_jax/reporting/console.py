@@ -151,8 +151,22 @@ class Console:
             return
         encoding = self._stream.encoding or "utf-8"
         safe = message.encode(encoding, "backslashreplace").decode(encoding)
-        self._stream.write(safe + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(safe + "\n")
+            self._stream.flush()
+        except OSError:
+            self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        """Go on without a reader, as after `| head`: the run is worth more than that.
+
+        What is left in the stream's buffer must not fail at the end of the program
+        either, so its file becomes one that takes everything.
+        """
+        nowhere = self._open.enter_context(open(os.devnull, "w"))
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+        self._stream = nowhere
 
     def _line(self, metrics: Mapping[str, Any]) -> str:
         values = [f"{label} {text}" for label, text in _formatted(metrics)]

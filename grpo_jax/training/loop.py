@@ -170,6 +170,7 @@ class _Run:
         self.console = stack.enter_context(
             Console(config.steps, config.report, enabled=self.first)
         )
+        self.console.note(setup.describe_run(self.policy, task, mesh, path))
         if self.policy.warning is not None:
             self.console.warning(self.policy.warning)
         self.compiles = stack.enter_context(names.CompileCounter())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
@@ -73,6 +74,27 @@ def describe_data(task: Task) -> dict[str, Any]:
 def _some(rows: Sequence[Row]) -> list[dict[str, Any]]:
     count = min(len(rows), 500)
     return [dict(rows[i * len(rows) // count]) for i in range(count)]
+
+
+def describe_run(policy: Policy, task: Task, mesh: Mesh, path: Path) -> str:
+    """One line on what runs where: model, devices, rows, the work of a step, folder."""
+    config, devices = policy.config, mesh.devices.flat
+    base, trained = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (policy.base, policy.trained)
+    )
+    adapters = f", {_millions(trained)} of them in adapters" if base else ""
+    return (
+        f"{config.model}, {_millions(base + trained)} parameters{adapters}, on "
+        f"{mesh.size} x {devices[0].device_kind}; {task.name}, {len(task.train):,} "
+        f"rows; a step: {config.prompts_per_step} prompts x {config.group_size} "
+        f"completions of up to {config.max_new_tokens} tokens; in {path}"
+    )
+
+
+def _millions(count: int) -> str:
+    millions = count / 1e6
+    return f"{millions:,.0f}M" if millions >= 100 else f"{millions:.3g}M"
 
 
 def file_name(task: str) -> str:

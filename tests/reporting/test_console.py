@@ -1,5 +1,6 @@
 import io
 import logging
+import os
 import re
 
 import pytest
@@ -49,6 +50,22 @@ def test_outside_a_terminal_output_is_one_plain_line_every_few_steps():
     )
     assert all(re.search(r"  left \d+\w+$", line) for line in lines[1:])
     assert all(line.isprintable() and line.isascii() for line in lines)
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output_any_more(tmp_path):
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream, attach_log_file(tmp_path):
+        with Console(3, ReportConfig(), stream=stream) as console:
+            console.step(1, METRICS)
+            assert os.read(read, 100).startswith(b"step 1/3")
+            os.close(read)  # as `| head` does
+            for step in 2, 3:
+                console.step(step, METRICS)
+        stream.flush()
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [re.search(r"step \d", line)[0] for line in lines] == [
+        f"step {step}" for step in (1, 2, 3)
+    ]
 
 
 def test_first_evaluation_is_shown_and_missing_numbers_are_dashes():

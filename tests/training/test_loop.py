@@ -144,6 +144,13 @@ def test_a_run_leaves_what_its_directory_promises(undisturbed):
     assert rewards[2] < rewards[4]
 
 
+def test_its_first_line_says_what_runs_where(undisturbed):
+    config, result = undisturbed
+    first = (result.run_dir / "log.txt").read_text().splitlines()[0]
+    assert f"{config.model}, 0.024M parameters, on 8 x cpu; dataset, 20 rows" in first
+    assert "8 prompts x 2 completions of up to 6 tokens; in " in first
+
+
 def test_metrics_have_one_line_per_step(undisturbed):
     _, result = undisturbed
     history = read_metrics(result.run_dir)
