@@ -223,9 +223,9 @@ class _Run:
         self.progress = Progress(**{k: v for k, v in saved if k in known})
         # A run that was stopped before its first step measures the policy again.
         self.tracker.truncate_after(step or -1)
-        self.console.note(f"resumed from step {step} of {self.config.steps}")
-        if step >= self.config.steps:
-            self.console.note("nothing is left to train; another run_dir starts anew")
+        self.console.note(setup.describe_resumed(step, self.config.steps))
+        for text in setup.changed_rewards(self.task, directories.read_data(self.path)):
+            self.console.warning(text)
 
     def _begin(self) -> None:
         metrics = self.evaluate(self.learner.sampler_variables())

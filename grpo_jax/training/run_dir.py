@@ -102,7 +102,7 @@ def check_config(
         *validation.differences(before, config, ignore=_FREE_FIELDS),
         *(
             f"{name}: {known[name]!r} and {data[name]!r}"
-            for name in sorted(known.keys() & data.keys())
+            for name in sorted(known.keys() & data.keys() - {"code_sha256"})
             if known[name] != data[name]
         ),
     ]

@@ -3,10 +3,11 @@
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,39 @@ def describe_data(task: Task) -> dict[str, Any]:
         "held_out": len(task.test),
         "rewards": list(reward_names(task.rewards)),
         "rows_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "code_sha256": [_code_digest(function) for function in task.rewards],
     }
+
+
+def describe_resumed(step: int, steps: int) -> str:
+    """Where a run goes on, or that it does not."""
+    done = "; nothing is left to train, another run_dir starts anew"
+    return f"resumed from step {step} of {steps}{done if step >= steps else ''}"
+
+
+def changed_rewards(task: Task, before: Mapping[str, Any]) -> list[str]:
+    """A warning for each reward function that reads otherwise than it did.
+
+    They may change, so that one that fails can be mended.
+
+    Args:
+      before: what `describe_data` said when the run was last at work.
+    """
+    now = describe_data(task)
+    old = before.get("code_sha256", now["code_sha256"])
+    return [
+        f"reward function {name!r} has changed; the steps before this one had another"
+        for name, was, code in zip(now["rewards"], old, now["code_sha256"], strict=True)
+        if was != code
+    ]
+
+
+def _code_digest(function: RewardFunction) -> str | None:
+    try:
+        source = inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):
+        return None  # a partial, an object, or typed at a prompt
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def _some(rows: Sequence[Row]) -> list[dict[str, Any]]:

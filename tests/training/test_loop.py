@@ -373,6 +373,26 @@ def test_a_renewed_reference_survives_a_stop(undisturbed, tmp_path):
     assert comparable(resumed.history) == comparable(whole.history)
 
 
+def changed_share(completions, wanted, **_):
+    return share(completions, wanted)
+
+
+changed_share.__name__ = "share"
+
+
+def test_a_reward_function_that_reads_otherwise_is_told_and_goes_on(
+    undisturbed, tmp_path
+):
+    config, result = undisturbed
+    config = elsewhere(config, tmp_path)
+    run(dataclasses.replace(config, steps=2))
+    resumed = run(config, changed_share)
+    log = (resumed.run_dir / "log.txt").read_text()
+    assert log.count("reward function 'share' has changed; the steps before") == 1
+    assert resumed.summary["params_sha256"] == result.summary["params_sha256"]
+    assert "has changed" not in (result.run_dir / "log.txt").read_text()
+
+
 def test_another_configuration_is_refused_with_the_differing_fields(undisturbed):
     config, result = undisturbed
     other = dataclasses.replace(
