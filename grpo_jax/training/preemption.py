@@ -59,20 +59,20 @@ def stop_requests(agreement: Agreement) -> Iterator[None]:
 class GraceCheck:
     """Reports, once, a phase of a step that outlasts the grace between the signals.
 
-    The first step is left out: it compiles.
+    The first step, and others in which something was compiled, are left out.
     """
 
     def __init__(self, grace_seconds: float, *, report: Callable[[str], None]) -> None:
         self._grace = grace_seconds
         self._report = report
-        self._steps = 0
+        self._compiled = -1.0
         self._told = False
 
     def check(self, metrics: Mapping[str, float]) -> None:
         """Look at the times of one more step."""
-        self._steps += 1
+        before, self._compiled = self._compiled, metrics.get("compile/count", 0.0)
         seconds, name = max((metrics.get(name, 0.0), name) for name in _PHASES)
-        if self._steps == 1 or self._told or seconds <= self._grace:
+        if self._told or seconds <= self._grace or self._compiled > before:
             return
         self._told = True
         self._report(

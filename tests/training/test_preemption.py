@@ -53,3 +53,16 @@ def test_outside_of_the_main_thread_nothing_is_handled():
     thread.start()
     thread.join()
     assert seen == [True]
+
+
+def test_a_phase_that_outlasts_the_grace_is_told_once_if_nothing_was_compiled():
+    told = []
+    check = preemption.GraceCheck(30.0, report=told.append).check
+    slow, quick = {"time/rollout": 31.0, "time/update": 5.0}, {"time/rollout": 2.0}
+    check(slow | {"compile/count": 9})  # the first step
+    check(quick | {"compile/count": 9})
+    check(slow | {"compile/count": 11})  # prompts of another length
+    assert not told
+    check(slow | {"compile/count": 11})
+    check(slow | {"compile/count": 11})
+    assert len(told) == 1 and told[0].startswith("rollout took 31 s, longer than")
