@@ -232,7 +232,7 @@ _LONG = dataclasses.replace(
 )
 RECIPES = {
     "sums": Recipe(sums, _SHORT),
-    "calculations": Recipe(calculations, _SHORT),
+    "calculations": Recipe(calculations, dataclasses.replace(_SHORT, steps=120)),
     "gsm8k": Recipe(gsm8k, _LONG),
     "shown_work": Recipe(
         shown_work,

@@ -153,8 +153,9 @@ class RewardRunner:
         rewards = np.stack([result.rewards for result in results])
         total = np.nansum(rewards * self._weights[:, None], axis=0)
         total[np.isnan(rewards).all(axis=0)] = np.nan
-        if np.isnan(total).all() and "none" not in self._logged:
-            self._logged.add("none")
+        nothing = ("", "none")  # no function's name
+        if np.isnan(total).all() and nothing not in self._logged:
+            self._logged.add(nothing)
             _logger.warning(
                 "step %d: no completion has a reward, so it teaches nothing; further "
                 "such steps are not told",
