@@ -87,8 +87,8 @@ def check_config(
         configuration alone.
 
     Raises:
-      ValueError: if the directory holds a run of another configuration or of other
-        data, with the fields in which they differ.
+      ValueError: if the directory holds a run of another configuration or on other
+        rows, with the fields in which they differ. Other rewards are not refused.
     """
     if not (path / "config.yaml").exists() or not _has_begun(path):
         _write_config(path, config)
@@ -102,7 +102,7 @@ def check_config(
         *validation.differences(before, config, ignore=_FREE_FIELDS),
         *(
             f"{name}: {known[name]!r} and {data[name]!r}"
-            for name in sorted(known.keys() & data.keys() - {"code_sha256"})
+            for name in sorted(known.keys() & data.keys() - {"rewards"})
             if known[name] != data[name]
         ),
     ]

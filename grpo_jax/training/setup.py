@@ -67,9 +67,14 @@ def describe_data(task: Task) -> dict[str, Any]:
         "task": task.name,
         "rows": len(task.train),
         "held_out": len(task.test),
-        "rewards": list(reward_names(task.rewards)),
         "rows_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "code_sha256": [_code_digest(function) for function in task.rewards],
+        "rewards": dict(
+            zip(
+                reward_names(task.rewards),
+                map(_code_digest, task.rewards),
+                strict=True,
+            )
+        ),
     }
 
 
@@ -80,20 +85,19 @@ def describe_resumed(step: int, steps: int) -> str:
 
 
 def changed_rewards(task: Task, before: Mapping[str, Any]) -> list[str]:
-    """A warning for each reward function that reads otherwise than it did.
+    """A warning where reward functions are not those of the run so far, by their code.
 
     They may change, so that one that fails can be mended.
 
     Args:
       before: what `describe_data` said when the run was last at work.
     """
-    now = describe_data(task)
-    old = before.get("code_sha256", now["code_sha256"])
-    return [
-        f"reward function {name!r} has changed; the steps before this one had another"
-        for name, was, code in zip(now["rewards"], old, now["code_sha256"], strict=True)
-        if was != code
-    ]
+    now = describe_data(task)["rewards"]
+    old = before.get("rewards", now)
+    differing = [n for n in {**old, **now} if old.get(n, "") != now.get(n, "")]
+    if not differing:
+        return []
+    return [f"other reward functions than before: {', '.join(differing)}"]
 
 
 def _code_digest(function: RewardFunction) -> str | None:

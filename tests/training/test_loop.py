@@ -377,6 +377,37 @@ def changed_share(completions, wanted, **_):
     return share(completions, wanted)
 
 
+@pytest.mark.parametrize(("name", "told"), [("share", "share"), ("x", "share, x")])
+def test_other_reward_functions_are_told_and_the_run_goes_on(
+    name, told, undisturbed, tmp_path, monkeypatch
+):
+    config, result = undisturbed
+    config = elsewhere(config, tmp_path)
+    run(dataclasses.replace(config, steps=2))
+    monkeypatch.setattr(changed_share, "__name__", name)
+    resumed = run(config, changed_share)
+    log = (resumed.run_dir / "log.txt").read_text()
+    assert f"other reward functions than before: {told}\n" in log
+    assert resumed.summary["params_sha256"] == result.summary["params_sha256"]
+    assert "than before" not in (result.run_dir / "log.txt").read_text()
+
+
+def test_another_configuration_is_refused_with_the_differing_fields(undisturbed):
+    config, result = undisturbed
+    other = dataclasses.replace(
+        config, seed=5, optimizer=OptimizerConfig(learning_rate=0.5)
+    )
+    with pytest.raises(
+        ValueError, match=r"optimizer\.learning_rate: 0\.01 and 0\.5;.*seed: 0 and 5"
+    ):
+        run(other)
+    assert manifest(result.run_dir)["status"] == "finished"
+
+
+def changed_share(completions, wanted, **_):
+    return share(completions, wanted)
+
+
 changed_share.__name__ = "share"
 
 

@@ -186,7 +186,6 @@ def test_a_run_goes_on_where_another_mesh_left_it(run, tiny_policy, tmp_path):
             raise OSError("the machine is gone")
         return letters(completions)
 
-    fails_in_step_3.__name__ = letters.__name__
     config = make_config(tiny_policy, MESHES["1x4x2"], tmp_path / "run")
     with pytest.raises(RuntimeError, match="the machine is gone"):
         train(config, dataset=ROWS, rewards=fails_in_step_3)

@@ -162,16 +162,15 @@ def test_more_steps_are_another_run_where_the_rate_depends_on_them(tmp_path):
 def test_other_data_are_refused_and_unknown_data_are_not(tmp_path):
     mesh = meshes.make_mesh(MeshConfig())
     config = TrainConfig()
-    data = {"task": "dataset", "rows": 3, "rewards": ["short"]}
+    data = {"task": "dataset", "rows": 3, "rewards": {"short": "1"}}
     directories.check_config(tmp_path, config, data)
     begun(tmp_path)
     directories.check_config(tmp_path, config, data)  # no manifest yet
     directories.write_manifest(tmp_path, config, mesh, "running", data)
     directories.check_config(tmp_path, config, data)
-    other = data | {"rows": 4, "rewards": ["long"]}
-    with pytest.raises(
-        ValueError, match=r"rewards: \['short'\] and \['long'\]; rows: 3"
-    ):
+    directories.check_config(tmp_path, config, data | {"rewards": {"long": "2"}})
+    other = data | {"rows": 4}
+    with pytest.raises(ValueError, match="configuration: rows: 3 and 4"):
         directories.check_config(tmp_path, config, other)
     (tmp_path / "manifest.json").write_text("{}")  # of a version that did not say
     directories.check_config(tmp_path, config, other)
