@@ -58,23 +58,22 @@ def choose_task(
 def describe_data(task: Task) -> dict[str, Any]:
     """What a run learns from: enough to see that another one learns from other data.
 
-    The digest is that of up to 1,000 rows, evenly chosen; values that JSON does not
-    know count by their type.
+    The digest is that of up to 1,000 rows to train on, evenly chosen, or of 3 where
+    rows are made or read on demand; values that JSON does not know count by their type.
     """
-    rows = [*_some(task.train), *_some(task.test)]
-    text = json.dumps(rows, sort_keys=True, default=lambda value: str(type(value)))
+    count = min(len(task.train), 1000 if isinstance(task.train, list | tuple) else 3)
+    rows = [dict(task.train[i * len(task.train) // count]) for i in range(count)]
+    text = json.dumps(rows, skipkeys=True, default=lambda value: str(type(value)))
     return {
         "task": task.name,
         "rows": len(task.train),
-        "held_out": len(task.test),
         "rows_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "rewards": dict(
-            zip(
-                reward_names(task.rewards),
-                map(_code_digest, task.rewards),
-                strict=True,
+        "rewards": {
+            name: _code_digest(function)
+            for name, function in zip(
+                reward_names(task.rewards), task.rewards, strict=True
             )
-        ),
+        },
     }
 
 
@@ -106,11 +105,6 @@ def _code_digest(function: RewardFunction) -> str | None:
     except (OSError, TypeError):
         return None  # a partial, an object, or typed at a prompt
     return hashlib.sha256(source.encode()).hexdigest()
-
-
-def _some(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    count = min(len(rows), 500)
-    return [dict(rows[i * len(rows) // count]) for i in range(count)]
 
 
 def describe_run(policy: Policy, task: Task, mesh: Mesh, path: Path) -> str:
