@@ -33,7 +33,7 @@ The flags are those of `grpo-jax train`, of whose model the config.json is enoug
 
 {_TWO_FLAGS}"""
 
-# Names of TRL's GRPOConfig that say the same by another name; docs/trl.md has all.
+# Names of TRL's GRPOConfig, and the flags that stand for them; docs/trl.md has all.
 TRL_NAMES = {
     "model_name_or_path": "model",
     "output_dir": "run-dir",
@@ -46,7 +46,7 @@ TRL_NAMES = {
     "beta": "objective.kl-coef",
     "epsilon": "objective.clip-low",
     "epsilon_high": "objective.clip-high",
-    "loss_type": "objective.preset",
+    "loss_type": "objective.aggregation",
     "scale_rewards": "objective.advantage",
     "reward_weights": "rewards.weights",
     "save_steps": "checkpoint.every",

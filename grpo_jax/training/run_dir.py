@@ -32,8 +32,9 @@ Status = Literal["running", "preempted", "failed", "finished"]
 # What does not make another run of it: where it is kept, what is kept of it, and how
 # work is spread over time and devices.
 _FREE_FIELDS = (
-    "run_dir", "mesh", "report", "checkpoint", "microbatch_size", "remat"
-)  # fmt: skip
+    *("run_dir", "mesh", "report", "microbatch_size", "remat"),
+    *(f"checkpoint.{n}" for n in ("every", "keep", "keep_every", "grace_seconds")),
+)
 _PACKAGES = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Settings that can change speed or bits. Only these: an environment holds secrets.
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64")

@@ -68,12 +68,7 @@ def describe_data(task: Task) -> dict[str, Any]:
         "task": task.name,
         "rows": len(task.train),
         "rows_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "rewards": {
-            name: _code_digest(function)
-            for name, function in zip(
-                reward_names(task.rewards), task.rewards, strict=True
-            )
-        },
+        "rewards": _reward_digests(task),
     }
 
 
@@ -91,12 +86,18 @@ def changed_rewards(task: Task, before: Mapping[str, Any]) -> list[str]:
     Args:
       before: what `describe_data` said when the run was last at work.
     """
-    now = describe_data(task)["rewards"]
+    now = _reward_digests(task)
     old = before.get("rewards", now)
     differing = [n for n in {**old, **now} if old.get(n, "") != now.get(n, "")]
     if not differing:
         return []
     return [f"other reward functions than before: {', '.join(differing)}"]
+
+
+def _reward_digests(task: Task) -> dict[str, str | None]:
+    """A digest of the code of each reward function, by its name."""
+    names = reward_names(task.rewards)
+    return dict(zip(names, map(_code_digest, task.rewards), strict=True))
 
 
 def _code_digest(function: RewardFunction) -> str | None:

@@ -1,5 +1,6 @@
 """Whole runs of a tiny model: what they leave, how they resume, what they refuse."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -55,6 +56,28 @@ def at_step(number, action):
 
     share_.__name__ = "share"
     return share_
+
+
+@contextlib.contextmanager
+def disk_full_in(*steps, stop_at=None):
+    """The reward `share`, in whose steps files cannot grow as on a full disk."""
+    # Too large a file is then an error and no signal.
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def share_(completions, wanted, trainer_state, **_):
+        limit = 1 << 15 if trainer_state.global_step in steps else soft
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        if trainer_state.global_step == stop_at:
+            stop()
+        return share(completions, wanted)
+
+    share_.__name__ = "share"
+    try:
+        yield share_
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 @pytest.fixture
@@ -280,21 +303,8 @@ def test_a_damaged_checkpoint_costs_steps_but_no_bits(undisturbed, tmp_path):
 def test_a_disk_that_is_full_for_a_while_costs_saves_and_no_bits(undisturbed, tmp_path):
     config, result = undisturbed
     config = elsewhere(config, tmp_path)
-    # Too large a file is then an error, as on a full disk, and no signal.
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def share_(completions, wanted, trainer_state, **_):
-        limit = 1 << 15 if trainer_state.global_step in (2, 3) else soft
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        return share(completions, wanted)
-
-    share_.__name__ = "share"
-    try:
+    with disk_full_in(2, 3) as share_:
         full = run(config, share_)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, ignored)
     assert full.summary["params_sha256"] == result.summary["params_sha256"]
     assert comparable(full.history) == comparable(result.history)
     # Saves run beside the steps: which ones meet the full disk is a matter of speed.
@@ -312,23 +322,8 @@ def test_a_checkpoint_waits_for_a_reference_that_could_not_be_saved(
     config = dataclasses.replace(without_evaluation(config), objective=objective)
     whole = run(elsewhere(config, tmp_path / "whole"))
     config = elsewhere(config, tmp_path / "full")
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def share_(completions, wanted, trainer_state, **_):
-        step = trainer_state.global_step
-        limit = 1 << 15 if step == 2 else soft  # when the reference is made
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        if step == 4:
-            stop()
-        return share(completions, wanted)
-
-    share_.__name__ = "share"
-    try:
+    with disk_full_in(2, stop_at=4) as share_:  # the reference is made in step 2
         stopped = run(config, share_)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, ignored)
     log = (stopped.run_dir / "log.txt").read_text()
     assert "the reference's checkpoint 2 could not be saved" in log
     assert saved_steps(stopped.run_dir)[-1] == 3

@@ -132,6 +132,15 @@ def test_where_and_how_a_run_goes_on_does_not_make_it_another(tmp_path, change):
     assert directories.read_config(tmp_path) == config
 
 
+def test_the_best_step_is_that_of_the_metric_the_run_began_with(tmp_path):
+    # `--step best` reads it from the file of the run.
+    directories.check_config(tmp_path, TrainConfig())
+    begun(tmp_path)
+    other = TrainConfig(checkpoint=CheckpointConfig(keep_best="loss", best_mode="min"))
+    with pytest.raises(ValueError, match="checkpoint.keep_best: None and 'loss'"):
+        directories.check_config(tmp_path, other)
+
+
 def test_a_preset_in_a_file_means_its_fields(tmp_path):
     text = "objective: {preset: grpo, kl_coef: 0.5}"
     config = directories.load_config(write_yaml(tmp_path, text))
