@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from grpo_jax.presets import OBJECTIVES
 from grpo_jax.validation import (
     AboveOne,
     AxisSize,
@@ -29,6 +30,8 @@ UNSET: Any = None
 
 # Matrices of a layer that may get adapters.
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+PRESETS = tuple(OBJECTIVES)  # their names
 
 EMBEDDED = "embedded"  # the small model that comes with the package
 
@@ -94,12 +97,12 @@ class ObjectiveConfig(Section):
         Raises:
           ValueError: for any other name.
         """
-        if name not in _PRESETS:
-            known = ", ".join(_PRESETS)
+        if name not in PRESETS:
+            known = ", ".join(PRESETS)
             raise ValueError(
                 f"objective preset {name!r} is unknown; use one of {known}."
             )
-        return ObjectiveConfig(**_PRESETS[name])
+        return ObjectiveConfig(**OBJECTIVES[name])
 
     def problems(self) -> Iterator[str]:
         """What is wrong between fields, one line each."""
@@ -114,52 +117,6 @@ class ObjectiveConfig(Section):
             yield "cispo_max_weight is needed by surrogate 'cispo'; 5.0 is usual"
         if self.reference_every is not None and self.kl_coef == 0:
             yield "reference_every has no effect while kl_coef is 0; set kl_coef"
-
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "softmax": {},
-    "likelihood": {
-        "surrogate": "likelihood",
-        "aggregation": "sequence_sum",
-        "kl_coef": 0.0,
-    },
-    "grpo": {"advantage": "standardized"},
-    "dr_grpo": {
-        "advantage": "centered",
-        "aggregation": "fixed_length",
-        "kl_coef": 0.0,
-    },
-    "dapo": {
-        "advantage": "standardized",
-        "aggregation": "token_mean",
-        "clip_high": 0.28,
-        "kl_coef": 0.0,
-        "overlong_share": 0.2,  # 4,096 of 20,480 tokens
-        "resample_limit": 4,
-    },
-    "gspo": {
-        "advantage": "standardized",
-        "ratio_level": "sequence",
-        "clip_low": 3e-4,
-        "clip_high": 4e-4,
-        "kl_coef": 0.0,
-    },
-    "cispo": {
-        "advantage": "standardized",
-        "surrogate": "cispo",
-        "cispo_max_weight": 5.0,
-        "aggregation": "token_mean",
-        "kl_coef": 0.0,
-    },
-    "rloo": {
-        "advantage": "leave_one_out",
-        "surrogate": "likelihood",
-        "aggregation": "sequence_sum",
-        "kl_in": "reward",
-    },
-}
-
-PRESETS = tuple(_PRESETS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from grpo_jax.config import EMBEDDED, PRESETS, ObjectiveConfig, TrainConfig
+from grpo_jax.trl_names import TRL_NAMES, TRL_PAGE
 
 _TWO_FLAGS = f"""Two more flags set many fields at once, and every other flag overrides
 them:
@@ -32,27 +33,6 @@ The flags are those of `grpo-jax train`, of whose model the config.json is enoug
   --json                     plain values, sizes in bytes
 
 {_TWO_FLAGS}"""
-
-# Names of TRL's GRPOConfig, and the flags that stand for them; docs/trl.md has all.
-TRL_NAMES = {
-    "model_name_or_path": "model",
-    "output_dir": "run-dir",
-    "max_steps": "steps",
-    "per_device_train_batch_size": "prompts-per-step",
-    "num_generations": "group-size",
-    "num_iterations": "updates-per-rollout",
-    "max_prompt_length": "max-prompt-tokens",
-    "max_completion_length": "max-new-tokens",
-    "beta": "objective.kl-coef",
-    "epsilon": "objective.clip-low",
-    "epsilon_high": "objective.clip-high",
-    "loss_type": "objective.aggregation",
-    "scale_rewards": "objective.advantage",
-    "reward_weights": "rewards.weights",
-    "save_steps": "checkpoint.every",
-    "logging_steps": "report.log-every",
-    "report_to": "report.wandb",
-}
 
 
 def train_config(
@@ -98,8 +78,10 @@ def _explain_trl_names(arguments: Sequence[str]) -> None:
     names = [flag[2:].partition("=")[0].replace("-", "_") for flag in flags]
     known = dict.fromkeys(name for name in names if name in TRL_NAMES)
     if known:
-        pairs = "; ".join(f"{name} is --{TRL_NAMES[name]} here" for name in known)
-        raise ValueError(f"{pairs}. docs/trl.md says what TRL's options are here.")
+        here = [TRL_NAMES[name].replace("_", "-") for name in known]
+        pairs = zip(known, here, strict=True)
+        told = "; ".join(f"{name} is --{flag} here" for name, flag in pairs)
+        raise ValueError(f"{told}. {TRL_PAGE}.")
 
 
 def plan_flags(

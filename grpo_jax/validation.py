@@ -11,7 +11,9 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from grpo_jax.trl_names import TRL_NAMES, TRL_PAGE
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,18 @@ class Section:
 
     section: ClassVar[str] = ""
 
+    # Before the constructor of the dataclass, which knows no better than TypeError.
+    def __new__(cls, *_: Any, **fields: Any) -> Self:
+        """Raise ValueError for what is no field, naming the one that is meant."""
+        found = [
+            f"{name} is not a field of {cls.__name__}; {_field_meant(cls, name)}"
+            for name in fields
+            if name not in cls.__dataclass_fields__
+        ]
+        if found:
+            raise ValueError("; ".join(found) + ".")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         """Raise ValueError with every problem found."""
         found = list(self._field_problems()) or list(self.problems())
@@ -113,11 +127,8 @@ def from_dict(cls: type, values: Mapping[str, Any], *, where: str = "") -> Any:
     for name, value in values.items():
         path = f"{where}.{name}" if where else str(name)
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(names)}"
-            )
-            found.append(f"{path} is not a field of the configuration; {hint}")
+            meant = _field_meant(cls, str(name))
+            found.append(f"{path} is not a field of the configuration; {meant}")
             continue
         if dataclasses.is_dataclass(hints[name]):
             try:
@@ -170,6 +181,30 @@ def differences(one: Any, other: Any, *, ignore: tuple[str, ...] = ()) -> list[s
         for name in sorted(ours | theirs)
         if ours.get(name) != theirs.get(name)
     ]
+
+
+def _field_meant(cls: type, name: str) -> str:
+    """Which field stands for a name that is none: by TRL's name, or the nearest."""
+    if name in TRL_NAMES:
+        return f"TRL's {name} is {TRL_NAMES[name]!r} here ({TRL_PAGE})"
+    paths = _paths(cls)
+    near = difflib.get_close_matches(name, paths, n=1)
+    if near:
+        return f"did you mean {paths[near[0]]!r}?"
+    return f"fields: {', '.join(f.name for f in dataclasses.fields(cls))}"
+
+
+def _paths(cls: type) -> dict[str, str]:
+    """Dotted path by name of every field, those of sections within included."""
+    hints = typing.get_type_hints(cls)
+    own = {f.name: f.name for f in dataclasses.fields(cls)}
+    within = {
+        name: f"{section}.{path}"
+        for section in own
+        if dataclasses.is_dataclass(hints[section])
+        for name, path in _paths(hints[section]).items()
+    }
+    return within | own
 
 
 def _broken(hint: Any, value: Any) -> str | None:

@@ -21,7 +21,9 @@ from grpo_jax.config import (
     SamplingConfig,
     TrainConfig,
 )
-from grpo_jax.validation import differences, from_dict, to_dict
+from grpo_jax.flags import train_config
+from grpo_jax.trl_names import TRL_NAMES
+from grpo_jax.validation import Section, differences, from_dict, to_dict
 
 NAN, INF = math.nan, math.inf
 
@@ -445,3 +447,49 @@ def test_a_misspelled_key_of_a_nested_section_is_named_with_its_path():
         from_dict(TrainConfig, {"objective": {"kl_coeff": 0.1}})
     with pytest.raises(ValueError, match="groupsize is not .* 'group_size'"):
         from_dict(TrainConfig, {"groupsize": 4})
+
+
+SECTIONS = [
+    TrainConfig,
+    *{type(value) for value in vars(TrainConfig()).values()}
+    & set(Section.__subclasses__()),
+]
+
+
+@pytest.mark.parametrize("name", TRL_NAMES)
+def test_a_name_of_trl_is_answered_alike_in_python_yaml_and_flags(name):
+    config, here = TrainConfig(), TRL_NAMES[name]
+    assert here in dotted(to_dict(config))
+    for refused in (
+        lambda: TrainConfig(**{name: 1}),
+        lambda: dataclasses.replace(config, **{name: 1}),
+        lambda: from_dict(TrainConfig, {name: 1}),
+    ):
+        with pytest.raises(
+            ValueError, match=f"^{name} is not .* '{here}' here .*trl.md"
+        ):
+            refused()
+    flag = here.replace("_", "-")
+    with pytest.raises(ValueError, match=f"^{name} is --{flag} here.*trl.md"):
+        train_config([f"--{name}", "1"])
+
+
+def dotted(values, prefix=""):
+    for name, value in values.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("cls", SECTIONS, ids=lambda cls: cls.__name__)
+def test_what_is_no_field_is_answered_by_the_nearest_one(cls):
+    for one in dataclasses.fields(cls):
+        with pytest.raises(ValueError, match=f"{cls.__name__}; did .*{one.name}'"):
+            cls(**{one.name + "z": 1})
+    with pytest.raises(ValueError, match=f"{cls.__name__}; fields: "):
+        cls(qqqq=1)
+
+
+def test_a_field_of_a_section_is_found_from_outside():
+    with pytest.raises(ValueError, match="did you mean 'optimizer.learning_rate'"):
+        TrainConfig(learning_rate=1e-5)

@@ -21,6 +21,8 @@ PACKAGE = ROOT / "grpo_jax"
 # Folder or module -> row. A module that stands here by itself leaves its folder's row.
 ROWS = {
     "config": 0,
+    "presets": 0,
+    "trl_names": 0,
     "validation": 0,
     "objective": 1,
     "parallel": 1,
