@@ -30,7 +30,7 @@ def group_softmax_weights(
     https://arxiv.org/abs/1910.00177). A group with nothing valid has weights 0.
     """
     valid = _check_group(rewards, valid)
-    checks.require_positive("temperature", temperature, meaning="units of reward")
+    _check_temperature(temperature)
     mass = jnp.where(valid, jnp.exp(_below_top(rewards, valid) / temperature), 0.0)
     total = jnp.sum(mass, axis=-1, keepdims=True)
     return mass / jnp.where(total > 0.0, total, 1.0)
@@ -48,7 +48,7 @@ def softmax_advantages(
     first order for large tau. w is `group_softmax_weights`, with its sources.
     """
     valid = _check_group(rewards, valid)
-    checks.require_positive("temperature", temperature, meaning="units of reward")
+    _check_temperature(temperature)
     # n * w - 1 = (e - mean(e)) / (1 + mean(e)) with e = exp(.) - 1: no 1 is subtracted
     # from a number near 1, so that a large temperature costs no precision.
     excess = jnp.where(valid, jnp.expm1(_below_top(rewards, valid) / temperature), 0.0)
@@ -74,8 +74,7 @@ def standardized_advantages(
     """
     valid = _check_group(rewards, valid)
     checks.require_choice("std_over", std_over, ("group", "batch"))
-    if eps < 0:
-        raise ValueError(f"eps is {eps}, expected at least 0: it is added to the std.")
+    checks.require_number("eps", eps, at_least=0, meaning="it is added to the std")
     axis = -1 if std_over == "group" else None
     below_top = _below_top(rewards, valid, axis=axis)
     flat = jnp.min(below_top, axis=axis, keepdims=True) == 0.0
@@ -124,12 +123,19 @@ def overlong_penalty(
     at max_length, and -1 beyond. "Soft overlong punishment": DAPO, Yu et al. 2025,
     eq. 13, https://arxiv.org/abs/2503.14476. Count tokens, not characters.
     """
-    if not 0 < cache <= max_length:
+    checks.require_array("lengths", lengths)
+    checks.require_whole("max_length", max_length, meaning="tokens")
+    checks.require_whole("cache", cache, meaning="tokens")
+    if cache > max_length:
         raise ValueError(
             f"cache is {cache} tokens, expected 0 < cache <= max_length ({max_length})."
         )
     excess = jnp.asarray(lengths, jnp.float32) - (max_length - cache)
     return -jnp.clip(excess / cache, 0.0, 1.0)
+
+
+def _check_temperature(temperature: float) -> None:
+    checks.require_number("temperature", temperature, above=0, meaning="a reward")
 
 
 def _check_group(

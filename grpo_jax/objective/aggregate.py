@@ -44,7 +44,7 @@ def aggregate(
     checks.require_mask("mask", mask, values.shape, like="values'")
     checks.require_choice("mode", mode, AGGREGATIONS)
     if max_length is not None:
-        checks.require_positive("max_length", max_length, meaning="tokens")
+        checks.require_whole("max_length", max_length, meaning="tokens")
     values = jnp.where(mask, jnp.asarray(values, jnp.float32), 0.0)
     lengths = jnp.sum(mask, axis=-1)
     sequences = jnp.sum(lengths > 0)

@@ -1,18 +1,33 @@
-"""Checks of static shapes, dtypes and choices, made before anything compiles.
+"""Checks of shapes, dtypes, numbers and choices, made before anything compiles.
 
-Each raises ValueError naming the argument, what was given and what was expected.
+Each raises ValueError naming the argument, what was given and what was expected. No
+value in an array that may be traced is read.
 """
 
+import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
+
+
+def require_array(name: str, array: Any) -> None:
+    """Raise ValueError unless `array` is an array of real numbers or booleans."""
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+        raise ValueError(f"{name} is {_described(array)}, expected an array.")
+    kinds = (jnp.bool_, jnp.integer, jnp.floating)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+        raise ValueError(f"{name} has dtype {array.dtype}, expected real numbers.")
 
 
 def require_shape(
     name: str, array: Shaped[Array, "..."], expected: tuple[int, ...], *, like: str
 ) -> None:
     """Raise ValueError unless `array` has the expected shape, which `like` explains."""
+    require_array(name, array)
     if array.shape != expected:
         raise ValueError(
             f"{name} has shape {array.shape}, expected {expected}: {like}."
@@ -21,6 +36,7 @@ def require_shape(
 
 def require_rank(name: str, array: Shaped[Array, "..."], *, axes: str) -> None:
     """Raise ValueError unless `array` has at least the trailing axes named."""
+    require_array(name, array)
     if array.ndim < len(axes.split()):
         raise ValueError(
             f"{name} has shape {array.shape}, expected at least the axes [{axes}]."
@@ -35,6 +51,7 @@ def require_mask(
     like: str,
 ) -> None:
     """Raise ValueError unless `mask` is boolean and has the expected shape."""
+    require_array(name, mask)
     if mask.dtype != jnp.bool_:
         raise ValueError(
             f"{name} has dtype {mask.dtype}, expected bool: write `{name} > 0`."
@@ -42,13 +59,67 @@ def require_mask(
     require_shape(name, mask, expected, like=like)
 
 
-def require_choice(name: str, given: str, choices: Sequence[str]) -> None:
+def require_choice(name: str, given: Any, choices: Sequence[str]) -> None:
     """Raise ValueError unless `given` is one of the choices."""
-    if given not in choices:
-        raise ValueError(f"{name} is {given!r}, expected one of {', '.join(choices)}.")
+    if not isinstance(given, str) or given not in choices:
+        raise ValueError(
+            f"{name} is {_described(given)}, expected one of {', '.join(choices)}."
+        )
 
 
-def require_positive(name: str, given: float, *, meaning: str) -> None:
-    """Raise ValueError unless the number is above 0; `meaning` says what it is."""
-    if not given > 0:
-        raise ValueError(f"{name} is {given}, expected a number above 0: {meaning}.")
+def require_flag(name: str, given: Any) -> None:
+    """Raise ValueError unless `given` is True or False."""
+    if not isinstance(given, bool):
+        raise ValueError(f"{name} is {_described(given)}, expected True or False.")
+
+
+def require_whole(name: str, given: Any, *, meaning: str) -> None:
+    """Raise ValueError unless `given` is an integer above 0; `meaning` says what of."""
+    value = _plain(name, given)
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not (whole and value > 0):
+        _refuse_number(name, given, "an integer above 0", meaning)
+
+
+def require_number(
+    name: str,
+    given: Any,
+    *,
+    meaning: str,
+    above: float | None = None,
+    at_least: float | None = None,
+) -> None:
+    """Raise ValueError unless `given` is a finite number within its bound.
+
+    `meaning` says what it is. Numbers are those of Python and NumPy, and arrays without
+    axes; one that is traced is refused, as programs are compiled for its value.
+    """
+    value = _plain(name, given)
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    expected, fits = "a finite number", real and math.isfinite(value)
+    if above is not None:
+        expected, fits = f"a number above {above}", fits and value > above
+    if at_least is not None:
+        expected, fits = f"a number of at least {at_least}", fits and value >= at_least
+    if not fits:
+        _refuse_number(name, given, expected, meaning)
+
+
+def _plain(name: str, given: Any) -> Any:
+    """The number in an array without axes; anything else as it is."""
+    if isinstance(given, jax.core.Tracer):
+        raise ValueError(
+            f"{name} is traced, expected a number that is known when the program is "
+            "compiled: make it a static argument, or close over it."
+        )
+    return given.item() if getattr(given, "shape", None) == () else given
+
+
+def _refuse_number(name: str, given: Any, expected: str, meaning: str) -> None:
+    raise ValueError(f"{name} is {_described(given)}, expected {expected}: {meaning}.")
+
+
+def _described(given: Any) -> str:
+    """A value, or only its type where its text might be long."""
+    short = given is None or isinstance(given, str | numbers.Number)
+    return repr(given) if short else f"of type {type(given).__name__}"

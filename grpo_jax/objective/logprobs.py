@@ -28,7 +28,7 @@ def token_logprobs(
     which every logit is -inf.
     """
     _check_tokens("logits", logits, tokens)
-    checks.require_positive("temperature", temperature, meaning="it divides the logits")
+    _check_temperature(temperature)
     scaled = jnp.asarray(logits, jnp.float32) / temperature
     shifted = scaled - lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))
     chosen = jnp.take_along_axis(shifted, tokens[..., None], axis=-1)[..., 0]
@@ -44,7 +44,7 @@ def token_entropy(
     0 * log(0) = 0, to the value and to the gradient.
     """
     checks.require_rank("logits", logits, axes="T V")
-    checks.require_positive("temperature", temperature, meaning="it divides the logits")
+    _check_temperature(temperature)
     scaled = jnp.asarray(logits, jnp.float32) / temperature
     shifted = scaled - lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))
     # A finite stand-in for -inf: its product with p = 0 is NaN, in the gradient too.
@@ -101,10 +101,13 @@ def chunked_logprobs(
     """
     _check_tokens("hidden", hidden, tokens)
     _check_head(hidden, head)
-    checks.require_positive("temperature", temperature, meaning="it divides the logits")
-    checks.require_positive("chunk_size", chunk_size, meaning="tokens per chunk")
+    _check_temperature(temperature)
+    checks.require_whole("chunk_size", chunk_size, meaning="tokens per chunk")
+    checks.require_flag("with_entropy", with_entropy)
     if logit_softcap is not None:
-        checks.require_positive("logit_softcap", logit_softcap, meaning="a logit bound")
+        checks.require_number(
+            "logit_softcap", logit_softcap, above=0, meaning="a bound of the logits"
+        )
     count, rows = _chunk_layout(tokens.size, chunk_size)
     width, padding = hidden.shape[-1], count * rows - tokens.size
     flat_hidden = jnp.pad(hidden.reshape(tokens.size, width), ((0, padding), (0, 0)))
@@ -129,6 +132,12 @@ class _Settings(NamedTuple):
     with_entropy: bool
 
 
+def _check_temperature(temperature: float) -> None:
+    checks.require_number(
+        "temperature", temperature, above=0, meaning="it divides the logits"
+    )
+
+
 def _check_tokens(
     name: str, array: Float[Array, "..."], tokens: Int[Array, "..."]
 ) -> None:
@@ -143,6 +152,7 @@ def _check_tokens(
 
 
 def _check_head(hidden: Float[Array, "..."], head: Float[Array, "..."]) -> None:
+    checks.require_array("head", head)
     if head.ndim != 2 or head.shape[0] != hidden.shape[-1]:
         raise ValueError(
             f"head has shape {head.shape}, expected [D, V] with D = "

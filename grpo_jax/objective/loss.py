@@ -11,12 +11,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from grpo_jax.objective import checks
-from grpo_jax.objective.aggregate import Aggregation, aggregate
+from grpo_jax.objective.aggregate import AGGREGATIONS, Aggregation, aggregate
 from grpo_jax.objective.kl import KlEstimator, kl_estimate
 from grpo_jax.objective.logprobs import sequence_logprobs
 from grpo_jax.objective.structs import LossOutput, Mean
 from grpo_jax.objective.surrogate import (
+    RATIO_LEVELS,
     RatioLevel,
+    check_cap,
+    check_clips,
     cispo_surrogate,
     clipped_surrogate,
     importance_correction,
@@ -110,7 +113,11 @@ def grpo_loss(
         "entropy": entropy,
     }
     _check_arrays(logp, mask, advantages, others)
-    _check_choices(surrogate, cispo_max_weight, kl_estimator)
+    _check_choices(surrogate, ratio_level, kl_estimator, aggregation)
+    check_clips(clip_low, clip_high, dual_clip)
+    _check_caps(surrogate, cispo_max_weight, sampler_correction_cap)
+    checks.require_number("kl_coef", kl_coef, meaning="it multiplies the KL")
+    checks.require_number("entropy_coef", entropy_coef, meaning="of the entropy")
     _check_needed(
         others,
         ref_logp=kl_coef != 0,
@@ -213,21 +220,34 @@ def _check_arrays(
 
 
 def _check_choices(
-    surrogate: str, cispo_max_weight: float | None, kl_estimator: str
+    surrogate: str, ratio_level: str, kl_estimator: str, aggregation: str
 ) -> None:
     checks.require_choice("surrogate", surrogate, SURROGATES)
-    if surrogate == "cispo" and cispo_max_weight is None:
-        raise ValueError(
-            'surrogate "cispo" needs cispo_max_weight, the largest ratio itself, such '
-            "as 5.0; got None. It is not a distance from 1: 0.2 would scale every "
-            "on-policy token down to 0.2."
-        )
+    checks.require_choice("ratio_level", ratio_level, RATIO_LEVELS)
+    checks.require_choice("aggregation", aggregation, AGGREGATIONS)
     if kl_estimator == "k1":
         raise ValueError(
             'kl_estimator is "k1", expected k2 or k3: as a loss on tokens drawn from '
             "the policy, k1 has a gradient of zero mean and regularizes nothing."
         )
     checks.require_choice("kl_estimator", kl_estimator, ("k2", "k3"))
+
+
+def _check_caps(
+    surrogate: str,
+    cispo_max_weight: float | None,
+    sampler_correction_cap: float | None,
+) -> None:
+    if surrogate == "cispo" and cispo_max_weight is None:
+        raise ValueError(
+            'surrogate "cispo" needs cispo_max_weight, the largest ratio itself, such '
+            "as 5.0; got None. It is not a distance from 1: 0.2 would scale every "
+            "on-policy token down to 0.2."
+        )
+    if cispo_max_weight is not None:
+        check_cap("cispo_max_weight", cispo_max_weight)
+    if sampler_correction_cap is not None:
+        check_cap("sampler_correction_cap", sampler_correction_cap)
 
 
 def _check_needed(

@@ -15,12 +15,14 @@ from jaxtyping import Array, Bool, Float
 from grpo_jax.objective import checks
 
 RatioLevel = Literal["token", "sequence"]
+RATIO_LEVELS = ("token", "sequence")
 
 MAX_LOG_RATIO = 20.0
 
 
 def importance_ratio(log_ratio: Float[Array, "*B T"]) -> Float[Array, "*B T"]:
     """Ratio exp(log_ratio), with the log-ratio bounded to +-20."""
+    checks.require_array("log_ratio", log_ratio)
     log_ratio = jnp.asarray(log_ratio, jnp.float32)
     return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
@@ -44,7 +46,7 @@ def log_importance_ratio(
     checks.require_rank("logp", logp, axes="T")
     checks.require_shape("old_logp", old_logp, logp.shape, like="logp's")
     checks.require_mask("mask", mask, logp.shape, like="logp's")
-    checks.require_choice("level", level, ("token", "sequence"))
+    checks.require_choice("level", level, RATIO_LEVELS)
     logp = jnp.where(mask, jnp.asarray(logp, jnp.float32), 0.0)
     old_logp = jnp.where(mask, jnp.asarray(old_logp, jnp.float32), 0.0)
     log_ratio = logp - lax.stop_gradient(old_logp)
@@ -72,15 +74,7 @@ def clipped_surrogate(
     Ye et al. 2020, https://arxiv.org/abs/1912.09729.
     """
     _check_advantages("log_ratio", log_ratio, advantages)
-    if clip_low < 0 or clip_high < 0:
-        raise ValueError(
-            f"clip_low is {clip_low} and clip_high {clip_high}, expected at least 0: "
-            "distances from a ratio of 1."
-        )
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(
-            f"dual_clip is {dual_clip}, expected above 1: a largest ratio."
-        )
+    check_clips(clip_low, clip_high, dual_clip)
     advantages = jnp.asarray(advantages, jnp.float32)[..., None]
     ratio = importance_ratio(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
@@ -107,9 +101,7 @@ def cispo_surrogate(
     """
     _check_advantages("logp", logp, advantages)
     checks.require_shape("log_ratio", log_ratio, logp.shape, like="logp's")
-    checks.require_positive(
-        "max_weight", max_weight, meaning="the largest ratio, as 5.0"
-    )
+    check_cap("max_weight", max_weight)
     advantages = jnp.asarray(advantages, jnp.float32)[..., None]
     weight = lax.stop_gradient(jnp.minimum(importance_ratio(log_ratio), max_weight))
     return -weight * advantages * jnp.asarray(logp, jnp.float32)
@@ -132,9 +124,27 @@ def importance_correction(
     checks.require_shape(
         "sampler_logp", sampler_logp, old_logp.shape, like="old_logp's"
     )
-    checks.require_positive("cap", cap, meaning="the largest weight, as 2.0")
+    check_cap("cap", cap)
     log_ratio = jnp.asarray(old_logp, jnp.float32) - sampler_logp
     return lax.stop_gradient(jnp.minimum(importance_ratio(log_ratio), cap))
+
+
+def check_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
+    """Raise ValueError, by name, for bounds that `clipped_surrogate` cannot use."""
+    distance = "a distance from a ratio of 1"
+    checks.require_number("clip_low", clip_low, at_least=0, meaning=distance)
+    checks.require_number("clip_high", clip_high, at_least=0, meaning=distance)
+    if dual_clip is not None:
+        checks.require_number(
+            "dual_clip", dual_clip, above=1, meaning="the largest ratio where A < 0"
+        )
+
+
+def check_cap(name: str, cap: float) -> None:
+    """Raise ValueError unless the largest weight is above 0; `name` is the caller's."""
+    checks.require_number(
+        name, cap, above=0, meaning="the largest ratio, as 2.0 or 5.0"
+    )
 
 
 def _check_advantages(

@@ -182,7 +182,7 @@ def test_overlong_penalty_by_hand():
         ),
         (
             lambda: standardized_advantages(ONE_SUCCESS, eps=-1.0),
-            "eps is -1.0, expected at least 0",
+            "eps is -1.0, expected a number of at least 0",
         ),
         (
             lambda: standardized_advantages(ONE_SUCCESS, std_over="row"),

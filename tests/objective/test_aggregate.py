@@ -105,7 +105,7 @@ def test_bfloat16_values_are_summed_in_float32():
         (
             jnp.ones((2, 3), bool),
             {"mode": "fixed_length", "max_length": 0},
-            "max_length is 0, expected a number above 0: tokens",
+            "max_length is 0, expected an integer above 0: tokens",
         ),
     ],
 )

@@ -139,8 +139,8 @@ def test_cispo_without_its_cap_is_refused(random_group):
         ),
         ({"surrogate": "ppo"}, "surrogate is 'ppo', expected one of clip, cispo, like"),
         ({"kl_estimator": "k4"}, "kl_estimator is 'k4', expected one of k2, k3"),
-        ({"aggregation": "sum"}, "mode is 'sum', expected one of sequence_mean"),
-        ({"ratio_level": "word"}, "level is 'word', expected one of token, sequence"),
+        ({"aggregation": "sum"}, "aggregation is 'sum', expected one of sequence_m"),
+        ({"ratio_level": "word"}, "^ratio_level is 'word', expected one of token, "),
         ({"old_logp": jnp.zeros((2, 4))}, r"old_logp has shape \(2, 4\), expected"),
         ({"entropy": jnp.zeros((2, 4, 1))}, r"entropy has shape \(2, 4, 1\), expected"),
         (

@@ -180,11 +180,11 @@ ZEROS = jnp.zeros((2, 3))
         ),
         (
             lambda: clipped_surrogate(ZEROS, jnp.zeros(2), clip_low=-0.2),
-            "clip_low is -0.2 and clip_high 0.2, expected at least 0",
+            "clip_low is -0.2, expected a number of at least 0",
         ),
         (
             lambda: clipped_surrogate(ZEROS, jnp.zeros(2), dual_clip=1.0),
-            "dual_clip is 1.0, expected above 1",
+            "dual_clip is 1.0, expected a number above 1",
         ),
         (
             lambda: cispo_surrogate(ZEROS, ZEROS, jnp.zeros(2), max_weight=0.0),
