@@ -9,8 +9,8 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Shaped
 
 
@@ -74,10 +74,10 @@ def require_flag(name: str, given: Any) -> None:
 
 
 def require_whole(name: str, given: Any, *, meaning: str) -> None:
-    """Raise ValueError unless `given` is an integer above 0; `meaning` says what of."""
+    """Raise ValueError unless `given` is an integer above 0; `meaning` says of what."""
     value = _plain(name, given)
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not (whole and value > 0):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < 1:
         _refuse_number(name, given, "an integer above 0", meaning)
 
 
@@ -95,19 +95,22 @@ def require_number(
     axes; one that is traced is refused, as programs are compiled for its value.
     """
     value = _plain(name, given)
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    real = isinstance(value, int | float) and not isinstance(value, bool)
     expected, fits = "a finite number", real and math.isfinite(value)
     if above is not None:
-        expected, fits = f"a number above {above}", fits and value > above
+        expected, fits = f"a finite number above {above}", fits and value > above
     if at_least is not None:
-        expected, fits = f"a number of at least {at_least}", fits and value >= at_least
+        expected, fits = (
+            f"a finite number of at least {at_least}",
+            fits and value >= at_least,
+        )
     if not fits:
         _refuse_number(name, given, expected, meaning)
 
 
 def _plain(name: str, given: Any) -> Any:
     """The number in an array without axes; anything else as it is."""
-    if isinstance(given, jax.core.Tracer):
+    if isinstance(given, Tracer):
         raise ValueError(
             f"{name} is traced, expected a number that is known when the program is "
             "compiled: make it a static argument, or close over it."

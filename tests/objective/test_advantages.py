@@ -178,11 +178,11 @@ def test_overlong_penalty_by_hand():
     [
         (
             lambda: softmax_advantages(ONE_SUCCESS, temperature=0.0),
-            "temperature is 0.0, expected a number above 0",
+            "temperature is 0.0, expected a finite number above 0",
         ),
         (
             lambda: standardized_advantages(ONE_SUCCESS, eps=-1.0),
-            "eps is -1.0, expected a number of at least 0",
+            "eps is -1.0, expected a finite number of at least 0",
         ),
         (
             lambda: standardized_advantages(ONE_SUCCESS, std_over="row"),

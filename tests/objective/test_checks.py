@@ -112,7 +112,9 @@ def test_a_number_is_refused_where_it_is_not_used_as_well(surrogate):
 )
 def test_a_bound_that_is_allowed_is_allowed_and_below_is_not(function, name, bound):
     call(function, **{name: bound})
-    with pytest.raises(ValueError, match=f"^{name} is -1e-09, expected a number of at"):
+    with pytest.raises(
+        ValueError, match=f"^{name} is -1e-09, expected a finite number of at"
+    ):
         call(function, **{name: bound - 1e-9})
 
 
@@ -128,6 +130,6 @@ def test_a_traced_number_is_refused_by_name_and_a_static_one_taken(
     def entropy(temperature):
         return call("token_entropy", temperature=temperature)
 
-    with pytest.raises(ValueError, match="^temperature is traced, expected a number"):
+    with pytest.raises(ValueError, match="^temperature is traced, expected a number t"):
         jax.jit(entropy)(0.5)
     jax.jit(entropy, static_argnums=0)(0.5)

@@ -214,8 +214,14 @@ def test_a_head_sharded_over_the_vocabulary_gives_the_same_and_is_not_gathered()
         ({"head": jnp.zeros((V, D))}, r"head has shape \(50, 8\).*transpose"),
         ({"tokens": jnp.zeros((N, G), int)}, r"tokens has shape \(2, 3\), expected"),
         ({"chunk_size": 0}, "chunk_size is 0, expected an integer above 0"),
-        ({"logit_softcap": 0.0}, "logit_softcap is 0.0, expected a number above 0"),
-        ({"temperature": -1.0}, "temperature is -1.0, expected a number above 0"),
+        (
+            {"logit_softcap": 0.0},
+            "logit_softcap is 0.0, expected a finite number above 0",
+        ),
+        (
+            {"temperature": -1.0},
+            "temperature is -1.0, expected a finite number above 0",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(without_shape_checks, change, message):

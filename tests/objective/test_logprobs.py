@@ -104,7 +104,7 @@ def test_sequence_logprobs_ignore_masked_entries_and_empty_sequences():
     [
         (
             lambda: token_logprobs(LOGITS, jnp.array([0, 1]), temperature=0.0),
-            "temperature is 0.0, expected a number above 0",
+            "temperature is 0.0, expected a finite number above 0",
         ),
         (
             lambda: token_logprobs(LOGITS, jnp.array([0])),

@@ -180,15 +180,15 @@ ZEROS = jnp.zeros((2, 3))
         ),
         (
             lambda: clipped_surrogate(ZEROS, jnp.zeros(2), clip_low=-0.2),
-            "clip_low is -0.2, expected a number of at least 0",
+            "clip_low is -0.2, expected a finite number of at least 0",
         ),
         (
             lambda: clipped_surrogate(ZEROS, jnp.zeros(2), dual_clip=1.0),
-            "dual_clip is 1.0, expected a number above 1",
+            "dual_clip is 1.0, expected a finite number above 1",
         ),
         (
             lambda: cispo_surrogate(ZEROS, ZEROS, jnp.zeros(2), max_weight=0.0),
-            "max_weight is 0.0, expected a number above 0",
+            "max_weight is 0.0, expected a finite number above 0",
         ),
         (
             lambda: cispo_surrogate(ZEROS, ZEROS[:1], jnp.zeros(2), max_weight=1.0),
@@ -196,7 +196,7 @@ ZEROS = jnp.zeros((2, 3))
         ),
         (
             lambda: importance_correction(ZEROS, ZEROS, cap=-1.0),
-            "cap is -1.0, expected a number above 0",
+            "cap is -1.0, expected a finite number above 0",
         ),
         (
             lambda: log_importance_ratio(ZEROS, ZEROS, jnp.ones((2, 3), int)),
