@@ -67,10 +67,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
         print(f"grpo-jax {version('grpo-jax')}")
         return
     if arguments[:1] == ["train"]:
-        config = train_config(arguments[1:])
-        from grpo_jax.training.loop import train
-
-        train(config)
+        _train(train_config(arguments[1:]))
         return
     if arguments[:1] == ["plan"]:
         plan(arguments[1:])
@@ -93,6 +90,18 @@ def _dispatch(arguments: Sequence[str]) -> None:
         description=_HELP,
         args=arguments,
     )
+
+
+def _train(config: TrainConfig) -> None:
+    from grpo_jax.reporting.console import is_terminal, next_commands
+    from grpo_jax.training.loop import train
+
+    result = train(config)
+    if not is_terminal(sys.stdout):
+        return
+    # Of several processes, the first has the history.
+    if result.history and result.summary["status"] == "finished":
+        print(next_commands(result.run_dir, config))
 
 
 def _train_help() -> None:

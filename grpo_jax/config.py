@@ -256,8 +256,10 @@ class TrainConfig(Section):
     microbatch_size: Count | None = None  # sequences held at once; None: all
     max_prompt_tokens: Count = 512  # longer prompts are an error
     max_new_tokens: Count = UNSET  # completions are cut at this length
-    eval_every: Size = UNSET  # steps between evaluations; 0: none
-    eval_prompts: Size = UNSET  # held-out prompts of an evaluation; 0: none
+    # Steps between evaluations, of which one is before the first step and one after the
+    # last; 0: none at all.
+    eval_every: Size = UNSET
+    eval_prompts: Size = UNSET  # held-out prompts of an evaluation; 0: none at all
     # Number type of the matrix products; auto: float32 on CPU, elsewhere bfloat16.
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # What the backward pass computes again to save memory: nothing, all but the matrix
@@ -313,8 +315,10 @@ class TrainConfig(Section):
                 f"a group; {group} always does"
             )
         best = self.checkpoint.keep_best
-        if best is not None and best.startswith("eval/") and not self.eval_prompts:
-            yield f"eval_prompts must be above 0 for checkpoint.keep_best {best!r}"
+        if best is not None and best.startswith("eval/"):
+            for name in ("eval_every", "eval_prompts"):
+                if not vars(self)[name]:
+                    yield f"{name} must be above 0 for checkpoint.keep_best {best!r}"
         has_reference = self.objective.kl_coef > 0 and self.lora.rank is None
         if "reference" in self.mesh.offload and not has_reference:
             yield (

@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
+import types
 import typing
 
 import jax
@@ -20,10 +23,12 @@ import grpo_jax
 from grpo_jax import cli
 from grpo_jax.config import (
     CheckpointConfig,
+    LoraConfig,
     ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
 )
+from grpo_jax.reporting.console import next_commands
 from grpo_jax.reporting.metrics import to_json_line
 from grpo_jax.training import run_dir as directories
 from grpo_jax.training.checkpoint import Checkpoints
@@ -486,3 +491,43 @@ def test_train_hands_the_described_run_to_the_loop(monkeypatch):
     (config,) = given
     assert config == TrainConfig(steps=4, objective=ObjectiveConfig.preset("rloo"))
     assert yaml.safe_load(yaml.safe_dump(to_dict(config))) == to_dict(config)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("status", ["finished", "preempted"])
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_the_end_of_a_run_says_what_next_to_whoever_reads(
+    monkeypatch, tmp_path, status, stream
+):
+    folder = tmp_path / "a run"
+    kept = CheckpointConfig(keep_best="eval/accuracy")
+    result = types.SimpleNamespace(
+        run_dir=folder, history=[{}], summary={"status": status}
+    )
+    monkeypatch.setattr("grpo_jax.training.loop.train", lambda config: result)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("CI", raising=False)
+    out = stream()
+    with contextlib.redirect_stdout(out):
+        cli._dispatch(["train"])
+    told = [line.strip() for line in out.getvalue().splitlines()[1:]]
+    if (status, stream) != ("finished", Terminal):
+        assert out.getvalue() == ""
+        return
+    assert [line.split()[1] for line in told] == ["eval", "sample", "report", "export"]
+    # Each parses as it is printed, quoted path and all.
+    called = []
+    for name in ("evaluate", "sample", "report", "export"):
+        real = getattr(cli, name)
+        spy = functools.wraps(real)(lambda *args, **given: called.append((args, given)))
+        monkeypatch.setattr(cli, name, spy)
+    lora = LoraConfig(rank=2)
+    for config in (TrainConfig(), TrainConfig(checkpoint=kept, lora=lora)):
+        for line in next_commands(folder, config).splitlines()[1:]:
+            cli._dispatch(shlex.split(line)[1:])
+    assert len(called) == 8
+    assert all(folder in (*args, *given.values()) for args, given in called)

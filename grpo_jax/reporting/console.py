@@ -8,9 +8,11 @@ import contextlib
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -21,7 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from grpo_jax.config import ReportConfig
+from grpo_jax.config import ReportConfig, TrainConfig
 from grpo_jax.reporting import logs
 from grpo_jax.reporting import metrics as names
 from grpo_jax.reporting.text import Prompt, duration_text, prompt_text, visible
@@ -33,6 +35,7 @@ _PROGRESS = logs.LOGGER.getChild("progress")
 _SHOWN = (
     ("reward", names.REWARD, "{:.3f}"),
     ("accuracy", names.ACCURACY, "{:.1%}"),
+    ("held-out reward", names.EVAL_REWARD, "{:.3f}"),
     ("kl", names.KL, "{:.4f}"),
     ("length", names.MEAN_LENGTH, "{:.1f}"),
     ("cut", names.CLIPPED_RATIO, "{:.0%}"),
@@ -74,7 +77,7 @@ class Console:
 
     def __enter__(self) -> Self:
         if self._enabled:
-            if _is_terminal(self._stream):
+            if is_terminal(self._stream):
                 self._live = rich.live.Live(console=self._screen, transient=False)
                 self._live.__enter__()
                 self._open.push(self._live)
@@ -199,6 +202,20 @@ class Console:
         return table
 
 
+def next_commands(run_dir: Path, config: TrainConfig) -> str:
+    """What can be done with a run that has ended, a command per line."""
+    folder = shlex.quote(str(run_dir))
+    best = " --step best" if config.checkpoint.keep_best else ""
+    adapter = "" if config.lora.rank is None else " --adapter"
+    lines = (
+        f"eval --run-dir {folder}{best}",
+        f"sample --run-dir {folder}{best} --prompt TEXT",
+        f"report {folder}",
+        f"export --run-dir {folder}{best}{adapter} --out FOLDER",
+    )
+    return "\n  grpo-jax ".join(("next:", *lines))
+
+
 class _ScreenHandler(logging.Handler):
     """Hands the logger's records to a console."""
 
@@ -242,7 +259,8 @@ class _Clock:
         return (self._total - self._latest[0]) * seconds / steps
 
 
-def _is_terminal(stream: TextIO) -> bool:
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a person reads a stream: no file, no pipe, no job of a CI."""
     dumb = os.environ.get("TERM", "") in ("", "dumb")
     return stream.isatty() and not dumb and not os.environ.get("CI")
 

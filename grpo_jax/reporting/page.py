@@ -72,12 +72,16 @@ def _page(folder: Path, history: Sequence[Mapping[str, Any]]) -> str:
 def _cards(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
     """The numbers at the top, as far as the run has them."""
     cards = []
-    _, accuracy = metrics.series(history, metrics.ACCURACY)
-    before = summary.get("accuracy_before", accuracy[0] if accuracy else None)
-    after = summary.get("accuracy_after", accuracy[-1] if accuracy else None)
-    if before is not None and after is not None:
+    if accuracy := _before_and_after("accuracy", metrics.ACCURACY, summary, history):
+        before, after = accuracy
         gain = f"{100 * (after - before):+.1f} points"
         cards.append(("held-out accuracy", f"{before:.1%} → {after:.1%}", gain))
+    if reward := _before_and_after(
+        "eval_reward", metrics.EVAL_REWARD, summary, history
+    ):
+        before, after = reward
+        gain = f"{after - before:+.3g}"
+        cards.append(("held-out reward", f"{before:.3g} → {after:.3g}", gain))
     _, rewards = metrics.series(history, metrics.REWARD)
     if rewards:
         few = -(-len(rewards) // 10)
@@ -93,6 +97,16 @@ def _cards(summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> 
         median = sorted(speed)[len(speed) // 2]
         cards.append(("tokens per second", f"{median:,.0f}", "median step"))
     return "".join(_card(*card) for card in cards)
+
+
+def _before_and_after(
+    name: str, metric: str, summary: Mapping[str, Any], history: Sequence[Any]
+) -> tuple[float, float] | None:
+    """What evaluations found at first and at last, by the summary or the curve."""
+    _, values = metrics.series(history, metric)
+    before = summary.get(f"{name}_before", values[0] if values else None)
+    after = summary.get(f"{name}_after", values[-1] if values else None)
+    return None if before is None or after is None else (before, after)
 
 
 def _card(label: str, value: str, note: str) -> str:

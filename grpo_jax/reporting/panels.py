@@ -34,6 +34,12 @@ PANELS = (
         label="share right",
         sparse=True,
     ),
+    Panel(
+        title="Held-out reward",
+        metric=metrics.EVAL_REWARD,
+        label="mean",
+        sparse=True,
+    ),
     Panel(title="KL to the reference", metric=metrics.KL, label="nats per token"),
     Panel(title="Completion length", metric=metrics.MEAN_LENGTH, label="tokens, mean"),
     Panel(

@@ -37,6 +37,7 @@ from grpo_jax.training.digest import params_sha256
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.policy import load_policy
 from grpo_jax.training.preemption import GraceCheck, stop_requests
+from grpo_jax.training.progress import Progress
 from grpo_jax.training.references import References
 from grpo_jax.training.state import Batch
 from grpo_jax.training.utilization import Utilization
@@ -44,18 +45,6 @@ from grpo_jax.weights.pretrained import save_pretrained
 
 # Updates in a row that may be skipped before the run stops.
 MAX_SKIPPED = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a run stands; saved with the state, so that nothing is lost or repeated."""
-
-    step: int = 0  # steps done
-    position: int = 0  # prompts drawn
-    skipped: int = 0  # steps in a row whose updates were skipped
-    seconds: float = 0.0  # spent in training, over all starts
-    accuracy_before: float | None = None
-    accuracy: float | None = None  # of the newest evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +57,8 @@ class TrainResult:
       tokenizer: the model's tokenizer.
       run_dir: where everything is kept.
       history: one dict of metrics per step, with ``step``.
-      summary: ``accuracy_before``, ``accuracy_after``, ``steps``, ``seconds``,
+      summary: ``accuracy_before`` and ``accuracy_after``, or ``eval_reward_before`` and
+        ``eval_reward_after`` where nothing knows what is right; ``steps``, ``seconds``,
         ``params_sha256`` and ``status`` ("finished" or "preempted").
     """
 
@@ -217,10 +207,7 @@ class _Run:
             return
         step, self.learner.state, meta = found
         self.references.restore_at(step, self.learner)
-        # What another version of the package remembered besides is left out.
-        known = {field.name for field in dataclasses.fields(Progress)}
-        saved = meta["progress"].items()
-        self.progress = Progress(**{k: v for k, v in saved if k in known})
+        self.progress = Progress.read(meta["progress"])
         # A run that was stopped before its first step measures the policy again.
         self.tracker.truncate_after(step or -1)
         self.console.note(setup.describe_resumed(step, self.config.steps))
@@ -229,7 +216,7 @@ class _Run:
 
     def _begin(self) -> None:
         metrics = self.evaluate(self.learner.sampler_variables())
-        self._advance(accuracy_before=metrics.get(names.ACCURACY))
+        self.progress = self.progress.evaluated(metrics)
         with self.agreement.phase("report"):
             if metrics:
                 self._log(0, metrics)
@@ -251,7 +238,7 @@ class _Run:
         metrics |= self._describe(rollout, metrics)
         if self._due(self.config.eval_every) or step == self.config.steps:
             measured = self.evaluate(self.learner.sampler_variables())
-            self._advance(accuracy=measured.get(names.ACCURACY))
+            self.progress = self.progress.evaluated(measured)
             metrics |= measured
         rows = rollout.records(step, meshes.to_host(batch.advantages))
         written = self._due(self.config.report.completions_every) or step == 1
@@ -339,12 +326,11 @@ class _Run:
         self.console.note(
             f"stopped after step {self.progress.step}; the same command resumes"
         )
-        return self._result("preempted", accuracy_after=None)
+        return self._result("preempted")
 
     def _finished(self) -> TrainResult:
         self.checkpoints.close()
-        # The last step is always evaluated.
-        result = self._result("finished", accuracy_after=self.progress.accuracy)
+        result = self._result("finished")
         params = meshes.to_first(result.params)
         with self.agreement.phase("results"):
             if self.first:
@@ -355,14 +341,11 @@ class _Run:
         self.console.summary(result.summary)
         return result
 
-    def _result(self, status: directories.Status, **values: Any) -> TrainResult:
+    def _result(self, status: directories.Status) -> TrainResult:
         params = self.policy.merged(self.learner.state.params)
         summary = {
             "status": status,
-            "accuracy_before": self.progress.accuracy_before,
-            **values,
-            "steps": self.progress.step,
-            "seconds": self.progress.seconds,
+            **self.progress.summary(finished=status == "finished"),
             "params_sha256": params_sha256(params),
         }
         return TrainResult(

@@ -174,9 +174,12 @@ def make_evaluation(
 ) -> Evaluation:
     """What measures a policy on held-out prompts; it gives nothing if there are none.
 
+    There are none where `eval_every` or `eval_prompts` is 0.
+
     Greedy accuracy where the task can tell right from wrong, else the mean reward.
     """
-    rows = [task.test[i] for i in range(min(config.eval_prompts, len(task.test)))]
+    count = min(config.eval_prompts, len(task.test)) if config.eval_every else 0
+    rows = [task.test[i] for i in range(count)]
     if not rows:
         return lambda variables: {}
     evaluator = Evaluator(

@@ -158,9 +158,10 @@ def test_metrics_that_the_run_will_have_are_taken():
     assert isinstance(make_runner("tidiness", logging), RewardRunner)
 
 
-def test_a_metric_of_the_evaluation_needs_one():
-    with pytest.raises(ValueError, match="eval_prompts must be above 0 for checkpoint"):
-        TrainConfig(eval_prompts=0, checkpoint=CheckpointConfig(keep_best=SCORE))
+@pytest.mark.parametrize("none", ["eval_every", "eval_prompts"])
+def test_a_metric_of_the_evaluation_needs_one(none):
+    with pytest.raises(ValueError, match=f"{none} must be above 0 for checkpoint"):
+        TrainConfig(**{none: 0}, checkpoint=CheckpointConfig(keep_best=SCORE))
 
 
 def test_the_numbers_of_a_step_lie_beside_its_arrays(tmp_path):

@@ -165,6 +165,9 @@ def test_a_run_leaves_what_its_directory_promises(undisturbed):
     assert saved_steps(path) == [2, STEPS - 1, STEPS]
     rewards = {line["step"]: line.get("eval/reward") for line in result.history}
     assert rewards[2] < rewards[4]
+    told = [result.summary[f"eval_reward_{when}"] for when in ("before", "after")]
+    assert told == [rewards[0], rewards[STEPS]]
+    assert result.summary["accuracy_before"] is None is result.summary["accuracy_after"]
 
 
 def test_its_first_line_says_what_runs_where(undisturbed):
@@ -501,3 +504,15 @@ def test_dynamic_sampling_advances_by_what_it_drew(config, tmp_path):
     for line in result.history:
         assert line["frac_reward_zero_std"] == 0.0
         assert "kl" not in line
+
+
+@pytest.mark.parametrize("none", ["eval_every", "eval_prompts"])
+def test_no_evaluation_is_none_at_the_start_and_at_the_end_either(config, none):
+    plain = dataclasses.replace(config.checkpoint, keep_best=None)
+    given = {"eval_every": 2, "eval_prompts": 8, "steps": 2, none: 0}
+    result = run(dataclasses.replace(config, checkpoint=plain, **given))
+    assert len(result.history) == 2
+    assert not [name for line in result.history for name in line if "eval" in name]
+    measured = ("accuracy", "eval_reward")
+    for name in (f"{what}_{when}" for what in measured for when in ("before", "after")):
+        assert result.summary[name] is None

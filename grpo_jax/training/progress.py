@@ -1,0 +1,48 @@
+"""Where a run stands, as it is saved with the state and told in the summary."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_jax.reporting import metrics as names
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands; saved with the state, so that nothing is lost or repeated."""
+
+    step: int = 0  # steps done
+    position: int = 0  # prompts drawn
+    skipped: int = 0  # steps in a row whose updates were skipped
+    seconds: float = 0.0  # spent in training, over all starts
+    # Of the first evaluation and the newest: what the task can tell, the rest is None.
+    accuracy_before: float | None = None
+    accuracy: float | None = None
+    eval_reward_before: float | None = None
+    eval_reward: float | None = None
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> "Progress":
+        """What was saved, without what another version of the package remembered."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in saved.items() if name in known})
+
+    def evaluated(self, metrics: Mapping[str, float]) -> "Progress":
+        """With the numbers of an evaluation, which is the first one before any step."""
+        after = "" if self.step else "_before"
+        measured = {
+            f"accuracy{after}": metrics.get(names.ACCURACY),
+            f"eval_reward{after}": metrics.get(names.EVAL_REWARD),
+        }
+        return dataclasses.replace(self, **measured)
+
+    def summary(self, *, finished: bool) -> dict[str, Any]:
+        """What the summary tells; a run that is not finished has no numbers "after"."""
+        return {
+            "accuracy_before": self.accuracy_before,
+            "accuracy_after": self.accuracy if finished else None,
+            "eval_reward_before": self.eval_reward_before,
+            "eval_reward_after": self.eval_reward if finished else None,
+            "steps": self.step,
+            "seconds": self.seconds,
+        }
