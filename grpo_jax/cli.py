@@ -16,6 +16,7 @@ from typing import Literal
 
 import tyro
 
+from grpo_jax.compile_cache import use_compile_cache
 from grpo_jax.config import EMBEDDED, SamplingConfig, TrainConfig
 from grpo_jax.flags import all_plan_flags, all_train_flags, plan_flags, train_config
 
@@ -31,7 +32,7 @@ a script that completes commands and flags in your shell.
 def main() -> None:
     """Run the command that the arguments name; bad input ends with status 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    _use_compile_cache()
+    use_compile_cache()
     try:
         _dispatch(sys.argv[1:])
     except (ValueError, FloatingPointError) as error:
@@ -42,24 +43,6 @@ def main() -> None:
             from grpo_jax.parallel.processes import leave_processes
 
             leave_processes()
-
-
-def _use_compile_cache() -> None:
-    """Let JAX keep compiled programs for the next run, in a folder of this user alone.
-
-    Who can write to that folder can run code here, hence the mode. A cache that the
-    user has chosen, or turned off, stays as it is.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "grpo_jax" / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
-    except OSError:
-        return  # a home that cannot be written: compile anew
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
 
 
 def _dispatch(arguments: Sequence[str]) -> None:

@@ -5,6 +5,8 @@ import os
 import pathlib
 import tempfile
 
+from grpo_jax.compile_cache import cache_name
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
-    f"{tempfile.gettempdir()}/grpo_jax_test_cache_{os.getuid()}",
+    f"{tempfile.gettempdir()}/grpo_jax_test_cache_{os.getuid()}_{cache_name()}",
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

@@ -24,6 +24,7 @@ ROWS = {
     "presets": 0,
     "trl_names": 0,
     "validation": 0,
+    "compile_cache": 0,
     "objective": 1,
     "parallel": 1,
     "tasks": 1,
