@@ -164,7 +164,8 @@ def installed(wheel, place):
     """
     venv.create(place)
     command = ["-m", "pip", "--python", place, "install", "--no-deps", "--no-index"]
-    done = run_python(*command, wheel)
+    # What lies beside the sources would be taken for an installation.
+    done = run_python(*command, wheel, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
     (packages,) = place.glob("lib/python*/site-packages")
     links = [path for path in sys.path if path.endswith("site-packages")]
