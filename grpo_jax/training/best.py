@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.config import CheckpointConfig
-from grpo_jax.training.damage import DamageError
+from grpo_jax.training.damage import BROKEN, DamageError
 
 
 class BestStep:
@@ -17,7 +17,7 @@ class BestStep:
         *,
         report: Callable[[str], None],
     ) -> None:
-        """`inventory_of` reads the inventory of a step; what it raises means none."""
+        """`inventory_of` reads the inventory of a step; damage means none."""
         self._name = config.keep_best
         self._choose = max if config.best_mode == "max" else min
         self._inventory_of = inventory_of
@@ -58,8 +58,9 @@ class BestStep:
         if step not in self._values:
             try:
                 value = self._inventory_of(step)["metrics"].get(self._name)
-            # Damaged, away, of another version, or of one that saved no metrics.
-            except (DamageError, OSError, ValueError, KeyError):
+            # Damaged, of another version, or of one that saved no metrics. What cannot
+            # be read just now may be the best: such an error is the caller's.
+            except (DamageError, *BROKEN, ValueError, KeyError):
                 value = None
             self._values[step] = value
         return self._values[step]

@@ -33,10 +33,12 @@ from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement, end_of_work
 from grpo_jax.training.best import BestStep
 from grpo_jax.training.damage import (
+    BROKEN,
     READ_ERRORS,
     DamageError,
     damage_of,
     no_good_one,
+    patiently,
 )
 from grpo_jax.training.inventory import (
     check_digests,
@@ -77,9 +79,17 @@ class Checkpoints:
         config: CheckpointConfig,
         *,
         report: Callable[[str], None] = _LOG.warning,
+        read_only: bool = False,
     ) -> None:
-        """`report` is told of each damaged step and each failed save, with the step."""
+        """Opens a folder, which need not be there yet.
+
+        Args:
+          report: is told of each damaged step and each failed save, with the step.
+          read_only: leave the folder as it is, whatever is found in it: for all but
+            the run that holds the lock of its directory.
+        """
         self.failed_saves = 0
+        self._read_only = read_only
         self._folders = StepFolders(Path(directory).absolute())
         self._config = config
         self._report = report
@@ -132,7 +142,8 @@ class Checkpoints:
         """The newest good checkpoint: its step, the state, and the `meta` it was given.
 
         Newer steps that are damaged are renamed to ``<step>.damaged`` once an older
-        good one is found.
+        good one is found, unless the folder is only read. An error of the storage that
+        may pass (EIO) is waited for, some seconds, and then raised as it is.
 
         Args:
           like: arrays or `ShapeDtypeStruct` with the wanted shardings, whatever mesh
@@ -198,11 +209,17 @@ class Checkpoints:
             self._count_failure(step, error)
         else:
             if jax.process_index() == 0:
-                self._folders.remove_old(
-                    keep=self._config.keep,
-                    keep_every=self._config.keep_every,
-                    best=self._best.among(self._folders.steps()),
-                )
+                self._remove_old()
+
+    def _remove_old(self) -> None:
+        try:
+            self._folders.remove_old(
+                keep=self._config.keep,
+                keep_every=self._config.keep_every,
+                best=self._best.among(self._folders.steps()),
+            )
+        except OSError as error:
+            self._report(f"old checkpoints stay until the next save: {error}")
 
     def _prepare(self) -> None:
         if jax.process_index() == 0:
@@ -230,7 +247,7 @@ class Checkpoints:
         damaged: dict[int, DamageError] = {}
         if step == "best":
             step = self._best.named(self._folders.steps())
-        for candidate in self._folders.candidates(step):
+        for candidate in patiently(lambda: self._folders.candidates(step)):
             try:
                 items, inventory = self._load(candidate, like)
             except DamageError as error:
@@ -271,19 +288,21 @@ class Checkpoints:
         path = self._folders.path(step)
         # Without Orbax, which counts what it reads and saves: a process that read more
         # than the others would wait for them under another number.
-        text = (path / "meta" / "data.json").read_text(encoding="utf-8")
-        inventory = json.loads(text)
+        file = path / "meta" / "data.json"
+        inventory = json.loads(patiently(lambda: file.read_text(encoding="utf-8")))
         check_inventory(inventory, name=str(path))
         return inventory
 
     def _set_aside(self, step: int, reason: str, *, instead: int) -> None:
-        name = f"{step}.damaged"
-        if jax.process_index() == 0:
-            name = self._folders.set_aside(step)
-        _wait_for_all(f"checkpoint {step} is set aside")
+        fate = "it stays where it is"
+        if not self._read_only:
+            name = f"{step}.damaged"
+            if jax.process_index() == 0:
+                name = self._folders.set_aside(step)
+            _wait_for_all(f"checkpoint {step} is set aside")
+            fate = f"it was set aside as {name}"
         self._report(
-            f"checkpoint {step} is damaged ({reason}); it was set aside as {name}, "
-            f"step {instead} is used"
+            f"checkpoint {step} is damaged ({reason}); {fate}, step {instead} is used"
         )
 
 
@@ -330,7 +349,7 @@ def _read_together(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
     items, damage = None, None
     with Agreement().phase(f"reading {path}"):
         try:
-            items = _read(path, targets)
+            items = patiently(lambda: _read(path, targets))
         except DamageError as error:
             damage = error
     damaged = meshes.gather_rows(np.array([damage is not None]))
@@ -341,8 +360,10 @@ def _read_together(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
     for name in targets:
-        if not (path / name).is_dir():
-            raise DamageError(f"folder {name} is missing")
+        try:
+            (path / name / ".").stat()
+        except BROKEN as error:
+            raise DamageError(f"folder {name} is missing") from error
     # Orbax leaves coroutines behind when it fails. They are collected here: the warning
     # that they were never awaited says nothing.
     with warnings.catch_warnings():

@@ -188,7 +188,7 @@ def open_policy(
 def _read_trained(path: Path, step: Step) -> tuple[TrainConfig, int, PyTree]:
     """The configuration of a run, and the newest or another step, on the host."""
     config = directories.read_config(path)
-    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint)
+    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint, read_only=True)
     found, params, _ = checkpoints.restore_params(step)
     checkpoints.close()
     return config, found, params

@@ -4,9 +4,12 @@ Folders whose name holds `TEMPORARY` are not complete; Orbax writes into such a 
 and renames it when all is there.
 """
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from grpo_jax.training.damage import BROKEN
 
 TEMPORARY = "orbax-checkpoint-tmp"
 
@@ -23,9 +26,12 @@ class StepFolders:
 
     def steps(self) -> list[int]:
         """The steps that are complete, oldest first; none if there is no folder."""
-        if not self.directory.is_dir():
+        # Not `Path.is_dir`, which calls a folder absent that cannot be read just now.
+        try:
+            with os.scandir(self.directory) as entries:
+                names = [entry.name for entry in entries if entry.is_dir()]
+        except BROKEN:
             return []
-        names = [path.name for path in self.directory.iterdir() if path.is_dir()]
         return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
     def candidates(self, step: int | None) -> list[int]:

@@ -1,8 +1,10 @@
 """The best step by a metric stays, whatever is removed and however often it resumes."""
 
 import dataclasses
+import errno
 import json
 import math
+from pathlib import Path
 
 import jax.numpy as jnp
 import optax
@@ -11,8 +13,8 @@ import pytest
 from grpo_jax.config import CheckpointConfig, TrainConfig
 from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.tasks import load_task, task_from_rows
+from grpo_jax.training import damage, setup
 from grpo_jax.training import run_dir as directories
-from grpo_jax.training import setup
 from grpo_jax.training.checkpoint import Checkpoints
 from grpo_jax.training.policy import restore
 from grpo_jax.training.state import make_train_state
@@ -87,6 +89,26 @@ def test_a_step_whose_inventory_is_damaged_is_not_the_best(tmp_path):
     for step in (3, 4):
         checkpoints.save(step, STATE, {}, metrics={SCORE: 0.1})
     assert checkpoints.steps() == [2, 3, 4]
+
+
+def test_a_best_step_that_cannot_be_read_just_now_is_not_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(damage, "PAUSES", ())
+    save_all(open_checkpoints(tmp_path)[0], [0.9, 0.3])
+    checkpoints, reports = open_checkpoints(tmp_path)  # as after a kill
+    read = Path.read_text
+
+    def away(path, **options):
+        if "/1/meta" in str(path):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", away)
+        checkpoints.save(3, STATE, {}, metrics={SCORE: 0.1})
+        assert checkpoints.steps() == [1, 2, 3]
+    assert "old checkpoints stay until the next save" in reports[0]
+    checkpoints.save(4, STATE, {}, metrics={SCORE: 0.1})
+    assert checkpoints.steps() == [1, 4]
 
 
 def test_a_step_that_is_saved_again_has_its_new_value(tmp_path):
