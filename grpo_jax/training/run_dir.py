@@ -40,15 +40,20 @@ _PACKAGES = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64")
 
 
-class _Yaml(yaml.SafeLoader):
+class _Reader(yaml.SafeLoader):
     """YAML in which 1e-6 is a number, as in version 1.2, and not a text."""
 
 
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Writer(yaml.SafeDumper):
+    """Writes texts so that `_Reader` reads them as texts: '1e-6' in quotes."""
+
+
+for _kind in (_Reader, _Writer):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 @contextlib.contextmanager
@@ -130,7 +135,7 @@ def read_data(path: Path) -> dict[str, Any]:
 
 
 def _write_config(path: Path, config: TrainConfig) -> None:
-    text = yaml.safe_dump(validation.to_dict(config), sort_keys=False)
+    text = yaml.dump(validation.to_dict(config), Dumper=_Writer, sort_keys=False)
     write_atomically(path / "config.yaml", text)
 
 
@@ -156,7 +161,7 @@ def load_config(file: Path, *, model: str | None = None) -> TrainConfig:
       ValueError: for a file that is not YAML, an unknown field or a wrong value.
     """
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Yaml)
+        values = yaml.load(file.read_text(encoding="utf-8"), _Reader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} cannot be read as YAML: {reason}") from error

@@ -10,6 +10,8 @@ import sys
 import jax
 import pytest
 import yaml
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
 
 from grpo_jax.config import (
     CheckpointConfig,
@@ -245,6 +247,28 @@ def test_texts_that_look_like_numbers_stay_texts(tmp_path):
     file = write_yaml(tmp_path, "model: a1e3\ndata: '1e3'\nrun_dir: e5\n")
     config = directories.load_config(file)
     assert (config.model, config.data, config.run_dir) == ("a1e3", "1e3", "e5")
+
+
+# All that a path or a name may hold: also the bytes of a file name that is no UTF-8.
+_TEXTS = st.text(st.characters(exclude_characters="\0"), min_size=1)
+_LIKE_NUMBERS = st.from_regex(r"[-+]?[0-9_.:]*([eE][-+]?[0-9]+)?", fullmatch=True)
+
+
+@given(text=_TEXTS | _LIKE_NUMBERS.filter(bool))
+@example(text="1e-5")
+@example(text="1e3")
+@example(text="+1.e5")
+@example(text="1:30")
+@example(text="no")
+@example(text="\udc80\x85\u2028 ")
+def test_any_text_comes_back_as_it_was_given(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "texts"
+    path.mkdir(exist_ok=True)
+    assume("://" not in text)
+    best = CheckpointConfig(keep_best=text)
+    config = TrainConfig(data=text, run_dir=text, model=text, checkpoint=best)
+    directories.check_config(path, config)
+    assert directories.read_config(path) == config
 
 
 @pytest.mark.parametrize(
