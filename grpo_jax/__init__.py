@@ -57,7 +57,7 @@ _HOMES = {
     "load_task": "grpo_jax.tasks",
     "Evaluation": "grpo_jax.training.judging",
     "evaluate": "grpo_jax.training.evaluate",
-    "TrainResult": "grpo_jax.training.loop",
+    "TrainResult": "grpo_jax.training.progress",
     "train": "grpo_jax.training.loop",
     "Restored": "grpo_jax.training.policy",
     "restore": "grpo_jax.training.policy",

@@ -125,7 +125,8 @@ class TensorBoardTracker:
             raise ValueError(_missing("tensorboard", "tensorboardX")) from error
         self._writer_type = tensorboardX.SummaryWriter
         self._log_dir = str(Path(run_dir) / "tensorboard")
-        self._writer = self._make_writer(None)
+        self._purge_step: int | None = None
+        self._open_writer: Any = None
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Add every metric that is a number."""
@@ -142,24 +143,31 @@ class TensorBoardTracker:
 
     def flush(self) -> None:
         """Write the event file out."""
-        self._writer.flush()
+        if self._open_writer is not None:
+            self._open_writer.flush()
 
     def truncate_after(self, step: int) -> None:
         """Begin an event file that hides what the ones before say of later steps."""
-        self._writer.close()
-        self._writer = self._make_writer(step + 1)
+        self.close()
+        self._purge_step = step + 1
 
     def close(self) -> None:
         """Write and close the event file."""
-        self._writer.close()
+        if self._open_writer is not None:
+            self._open_writer.close()
+            self._open_writer = None
 
-    def _make_writer(self, purge_step: int | None) -> Any:
-        # Files are named by the second; two made within one must not be the same.
-        return self._writer_type(
-            self._log_dir,
-            purge_step=purge_step,
-            filename_suffix=f".{time.time_ns()}",
-        )
+    @property
+    def _writer(self) -> Any:
+        # Made when there is something to write: an empty file would stay.
+        if self._open_writer is None:
+            self._open_writer = self._writer_type(
+                self._log_dir,
+                purge_step=self._purge_step,
+                # Files are named by the second; two of one must not be the same.
+                filename_suffix=f".{time.time_ns()}",
+            )
+        return self._open_writer
 
 
 class WandbTracker:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
-from jaxtyping import PyTree
 
 from grpo_jax.config import TrainConfig
 from grpo_jax.parallel import mesh as meshes
@@ -37,36 +35,15 @@ from grpo_jax.training.digest import params_sha256
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.policy import load_policy
 from grpo_jax.training.preemption import GraceCheck, stop_requests
-from grpo_jax.training.progress import Progress
+from grpo_jax.training.progress import Progress, TrainResult
 from grpo_jax.training.references import References
 from grpo_jax.training.state import Batch
 from grpo_jax.training.utilization import Utilization
+from grpo_jax.weights.folder import remove_unfinished
 from grpo_jax.weights.pretrained import save_pretrained
 
 # Updates in a row that may be skipped before the run stops.
 MAX_SKIPPED = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a run leaves.
-
-    Attributes:
-      params: the trained parameters; with LoRA, those of the model with the adapters
-        merged.
-      tokenizer: the model's tokenizer.
-      run_dir: where everything is kept.
-      history: one dict of metrics per step, with ``step``.
-      summary: ``accuracy_before`` and ``accuracy_after``, or ``eval_reward_before`` and
-        ``eval_reward_after`` where nothing knows what is right; ``steps``, ``seconds``,
-        ``params_sha256`` and ``status`` ("finished" or "preempted").
-    """
-
-    params: PyTree
-    tokenizer: Any
-    run_dir: Path
-    history: list[dict[str, Any]]
-    summary: dict[str, Any]
 
 
 def train(
@@ -116,6 +93,7 @@ def _open_run(
     path = path.expanduser()
     if jax.process_index() == 0:
         stack.enter_context(directories.claim(path))
+        remove_unfinished(path)
         directories.check_config(path, config, setup.describe_data(task))
         stack.enter_context(attach_log_file(path))
     stack.enter_context(jax.set_mesh(mesh))
@@ -178,19 +156,22 @@ class _Run:
         )
         self.utilization = Utilization(model.config, config, mesh)
         self.progress = Progress()
+        self.began = 0.0  # on the clock of `perf_counter`, less the starts before
         self.metrics: Mapping[str, Any] = {}  # of the newest step
 
     def to_the_end(self) -> TrainResult:
         """Resume, train what is left, write what stays."""
         self._resume()
+        if self.first and self.progress.step < self.config.steps:
+            # A run that was extended is not finished any more.
+            (self.path / "summary.json").unlink(missing_ok=True)
         self._set_status("running")
-        start = time.perf_counter() - self.progress.seconds
+        self.began = time.perf_counter() - self.progress.seconds
         try:
             if self.progress.step == 0:
                 self._begin()
             while self.progress.step < self.config.steps and not self.agreement.stop:
                 self._one_step()
-                self._advance(seconds=time.perf_counter() - start)
             if self.progress.step < self.config.steps:
                 return self._preempted()
             return self._finished()
@@ -215,8 +196,7 @@ class _Run:
             self.console.warning(text)
 
     def _begin(self) -> None:
-        metrics = self.evaluate(self.learner.sampler_variables())
-        self.progress = self.progress.evaluated(metrics)
+        metrics = self._measured()
         with self.agreement.phase("report"):
             if metrics:
                 self._log(0, metrics)
@@ -229,7 +209,7 @@ class _Run:
             return
         rollout, batch, rounds = collected
         metrics = over_processes(rollout) | self.learner.update(batch)
-        self._check_finite(step, metrics)
+        self._count_skipped(step, metrics)
         self._advance(
             step=step,
             position=self.progress.position + rounds * self.config.prompts_per_step,
@@ -237,11 +217,32 @@ class _Run:
         metrics["time/step"] = time.perf_counter() - start
         metrics |= self._describe(rollout, metrics)
         if self._due(self.config.eval_every) or step == self.config.steps:
-            measured = self.evaluate(self.learner.sampler_variables())
-            self.progress = self.progress.evaluated(measured)
-            metrics |= measured
+            metrics |= self._measured()
+        self._report(step, rollout, batch, metrics)
+        if self.progress.skipped >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"step {step}: {MAX_SKIPPED} updates in a row were not finite (loss "
+                f"{metrics['loss']}, gradient norm {metrics['grad_norm']}). The last "
+                "good checkpoint is kept; a lower learning rate is the usual remedy."
+            )
+        self.references.refresh_after(step, self.learner)
+        # What is saved is where the run stands: nothing is added after it.
+        self._advance(seconds=time.perf_counter() - self.began)
+        if self._due(self.config.checkpoint.every) or step == self.config.steps:
+            self._save()
+
+    def _measured(self) -> dict[str, float]:
+        """An evaluation of the policy as it is, which is kept as the newest one."""
+        measured = self.evaluate(self.learner.sampler_variables())
+        self.progress = self.progress.evaluated(measured)
+        return measured
+
+    def _report(
+        self, step: int, rollout: Rollout, batch: Batch, metrics: dict[str, float]
+    ) -> None:
         rows = rollout.records(step, meshes.to_host(batch.advantages))
-        written = self._due(self.config.report.completions_every) or step == 1
+        ends = step == self.config.steps or self.progress.skipped >= MAX_SKIPPED
+        written = self._due(self.config.report.completions_every) or step == 1 or ends
         rows = meshes.gather_lists(names.plain(rows, other=str)) if written else rows
         with self.agreement.phase("report"):
             if written:
@@ -250,9 +251,6 @@ class _Run:
             self.grace.check(metrics)
             shown = rows[step % len(rows)]
             self.console.sample(shown["prompt"], shown["completion"], shown["rewards"])
-        self.references.refresh_after(step, self.learner)
-        if self._due(self.config.checkpoint.every) or step == self.config.steps:
-            self._save()
 
     def _collect(self, step: int) -> tuple[Rollout, Batch, int] | None:
         """A rewarded rollout, its batch and the rollouts it took; None on a stop."""
@@ -301,19 +299,13 @@ class _Run:
             names.TOKENS_PER_SECOND: tokens / spent["time/step"],
         }
 
-    def _check_finite(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _count_skipped(self, step: int, metrics: Mapping[str, float]) -> None:
         skipped = self.progress.skipped + 1 if metrics["update_skipped"] == 1.0 else 0
         self._advance(skipped=skipped)
         if metrics["update_skipped"]:
             self.console.warning(
                 f"step {step}: loss {metrics['loss']:.4g} and gradient norm "
                 f"{metrics['grad_norm']:.4g} are not finite; the update was skipped"
-            )
-        if skipped >= MAX_SKIPPED:
-            raise FloatingPointError(
-                f"step {step}: {skipped} updates in a row were not finite (loss "
-                f"{metrics['loss']}, gradient norm {metrics['grad_norm']}). The last "
-                "good checkpoint is kept; a lower learning rate is the usual remedy."
             )
 
     def _preempted(self) -> TrainResult:

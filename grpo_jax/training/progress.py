@@ -1,8 +1,11 @@
-"""Where a run stands, as it is saved with the state and told in the summary."""
+"""Where a run stands, as it is saved with the state, and what it leaves in the end."""
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from jaxtyping import PyTree
 
 from grpo_jax.reporting import metrics as names
 
@@ -15,6 +18,7 @@ class Progress:
     position: int = 0  # prompts drawn
     skipped: int = 0  # steps in a row whose updates were skipped
     seconds: float = 0.0  # spent in training, over all starts
+    measured_at: int | None = None  # the step of the newest evaluation
     # Of the first evaluation and the newest: what the task can tell, the rest is None.
     accuracy_before: float | None = None
     accuracy: float | None = None
@@ -34,7 +38,7 @@ class Progress:
             f"accuracy{after}": metrics.get(names.ACCURACY),
             f"eval_reward{after}": metrics.get(names.EVAL_REWARD),
         }
-        return dataclasses.replace(self, **measured)
+        return dataclasses.replace(self, measured_at=self.step, **measured)
 
     def summary(self, *, finished: bool) -> dict[str, Any]:
         """What the summary tells; a run that is not finished has no numbers "after"."""
@@ -46,3 +50,25 @@ class Progress:
             "steps": self.step,
             "seconds": self.seconds,
         }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+      params: the trained parameters; with LoRA, those of the model with the adapters
+        merged.
+      tokenizer: the model's tokenizer.
+      run_dir: where everything is kept.
+      history: one dict of metrics per step, with ``step``.
+      summary: ``accuracy_before`` and ``accuracy_after``, or ``eval_reward_before`` and
+        ``eval_reward_after`` where nothing knows what is right; ``steps``, ``seconds``,
+        ``params_sha256`` and ``status`` ("finished" or "preempted").
+    """
+
+    params: PyTree
+    tokenizer: Any
+    run_dir: Path
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]

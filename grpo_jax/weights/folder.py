@@ -1,7 +1,10 @@
 """A folder that appears whole or not at all."""
 
 import contextlib
+import fcntl
 import fnmatch
+import glob
+import os
 import pathlib
 import shutil
 import tempfile
@@ -19,6 +22,8 @@ _OURS = (
     "added_tokens.json",
     "chat_template.*",
 )
+# Ends the names of folders that are being written.
+_UNFINISHED = ".grpo-jax-unfinished"
 
 
 @contextlib.contextmanager
@@ -32,18 +37,63 @@ def replaced_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     folder = folder.resolve()
     _check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, because a rename is atomic within one file system only.
-    scratch = pathlib.Path(
-        tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
-    )
+    scratch = _make_scratch(folder)
     try:
-        written = scratch / "new"
-        written.mkdir()
-        yield written
-        _swap(folder, written, old=scratch / "old")
+        with _locked(scratch, needed=False):
+            written = scratch / "new"
+            written.mkdir()
+            yield written
+            _swap(folder, written, old=scratch / "old")
     finally:
         shutil.rmtree(scratch)
+
+
+def remove_unfinished(parent: pathlib.Path, name: str = "*") -> None:
+    """Removes what `replaced_folder` left when it was killed, as far as possible.
+
+    What another process is still writing stays. Where the kill fell between the two
+    renames of a replacement, the new folder takes its place.
+
+    Args:
+        parent: where the folders stand.
+        name: of the folder that was to be replaced; any by default.
+    """
+    for scratch in parent.glob(f".{name}-*{_UNFINISHED}"):
+        target = scratch.name[1 : -len(_UNFINISHED)].rpartition("-")[0]
+        # No lock to be had: it is being written, or nobody can tell.
+        with contextlib.suppress(OSError), _locked(scratch):
+            if (scratch / "old").exists() and not (parent / target).exists():
+                (scratch / "new").rename(parent / target)
+            shutil.rmtree(scratch)
+
+
+def _make_scratch(folder: pathlib.Path) -> pathlib.Path:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder.parent, glob.escape(folder.name))
+        # Beside its place, because a rename is atomic within one file system only.
+        made = tempfile.mkdtemp(_UNFINISHED, f".{folder.name}-", folder.parent)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written ({error.strerror}); give another folder to "
+            "export into"
+        ) from error
+    return pathlib.Path(made)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path, *, needed: bool = True) -> Iterator[None]:
+    """Holds a lock on a folder, which ends with the process.
+
+    Raises OSError if it is held, or, where it is `needed`, if there are no locks.
+    """
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.nullcontext() if needed else contextlib.suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(number)
 
 
 def _swap(folder: pathlib.Path, new: pathlib.Path, *, old: pathlib.Path) -> None:

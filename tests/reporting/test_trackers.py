@@ -149,6 +149,24 @@ def test_tensorboard_files_hold_the_numbers_and_the_restart(tmp_path):
     assert "\\x1b[1m# not a *title*" in texts[0]
 
 
+def test_tensorboard_leaves_no_file_without_numbers(tmp_path):
+    files = []
+    for _ in range(2):  # a run that is started, and started again
+        tracker = trackers.make_tracker(ReportConfig(tensorboard=True), tmp_path)
+        tracker.truncate_after(-1)
+        files.append(list(tmp_path.rglob("*tfevents*")))
+        tracker.log({"reward": 0.5}, 1)
+        tracker.flush()
+        tracker.close()
+    assert [len(found) for found in files] == [0, 1]
+    assert len(list(tmp_path.rglob("*tfevents*"))) == 2
+    idle = trackers.make_tracker(ReportConfig(tensorboard=True), tmp_path)
+    idle.truncate_after(1)
+    idle.flush()
+    idle.close()
+    assert len(list(tmp_path.rglob("*tfevents*"))) == 2
+
+
 class _FakeRun:
     def __init__(self):
         self.logged = []

@@ -23,7 +23,11 @@ from grpo_jax.config import (
     SamplingConfig,
     TrainConfig,
 )
-from grpo_jax.reporting.metrics import read_completions, read_metrics
+from grpo_jax.reporting.metrics import (
+    completion_steps,
+    read_completions,
+    read_metrics,
+)
 from grpo_jax.training.checkpoint import Checkpoints
 from grpo_jax.training.digest import params_sha256
 from grpo_jax.training.learner import Learner
@@ -259,11 +263,40 @@ def test_an_interrupted_run_ends_in_the_same_bits(how, step, undisturbed, tmp_pa
 
 def test_a_finished_run_that_is_started_again_changes_nothing(undisturbed):
     config, result = undisturbed
-    before = (result.run_dir / "metrics.jsonl").read_bytes()
+    kept = [result.run_dir / name for name in ("metrics.jsonl", "summary.json")]
+    before = [file.read_bytes() for file in kept]
     again = run(config)
-    assert (result.run_dir / "metrics.jsonl").read_bytes() == before
-    assert again.summary["params_sha256"] == result.summary["params_sha256"]
+    assert [file.read_bytes() for file in kept] == before
+    assert again.summary == result.summary
     assert "nothing is left to train" in (result.run_dir / "log.txt").read_text()
+
+
+def test_what_is_saved_is_where_the_run_stands(config, tmp_path, monkeypatch):
+    seen = []
+    save = Checkpoints.save
+
+    def spy(self, step, state, meta, **options):
+        seen.append(meta["progress"])
+        save(self, step, state, meta, **options)
+
+    monkeypatch.setattr(Checkpoints, "save", spy)
+    leftover = tmp_path / "run" / ".export-x.grpo-jax-unfinished"  # of a killed export
+    (leftover / "new").mkdir(parents=True)
+    halted = run(config, at_step(3, stop))
+    assert not leftover.exists()
+    assert seen[-1]["step"] == 2
+    assert seen[-1]["seconds"] == halted.summary["seconds"]
+    ended = run(config)
+    assert seen[-1]["seconds"] == ended.summary["seconds"]
+    assert [p["step"] for p in seen] == [1, 2, 3, 4]
+    # Each step takes its time, on whichever side of a stop.
+    seconds = [p["seconds"] for p in seen]
+    assert seconds == sorted(set(seconds))
+    spent = [line["time/step"] for line in ended.history[1:]]
+    assert all(
+        after - before >= took
+        for before, after, took in zip(seconds, seconds[1:], spent[1:], strict=False)
+    )
 
 
 def test_more_steps_end_in_the_bits_of_a_run_that_had_them_from_the_start(
@@ -271,8 +304,15 @@ def test_more_steps_end_in_the_bits_of_a_run_that_had_them_from_the_start(
 ):
     config, result = undisturbed
     config = elsewhere(config, tmp_path)
-    assert run(dataclasses.replace(config, steps=2)).summary["steps"] == 2
-    longer = run(config)
+    shorter = run(dataclasses.replace(config, steps=2))
+    assert shorter.summary["steps"] == 2
+    summaries = []
+
+    def look():
+        summaries.append((shorter.run_dir / "summary.json").exists())
+
+    longer = run(config, at_step(3, look))
+    assert summaries == [False]  # the page would show it as that of the longer run
     assert longer.summary["params_sha256"] == result.summary["params_sha256"]
     assert comparable(longer.history) == comparable(result.history)
     assert read_config(longer.run_dir).steps == STEPS
@@ -283,9 +323,11 @@ def test_a_run_stopped_before_its_first_step_and_evaluation_can_resume(
 ):
     config, result = undisturbed
     config = elsewhere(without_evaluation(config), tmp_path)
-    halted = run(config, at_step(1, stop))
+    rarely = dataclasses.replace(config, report=ReportConfig(completions_every=100))
+    halted = run(rarely, at_step(1, stop))
     assert halted.summary["status"] == "preempted" and halted.history == []
-    resumed = run(config)
+    resumed = run(rarely)
+    assert completion_steps(resumed.run_dir) == [1, STEPS]
     assert [line["step"] for line in resumed.history] == [1, 2, 3, 4]
     assert resumed.summary["params_sha256"] == result.summary["params_sha256"]
 
@@ -475,7 +517,9 @@ def test_updates_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch)
         run(config)
     path = tmp_path / "run"
     history = read_metrics(path)
-    assert [line["update_skipped"] for line in history] == [0, 0, 1, 1, 1, 1]
+    # The step that ended the run is logged as well, with what it sampled.
+    assert [line["update_skipped"] for line in history] == [0, 0, 1, 1, 1, 1, 1]
+    assert completion_steps(path)[-1] == 7
     assert manifest(path)["status"] == "failed"
     log = (path / "log.txt").read_text()
     assert "step 3: loss nan" in log
