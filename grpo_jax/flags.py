@@ -28,7 +28,8 @@ _PLAN_HELP = f"""Estimate the memory that a run needs on each device; starts not
 The flags are those of `grpo-jax train`, of whose model the config.json is enough, and:
 
   --devices COUNT            of the mesh; by default what its sizes say, or what is here
-  --device NAME              v4, v5e, v5p, v6e, a100, h100 or h200
+  --device NAME              v4, v5e, v5p, v6e, a100, h100 or h200, or the type of a
+                             TPU slice: v5p-16 is 8 devices, since it counts cores
   --device-memory-gib SIZE   of one device, in place of a name
   --json                     plain values, sizes in bytes
 

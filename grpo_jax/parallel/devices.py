@@ -1,5 +1,6 @@
-"""What a device can do at most, by the figures of its maker."""
+"""What a device can do at most, by the figures of its maker, and what slices hold."""
 
+import re
 from typing import NamedTuple
 
 
@@ -37,6 +38,41 @@ _KINDS = {
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
 }
+# Types of TPU slices, as in v5p-16: their device, and what the number counts for each.
+# https://docs.cloud.google.com/tpu/docs/v5p: cores, two to a chip; v5e: chips.
+_SLICES = {
+    "v4": ("v4", 2),
+    "v5p": ("v5p", 2),
+    "v5e": ("v5e", 1),
+    "v5litepod": ("v5e", 1),
+    "v6e": ("v6e", 1),
+}
+
+
+def find_device(name: str) -> tuple[Device, int | None]:
+    """The device of a name, and how many a slice has where it is the type of one.
+
+    A "v5p" is a device, "v5p-16" a slice of 8: its type counts cores.
+
+    Raises:
+      ValueError: for a name that is not known, or a slice of half a device.
+    """
+    if name in DEVICES:
+        return DEVICES[name], None
+    type_name = re.fullmatch(r"([a-z0-9]+)-([1-9][0-9]*)", name)
+    if type_name is None or type_name[1] not in _SLICES:
+        raise ValueError(
+            f"device {name!r} is not known; use one of {', '.join(DEVICES)}, the type "
+            "of a TPU slice such as v5p-16, or --device-memory-gib."
+        )
+    known, cores = _SLICES[type_name[1]]
+    count = int(type_name[2])
+    if count % cores:
+        raise ValueError(
+            f"device {name!r}: this type counts cores, {cores} to a device, so there "
+            f"is no half of one; {type_name[1]}-{count + 1} is the next."
+        )
+    return DEVICES[known], count // cores
 
 
 def known_flops(kind: str) -> float | None:

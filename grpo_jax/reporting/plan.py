@@ -39,6 +39,8 @@ def _sizes(plan: Mapping[str, Any]) -> Table:
 
 def _verdict(plan: Mapping[str, Any]) -> list[Text]:
     lines = []
+    if plan["refused"] is not None:
+        lines.append(Text(f"would be refused: {plan['refused']}", style="bold red"))
     if plan["usable"] is not None:
         words = "fits" if plan["fits"] else "does not fit"
         style = "green" if plan["fits"] else "bold red"

@@ -12,7 +12,8 @@ from jax.sharding import AbstractMesh, Mesh
 from grpo_jax.config import TrainConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.parallel.devices import DEVICES
+from grpo_jax.parallel.devices import find_device
+from grpo_jax.rollout.prompts import longest_prompt
 from grpo_jax.training.memory import activation_bytes, estimate
 from grpo_jax.weights.pretrained import load_config
 
@@ -129,26 +130,30 @@ def make_plan(
     The model's configuration is read, and nothing else.
 
     Args:
-      devices: how many; by default the product of the mesh's sizes or, where one of
-        them is open, the devices of this machine.
-      device: a name in `DEVICES`, which gives the memory and computes in bfloat16.
+      devices: how many; by default those of the slice that `device` names, else the
+        product of the mesh's sizes or, where one of them is open, the devices of this
+        machine.
+      device: a name in `DEVICES`, which gives the memory and computes in bfloat16, or
+        the type of a TPU slice, such as v5p-16.
       memory_gib: or the memory of one device.
 
     Raises:
-      ValueError: for a device that is not known, or a mesh that does not fit.
+      ValueError: for a device that is not known, a model that cannot be read, or a mesh
+        that does not fit.
     """
-    if device is not None and device not in DEVICES:
-        raise ValueError(
-            f"device {device!r} is not known; use one of {', '.join(DEVICES)}, or "
-            "--device-memory-gib."
-        )
-    if memory_gib is None and device is not None:
-        memory_gib = DEVICES[device].memory_gib
+    if device is not None:
+        known, count = find_device(device)
+        if count is not None and devices not in (None, count):
+            raise ValueError(
+                f"a {device} has {count} devices, got {devices}; leave the number out."
+            )
+        devices = devices or count
+        memory_gib = memory_gib or known.memory_gib
     limit = None if memory_gib is None else int(USABLE * memory_gib * GIB)
     mesh = meshes.imagined_mesh(config.mesh, devices or _count(config))
     meshes.check_batch(mesh, config)
-    known = None if device is None else True
-    model = for_run(load_config(config.model), config, accelerator=known)
+    accelerator = None if device is None else True
+    model = for_run(load_config(config.model), config, accelerator=accelerator)
     model, config = settled(model, config, mesh, limit=limit)
     made = estimate(model, config, mesh)
     return {
@@ -164,7 +169,21 @@ def make_plan(
         "usable": limit,
         "fits": None if limit is None else made.peak <= limit,
         "knobs": knobs(model, config, mesh),
+        "refused": _refused(model, config),
     }
+
+
+def _refused(model: ModelConfig, config: TrainConfig) -> str | None:
+    """What a run would say of lengths that the model has no room for."""
+    try:
+        longest_prompt(
+            config.max_prompt_tokens,
+            new_tokens=config.max_new_tokens,
+            context=model.max_position_embeddings,
+        )
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _count(config: TrainConfig) -> int:

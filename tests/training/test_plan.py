@@ -52,6 +52,14 @@ def test_sizes_that_are_given_count_the_devices(folder):
     )
 
 
+def test_the_type_of_a_slice_says_how_many_devices(folder):
+    mesh = MeshConfig(data=-1, fsdp=1)
+    config = TrainConfig(model=str(folder), prompts_per_step=8, mesh=mesh)
+    by_type = make_plan(config, device="v5p-16")
+    assert by_type["mesh"]["data"] == 8
+    assert by_type == make_plan(config, device="v5p", devices=8)
+
+
 def test_the_table_shows_every_size_and_what_to_turn_where_it_does_not_fit(
     capsys, folder
 ):
@@ -67,10 +75,21 @@ def test_the_table_shows_every_size_and_what_to_turn_where_it_does_not_fit(
     assert "does not fit" in shown and "--remat layer" in shown
 
 
+def test_a_plan_says_that_a_run_would_refuse_its_lengths(capsys, folder):
+    told = "would be refused: max_new_tokens 128 leaves no room"
+    flags = ["--model", folder, "--mesh.fsdp", 1, "--max-new-tokens"]
+    assert told in " ".join(planned(capsys, *flags, 128).split())
+    assert json.loads(planned(capsys, *flags, 127, "--json"))["refused"] is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--device", "v99"], "'v99' is not known; use one of v4, v5e"),
+        (["--device", "v99-8"], "'v99-8' is not known; .* such as v5p-16"),
+        (["--device", "h100-8"], "'h100-8' is not known"),
+        (["--device", "v5p-7"], "counts cores, 2 to a device.*; v5p-8 is the next"),
+        (["--device", "v5p-16", "--devices", "16"], "a v5p-16 has 8 devices, got 16"),
         (["--devices", "12", "--mesh.data", "8"], "does not fit 12 devices"),
         (["--mesh.fsdp", "64"], "cannot be split over fsdp = 64 devices; 32 would"),
         (["--mesh.fsdp", "3"], "16 prompts per update cannot .* use 15"),
