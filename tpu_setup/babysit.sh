@@ -11,7 +11,9 @@ Creates the TPU, installs, starts COMMAND (default: grpo-jax train) and watches 
 preemption or a crash it waits, creates the TPU again where needed and starts the same
 command with the same code, so that a run with its folder in a bucket resumes. Ends with 0
 when the command has finished on every worker, 1 when the retries are used up, 3 when the
-run was stopped by hand. Run it where it can stay: in tmux, or on a small VM.
+run was stopped by hand. A command that is refused (exit code 2: wrong usage; 126 and 127:
+not found) at its first start is not tried again. Run it where it can stay: in tmux, or on
+a small VM.
 
   --spot | --on-demand, --queued | --direct, --runtime VERSION    as in create.sh
   --max-retries N          restarts without a healthy stretch between them; default 10
@@ -50,7 +52,14 @@ bring_up() {
       "$HERE/run.sh" "${common[@]}" --stop || return
       ;;
   esac
-  "$HERE/run.sh" "${common[@]}" ${archive_flags[@]+"${archive_flags[@]}"} -- "${COMMAND[@]}"
+  start_command
+}
+
+# Its exit code is that of a command that ended at once: 4 has another meaning here.
+start_command() {
+  local rc=0
+  "$HERE/run.sh" "${common[@]}" ${archive_flags[@]+"${archive_flags[@]}"} -- "${COMMAND[@]}" || rc=$?
+  return "$((rc == 4 ? 1 : rc))"
 }
 
 # Looks at the run until something ends it; sets `outcome`.
@@ -80,23 +89,30 @@ again_or_fail() { # counts a failure and pauses, or gives up
   pause=$((pause * 2 < 600 ? pause * 2 : 600))
 }
 
+# A command that is refused the first time will be the next time too. Later it may want
+# for something that passes, such as a connection.
 babysit() {
-  local failures=0 pause=$backoff outcome started rc
+  local failures=0 pause=$backoff outcome started rc first=1
   while :; do
     rc=0
     bring_up || rc=$?
     case $rc in
       0) ;;
-      2 | 3) exit "$rc" ;; # trying again would not help
-      4) continue ;;       # still in the queue
-      *) again_or_fail "could not start" && continue ;;
+      3) exit 3 ;;
+      4) continue ;; # still in the queue
+      *)
+        ((!first)) || ! refused "$rc" || exit "$rc"
+        again_or_fail "could not start" && continue
+        ;;
     esac
     started=$SECONDS
     watch_run
     case $outcome in
       finished) note "finished on every worker" && return ;;
       stopped) fail 3 "the run was stopped by hand" ;;
+      refused) ((!first)) || fail 2 "the command was refused: status.sh --lines 20" ;;
     esac
+    first=0
     if ((SECONDS - started >= healthy_after)); then
       failures=0
       pause=$backoff
@@ -127,6 +143,7 @@ if ((DRY_RUN)); then
   common+=(--dry-run)
   bring_up
 else
+  refuse_files_not_sent
   # Packed once: a restart days later runs the code this run began with.
   pack_code "$SCRATCH/$ARCHIVE_NAME"
   archive_flags=(--archive "$SCRATCH/$ARCHIVE_NAME")

@@ -2,9 +2,9 @@
 # Runs on a worker of a TPU: unpacks the code, installs, and starts, stops and reports the
 # one run of this machine. The other scripts send it along and call it over ssh.
 #
-# ~/grpo-jax/: code (replaced by each sync), venv, work (current folder of the run), logs,
-# cache (compiled programs), run (lock, pid, command, rc). A run is alive while anything it
-# started holds the lock, so leftovers count and a pid reused after a reboot does not.
+# ~/grpo-jax/: code (what was sent; current folder of the run), venv, logs, cache (compiled
+# programs), run (lock, pid, command, rc, files of the code). A run is alive while anything
+# it started holds the lock, so leftovers count and a pid reused after a reboot does not.
 set -euo pipefail
 export LC_ALL=C
 umask 077 # whoever can write the compilation cache can run code here
@@ -14,6 +14,7 @@ RUN=$BASE/run
 ARCHIVE=$HOME/grpo-jax-code.tar.gz
 SELF=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")
 GRACE=300 # seconds that a stopped run has for its last checkpoint
+WATCH=${GRPO_JAX_WATCH:-10} # seconds for which a start is watched
 
 say() { printf '[%s] %s\n' "$(hostname)" "$*"; }
 
@@ -30,13 +31,18 @@ refuse_while_alive() {
   ! alive || fail 1 "a run is alive here ($(read_file "$RUN/command")); run.sh --stop ends it"
 }
 
-unpack() { # keeps the code that is there when nothing was sent
+# Replaces the files that the last code brought; what a run wrote beside them stays.
+# Nothing is done when nothing was sent.
+unpack() {
   [[ -f $ARCHIVE ]] || return 0
-  rm -rf "$BASE/code.new"
-  mkdir "$BASE/code.new"
-  tar -xzf "$ARCHIVE" -C "$BASE/code.new"
-  rm -rf "$BASE/code"
-  mv "$BASE/code.new" "$BASE/code"
+  if [[ -f $RUN/files ]]; then
+    (cd "$BASE/code" && xargs -0 rm -f -- <"$RUN/files")
+  else
+    rm -rf "$BASE/code"
+  fi
+  tar -tzf "$ARCHIVE" --quoting-style=literal | grep -v '/$' | tr '\n' '\0' >"$RUN/files"
+  mkdir -p "$BASE/code"
+  tar -xzf "$ARCHIVE" -C "$BASE/code"
   rm -f "$ARCHIVE"
 }
 
@@ -72,7 +78,7 @@ activate() { # with both platforms named, JAX fails where it finds no TPU: no CP
   export PATH="$BASE/venv/bin:$PATH" VIRTUAL_ENV="$BASE/venv" PYTHONUNBUFFERED=1
   export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
   export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$BASE/cache}"
-  cd "$BASE/work"
+  cd "$BASE/code"
 }
 
 cmd_check() { # check ARGUMENT...: arguments of check_devices.py
@@ -100,7 +106,22 @@ cmd_start() { # start COMMAND...
   setsid nohup bash "$SELF" supervise "$@" </dev/null >>"$BASE/logs/$log" 2>&1 &
   echo "$!" >"$RUN/pid"
   ln -sfn "$log" "$BASE/logs/latest.log"
+  exec 9>&- # or this process would look like the run
   say "started revision $(read_file "$BASE/code/REVISION"), log ~/grpo-jax/logs/$log"
+  watch_start
+}
+
+# Most mistakes in a command end it at once: the caller gets its exit code and its words.
+watch_start() {
+  local waited=0 rc
+  while alive; do
+    ((waited++ < WATCH * 5)) || return 0
+    sleep 0.2
+  done
+  rc=$(read_file "$RUN/rc")
+  [[ $rc != 0 ]] || return 0
+  cmd_log 20 >&2
+  fail "${rc:-1}" "the command ended at once, exit code ${rc:-unknown}"
 }
 
 cmd_supervise() { # supervise COMMAND...: called by start only
@@ -176,7 +197,7 @@ cmd_log() { # log LINES|follow
 main() {
   local verb=$1
   shift
-  mkdir -p "$RUN" "$BASE/logs" "$BASE/work" "$BASE/cache"
+  mkdir -p "$RUN" "$BASE/logs" "$BASE/cache"
   case $verb in
     unpack) cmd_unpack ;;
     install) cmd_install "$@" ;;

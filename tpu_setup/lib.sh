@@ -155,6 +155,17 @@ pack_code() { # pack_code FILE
   gzip -n -c "$SCRATCH/code.tar" >"$1"
 }
 
+# A file that git does not track stays here, and the command would not find it there.
+refuse_files_not_sent() {
+  local top word
+  top=$(git -C "$HERE" rev-parse --show-toplevel 2>/dev/null) || return 0 # pack_code says it
+  for word in "${COMMAND[@]}"; do
+    [[ -f $top/$word && $word != /* ]] || continue
+    git -C "$top" ls-files --error-unmatch -- "$word" >/dev/null 2>&1 ||
+      usage_error "$word is not tracked by git, so it is not sent: git add $word"
+  done
+}
+
 # Sends the code and the worker script to every worker; the workers unpack the code when
 # no run is alive. An empty ARCHIVE means: pack the tree as it is now.
 send_code() { # send_code ARCHIVE

@@ -7,10 +7,12 @@ usage() {
 Usage: run.sh --name NAME --project PROJECT --zone ZONE [flags] [-- COMMAND...]
        run.sh --name NAME --project PROJECT --zone ZONE --stop
 
-Sends the code and starts COMMAND (default: grpo-jax train) on every worker. It goes on
-when the connection ends; status.sh shows the state and the logs. Each log begins with the
-command and the exact revision. A command that already runs is left alone; another one is
-refused until --stop. Starting a training command again resumes it from its run folder.
+Sends the code and starts COMMAND (default: grpo-jax train) on every worker, in the folder
+of the code, as in yours here. It goes on when the connection ends; status.sh shows the
+state and the logs. A command that ends within 10 seconds is waited for: run.sh shows the
+end of its log and ends with its exit code. Each log begins with the command and the exact
+revision. A command that already runs is left alone; another one is refused until --stop.
+Starting a training command again resumes it from its run folder.
 
   --stop           send SIGTERM (a training run saves, then ends), after 300 s SIGKILL
   --no-sync        start the code that is already there
@@ -44,5 +46,6 @@ if ((stop)); then
 fi
 ((${#COMMAND[@]} > 0)) || COMMAND=(grpo-jax train)
 [[ ${COMMAND[0]} != -* ]] || usage_error "after -- comes a whole command: -- grpo-jax train ${COMMAND[0]} ..."
+[[ -n $archive ]] || ((!sync)) || refuse_files_not_sent
 ((!sync)) || send_code "$archive"
 remote all start "${COMMAND[@]}"

@@ -41,11 +41,13 @@ resource_state() { # resource_state queued|direct
   esac
 }
 
+refused() { [[ $1 == 2 || $1 == 126 || $1 == 127 ]]; } # refused EXIT_CODE: wrong usage, or not found
+
 # Prints one word for the runs of all workers together: running, finished, stopped,
-# interrupted, failed, mixed (some run, some do not), idle, absent (nothing installed)
-# or unreachable.
+# interrupted, failed, refused (failed, and would again), mixed (some run, some do not),
+# idle, absent (nothing installed) or unreachable.
 run_verdict() {
-  local lines states
+  local lines states code
   if ! lines=$(remote all state 2>"$SCRATCH/state"); then
     # A worker without the script has never been set up.
     if grep -q "$WORKER_SCRIPT: No such file" "$SCRATCH/state"; then
@@ -62,7 +64,10 @@ run_verdict() {
     *absent*) echo absent ;;
     ' finished running ') echo running ;; # workers end within seconds of each other
     *running*) [[ $states == ' running ' ]] && echo running || echo mixed ;;
-    *failed*) echo failed ;;
+    *failed*)
+      code=$(sed -n 's/^grpo-jax-state .* state=failed rc=\([0-9]*\) .*/\1/p' <<<"$lines" | head -n 1)
+      if refused "$code"; then echo refused; else echo failed; fi
+      ;;
     *interrupted*) echo interrupted ;;
     *stopped*) echo stopped ;;
     *idle*) echo idle ;;

@@ -21,8 +21,13 @@ echo "uv $*" >>"$HOME/uv.log"
 [ "$1" = venv ] || exit 0
 for folder; do :; done
 mkdir -p "$folder/bin"
-printf '#!/bin/sh\\necho "python $*" >>"$HOME/uv.log"\\n' >"$folder/bin/python"
-chmod +x "$folder/bin/python"
+cat >"$folder/bin/python" <<'END'
+#!/bin/sh
+echo "python $*" >>"$HOME/uv.log"
+[ -e "$1" ] || exit 2
+END
+printf '#!/bin/sh\\necho "trains with $*, $JAX_PLATFORMS"\\n' >"$folder/bin/grpo-jax"
+chmod +x "$folder/bin/python" "$folder/bin/grpo-jax"
 """
 
 
@@ -38,11 +43,21 @@ class Cloud:
             (root / f"worker-{worker}").mkdir()
         (root / "bin").mkdir()
         (root / "bin/gcloud").symlink_to(HERE / "fake_gcloud.sh")
-        (root / "bin/uv").write_text(UV)
-        (root / "bin/uv").chmod(0o755)
+        self.stand_in("uv", UV)
         self.environment = {k: v for k, v in os.environ.items() if k not in SETTINGS}
         self.environment["FAKE_CLOUD"] = str(root)
+        # Only tests of commands that end at once wait for them.
+        self.environment["GRPO_JAX_WATCH"] = "0"
         self.environment["PATH"] = f"{root}/bin:{self.environment['PATH']}"
+
+    def stand_in(self, name: str, text: str) -> None:
+        """Makes a program that is found first."""
+        (self.root / "bin" / name).write_text(text)
+        (self.root / "bin" / name).chmod(0o755)
+
+    def git(self, *arguments: str) -> str:
+        """The output of a git command in the repository."""
+        return git(self.repository, *arguments)
 
     def set_states(self, *, queue: str, node: str) -> None:
         """Sets what describe serves, one state per call."""
@@ -71,7 +86,7 @@ class Cloud:
         """The arguments of every gcloud call so far, or of those with this verb."""
         log = (self.root / "log").read_text()
         calls = [call.split("\x1f")[:-1] for call in log.split("\x1e")[:-1]]
-        return [call for call in calls if verb is None or call[3] == verb]
+        return [call for call in calls if verb is None or call[3:4] == [verb]]
 
     def worker(self, index: int) -> Path:
         """The grpo-jax folder of a worker."""
@@ -115,8 +130,8 @@ def cloud(tmp_path):
 @pytest.fixture
 def committed(cloud):
     """The same with its files committed, as the scripts that send code need it."""
-    git(cloud.repository, "init", "--quiet")
-    git(cloud.repository, "add", "--all")
-    git(cloud.repository, "commit", "--quiet", "--message=first")
-    cloud.revision = git(cloud.repository, "rev-parse", "HEAD")
+    cloud.git("init", "--quiet")
+    cloud.git("add", "--all")
+    cloud.git("commit", "--quiet", "--message=first")
+    cloud.revision = cloud.git("rev-parse", "HEAD")
     return cloud

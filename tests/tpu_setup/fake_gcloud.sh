@@ -8,6 +8,11 @@ set -euo pipefail
 cd "$FAKE_CLOUD"
 printf '%s\x1f' "$@" >>log
 printf '\x1e' >>log
+case $1 in
+  compute) ;;
+  projects) echo 123 && exit ;; # describe: the project's number
+  *) exit ;;
+esac
 kind=$3 verb=$4
 shift 4
 words=()
@@ -84,5 +89,6 @@ case $verb in
   delete) delete ;;
   ssh) run_over_ssh ;;
   scp) copy ;;
+  list) ;;
   *) exit 2 ;;
 esac

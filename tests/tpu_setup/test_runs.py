@@ -105,13 +105,53 @@ def test_a_command_reaches_every_worker_word_by_word(installed):
 
 
 def test_the_default_command_is_a_training_run(installed):
-    for worker in range(2):
-        program = installed.worker(worker) / "venv/bin/grpo-jax"
-        program.write_text('#!/bin/sh\necho "trains with $*, $JAX_PLATFORMS"\n')
-        program.chmod(0o755)
     assert installed.run("run").returncode == 0
     wait_for(installed, "finished")
     assert "trains with train, tpu,cpu" in log(installed)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        (("bash", "no_such_file.sh"), 127, "No such file"),
+        (("no-such-program",), 127, "not found"),
+        (("bash", "-c", "echo wrong flag; exit 2"), 2, "wrong flag"),
+        (("true",), 0, ""),
+    ],
+)
+def test_a_command_that_ends_at_once_gives_its_exit_code(
+    installed, command, code, words
+):
+    done = installed.run("run", "--", *command, GRPO_JAX_WATCH="600")
+    assert done.returncode == code and words in done.stderr
+    assert states(installed) == ["failed" if code else "finished"] * 2
+
+
+def test_a_command_runs_where_the_code_is_and_what_it_writes_stays(installed):
+    (installed.repository / "dropped.txt").write_text("of the first code\n")
+    installed.git("add", "dropped.txt")
+    script = "cat settings.txt dropped.txt; mkdir -p runs; date >runs/mine"
+    done = installed.run("run", "--", "bash", "-c", script, GRPO_JAX_WATCH="600")
+    assert done.returncode == 0, done.stderr
+    assert "first\nof the first code" in log(installed)
+    (installed.repository / "settings.txt").write_text("second\n")
+    installed.git("rm", "--force", "--quiet", "dropped.txt")
+    assert installed.run("sync").returncode == 0
+    for worker in range(2):
+        code = installed.worker(worker) / "code"
+        assert (code / "runs/mine").read_text()
+        assert (code / "settings.txt").read_text() == "second\n"
+        assert not (code / "dropped.txt").exists()
+
+
+@pytest.mark.parametrize("script", ["run", "babysit"])
+def test_a_file_that_would_not_be_sent_is_refused(installed, script):
+    (installed.repository / "mine.sh").write_text("echo mine\n")
+    calls = len(installed.calls())
+    flags = BABYSIT if script == "babysit" else ()
+    done = installed.run(script, *flags, "--", "bash", "mine.sh")
+    assert done.returncode == 2 and "git add mine.sh" in done.stderr
+    assert len(installed.calls()) == calls
 
 
 def test_a_live_run_is_left_alone_until_it_is_stopped(installed):
@@ -205,6 +245,24 @@ def test_babysit_gives_up_after_the_retries(committed):
     assert done.returncode == 1 and "gave up after 1 retries" in done.stderr
     starts = [c for c in committed.calls("ssh") if " start " in c[-1]]
     assert len(starts) == 2
+
+
+@pytest.mark.parametrize("watch", ["0", "600"])
+def test_babysit_does_not_repeat_a_command_that_is_refused(committed, watch):
+    command = ("bash", "-c", "echo 'no such flag' >&2; exit 2")
+    done = committed.run("babysit", *BABYSIT, "--", *command, GRPO_JAX_WATCH=watch)
+    assert done.returncode == 2
+    assert len([c for c in committed.calls("ssh") if " start " in c[-1]]) == 1
+
+
+def test_babysit_repeats_a_command_that_is_refused_after_it_once_ran(committed):
+    committed.after_create(1, node="READY READY PREEMPTED")
+    marks = committed.root / "marks"
+    script = f"echo x >>{marks}; n=$(wc -l <{marks}); [ $n -gt 2 ] || sleep 60;"
+    script += "[ $n -gt 4 ] || exit 2"
+    done = committed.run("babysit", *BABYSIT, "--", "bash", "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert len(marks.read_text().split()) == 6
 
 
 def test_a_healthy_stretch_starts_the_count_again(committed):

@@ -193,6 +193,7 @@ def readme_lines() -> list[str]:
     lines = []
     for fence in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S):
         for line in fence.replace("\\\n", " ").splitlines():
+            line = re.sub(r"^[A-Z]+=\$\((.*)\)$", r"\1", line)  # NAME=$(gcloud ...)
             if line.startswith("gcloud "):
                 lines.append(re.sub(r"\$\{?(\w+)\}?", lambda m: values[m[1]], line))
     return lines
