@@ -1,0 +1,81 @@
+"""Flags describe a configuration: any one can be written as flags and read again."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_jax.config import ObjectiveConfig, SamplingConfig, TrainConfig
+from grpo_jax.flags import TRL_NAMES, plan_flags, train_config
+from grpo_jax.validation import to_dict
+
+
+def flat(values, prefix=""):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def as_flags(config):
+    """The flags of the fields in which a configuration differs from the default."""
+    default = dict(flat(to_dict(TrainConfig())))
+    for name, value in flat(to_dict(config)):
+        if value != default[name]:
+            items = value if isinstance(value, list) else [value]
+            yield from (f"--{name.replace('_', '-')}", *map(str, items))
+
+
+@settings(max_examples=15)
+@given(
+    values=st.fixed_dictionaries(
+        {},
+        optional={
+            "task": st.sampled_from(["rows.jsonl", "reasoning_gym:countdown", "1e5"]),
+            "run_dir": st.sampled_from(["runs/a b", "1e-5", "null", "-"]),
+            "steps": st.integers(1, 10**6),
+            "seed": st.integers(0, 2**32 - 1),
+            "eval_every": st.integers(1, 50),
+        },
+    ),
+    temperature=st.floats(0.1, 2.0),
+    stops=st.none() | st.lists(st.integers(0, 100), min_size=1, max_size=3),
+)
+def test_a_configuration_written_as_flags_is_read_again(values, temperature, stops):
+    stop_ids = None if stops is None else tuple(stops)
+    sampling = SamplingConfig(temperature=temperature, stop_ids=stop_ids)
+    config = TrainConfig(sampling=sampling, **values)
+    assert train_config(list(as_flags(config))) == config
+
+
+def test_names_of_trl_are_no_flags_of_ours_and_their_answers_are():
+    ours = {name for name, _ in flat(to_dict(TrainConfig()))}
+    assert not set(TRL_NAMES) & ours
+    assert set(TRL_NAMES.values()) <= ours
+
+
+@pytest.mark.parametrize("name", TRL_NAMES)
+@pytest.mark.parametrize("form", ["--{}", "--{}=8"])
+def test_a_flag_of_trl_is_answered_with_ours(name, form):
+    ours = TRL_NAMES[name].replace("_", "-")
+    for spelled in (name, name.replace("_", "-")):
+        with pytest.raises(ValueError, match=f"{name} is --{ours} here"):
+            train_config([form.format(spelled), "8"])
+
+
+def test_a_preset_replaces_the_objective_of_the_file_and_nothing_else(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 7\nobjective: {kl_coef: 0.5}\n")
+    chosen = train_config(["--config", str(path), "--objective.preset", "dapo"])
+    assert chosen.objective == ObjectiveConfig.preset("dapo")
+    assert dataclasses.replace(chosen, objective=ObjectiveConfig()) == TrainConfig(
+        steps=7
+    )
+
+
+def test_the_flags_of_plan_are_its_own_and_those_of_train():
+    asked, config = plan_flags(["--device", "h100", "--steps", "7", "--devices", "4"])
+    assert (asked.device, asked.devices, asked.json) == ("h100", 4, False)
+    assert config == TrainConfig(steps=7)
