@@ -120,6 +120,11 @@ class Console:
         if self._enabled:
             logs.LOGGER.info(text)
 
+    def phase(self, text: str) -> None:
+        """Show what begins; after the first step nothing takes long without a line."""
+        if self._step == 0:
+            self.note(text)
+
     def warning(self, text: str) -> None:
         """Show a line that should not be missed."""
         if self._enabled:

@@ -121,6 +121,10 @@ class _Run:
         )
         self.tracker = make_tracker(config.report, path, enabled=self.first)
         stack.callback(self.tracker.close)
+        self.console = stack.enter_context(
+            Console(config.steps, config.report, enabled=self.first)
+        )
+        self.console.phase(f"loading {config.model}")
         self.policy = load_policy(config, mesh)
         model, tokenizer = self.policy.model, self.policy.tokenizer
         self.collector = Collector(
@@ -133,10 +137,13 @@ class _Run:
             agreement=agreement,
         )
         self.evaluate = setup.make_evaluation(
-            self.policy, task, runner, config, mesh, agreement=agreement
-        )
-        self.console = stack.enter_context(
-            Console(config.steps, config.report, enabled=self.first)
+            self.policy,
+            task,
+            runner,
+            config,
+            mesh,
+            agreement=agreement,
+            announce=self.console.phase,
         )
         self.console.note(setup.describe_run(self.policy, task, mesh, path))
         if self.policy.warning is not None:
@@ -208,6 +215,7 @@ class _Run:
         if collected is None:
             return
         rollout, batch, rounds = collected
+        self.console.phase("compiling, then updating")
         metrics = over_processes(rollout) | self.learner.update(batch)
         self._count_skipped(step, metrics)
         self._advance(
@@ -256,6 +264,7 @@ class _Run:
         """A rewarded rollout, its batch and the rollouts it took; None on a stop."""
         # Nothing here keeps the sampler's variables: they are gone before the update.
         sampler, position = self.learner.sampler_variables, self.progress.position
+        self.console.phase("compiling, then sampling")
         if limit := self.config.objective.resample_limit:
             found = self.collector.informative(
                 sampler(), step=step, position=position, limit=limit
@@ -271,6 +280,7 @@ class _Run:
             if self.agreement.stop:
                 return None
             # The devices compute the reference while the host computes rewards.
+            self.console.phase("compiling, then scoring and rewards")
             batch = self.learner.score(rollout)
             with self.agreement.phase("rewards"):
                 rollout = self.collector.reward(rollout, step=step)
@@ -323,6 +333,7 @@ class _Run:
     def _finished(self) -> TrainResult:
         self.checkpoints.close()
         result = self._result("finished")
+        self.console.note("writing the results")
         params = meshes.to_first(result.params)
         with self.agreement.phase("results"):
             if self.first:

@@ -171,12 +171,14 @@ def make_evaluation(
     mesh: Mesh,
     *,
     agreement: Agreement,
+    announce: Callable[[str], None],
 ) -> Evaluation:
     """What measures a policy on held-out prompts; it gives nothing if there are none.
 
     There are none where `eval_every` or `eval_prompts` is 0.
 
     Greedy accuracy where the task can tell right from wrong, else the mean reward.
+    `announce` is told what begins.
     """
     count = min(config.eval_prompts, len(task.test)) if config.eval_every else 0
     rows = [task.test[i] for i in range(count)]
@@ -194,6 +196,7 @@ def make_evaluation(
 
     def evaluate(variables: PyTree) -> dict[str, float]:
         start = time.perf_counter()
+        announce(f"compiling, then evaluating {len(rows):,} held-out prompts")
         completed = evaluator.complete(variables)
         with agreement.phase("evaluation"):
             if is_judged(task):

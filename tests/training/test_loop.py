@@ -174,9 +174,28 @@ def test_a_run_leaves_what_its_directory_promises(undisturbed):
     assert result.summary["accuracy_before"] is None is result.summary["accuracy_after"]
 
 
-def test_its_first_line_says_what_runs_where(undisturbed):
+def test_a_line_tells_of_each_phase_before_the_first_step(undisturbed):
     config, result = undisturbed
-    first = (result.run_dir / "log.txt").read_text().splitlines()[0]
+    log = (result.run_dir / "log.txt").read_text()
+    told = [
+        f"INFO loading {config.model}\n",
+        "INFO compiling, then evaluating 5 held-out prompts\n",
+        "INFO step 0/",
+        "INFO compiling, then sampling\n",
+        "INFO compiling, then scoring and rewards\n",
+        "INFO compiling, then updating\n",
+        "INFO step 1/",
+        "INFO step 2/",
+    ]
+    places = [log.index(text) for text in told]
+    assert places == sorted(places)
+    # Later steps take no time that would have to be explained.
+    assert log.count("compiling, then updating") == 1
+
+
+def test_a_line_says_what_runs_where(undisturbed):
+    config, result = undisturbed
+    first = (result.run_dir / "log.txt").read_text().splitlines()[1]
     assert f"{config.model}, 0.024M parameters, on 8 x cpu; dataset, 20 rows" in first
     assert "8 prompts x 2 completions of up to 6 tokens; in " in first
 
