@@ -1,14 +1,13 @@
-"""Rows and a reward of your own, in one file: addition without carrying.
+"""Rows and a reward of your own, in one file: differences below zero.
 
     python experiments/own_task.py
 
 Hardware: 2 CPU cores. Time: about a minute.
 Result: reward on 500 held-out rows ? -> ? (seed 0), after 60 steps.
 
-`37+48=` is 75 here: 3+4 is 7, and of 7+8 the last digit is 5. The model that comes
-with the package was never told so, yet some of its answers are right, and that is what
-GRPO needs: it makes likelier what is sampled and rewarded, and finds nothing that is
-never sampled.
+The model that comes with the package forgets the minus sign of `12-57=` more often than
+not. It is right at times, and that is what GRPO needs: what is sampled and rewarded
+becomes likelier, and what is never sampled is never found.
 """
 
 import random
@@ -18,30 +17,24 @@ import tyro
 from grpo_jax import TrainConfig, train
 
 
-def without_carry(a: int, b: int) -> str:
-    """The sum, to whose tens the ones carry nothing: 37 and 48 are 75."""
-    return f"{a // 10 + b // 10}{(a + b) % 10}"
-
-
-def digits(completions, answer, **columns):
-    """The share of the digits that are right, 0 for a text of another length."""
-    scores = []
-    for text, right in zip(completions, answer, strict=True):
-        same = sum(one == other for one, other in zip(text, right, strict=False))
-        scores.append(same / len(right) if len(text) == len(right) else 0.0)
-    return scores
+def signed(completions, answer, **columns):
+    """1 for the answer, 0.2 for another text that begins with a minus sign, else 0."""
+    return [
+        1.0 if text == right else 0.2 * text.startswith("-")
+        for text, right in zip(completions, answer, strict=True)
+    ]
 
 
 def main(steps: int = 60, seed: int = 0, run_dir: str | None = None) -> None:
     """Train on most of the rows; print the mean reward on the others, before, after."""
-    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    pairs = [(a, b) for a in range(10, 100) for b in range(a + 1, 100)]
     random.Random(0).shuffle(pairs)
-    rows = [{"prompt": f"{a}+{b}=", "answer": without_carry(a, b)} for a, b in pairs]
+    rows = [{"prompt": f"{a}-{b}=", "answer": str(a - b)} for a, b in pairs]
     config = TrainConfig(
-        steps=steps, seed=seed, run_dir=run_dir or f"runs/without-carry-{seed}"
+        steps=steps, seed=seed, run_dir=run_dir or f"runs/below-zero-{seed}"
     )
     summary = train(
-        config, dataset=rows[500:], rewards=digits, eval_dataset=rows[:500]
+        config, dataset=rows[500:], rewards=signed, eval_dataset=rows[:500]
     ).summary
     before, after = summary["eval_reward_before"], summary["eval_reward_after"]
     print(f"{before:.3f} -> {after:.3f}")

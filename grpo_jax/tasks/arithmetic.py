@@ -5,6 +5,7 @@ Prompts look like `37+48=`, answers like `85`; a difference may be negative.
 
 import itertools
 import random
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ OPERANDS = range(10, 100)
 # One split for every run, whatever its seed: scores of different seeds compare, and a
 # model trained by an earlier run has not seen the held-out problems of a later one.
 _SPLIT_SEED = 20240212
+_PROBLEM = re.compile(r"[1-9][0-9][+-][1-9][0-9]=")
 
 
 def arithmetic_task() -> Task:
@@ -49,6 +51,11 @@ def arithmetic_task() -> Task:
         is_correct_lenient=is_correct_lenient,
         answer_lenient=last_number,
     )
+
+
+def is_problem(prompt: Any) -> bool:
+    """Whether a prompt is such a problem; the embedded model knows no others."""
+    return isinstance(prompt, str) and _PROBLEM.fullmatch(prompt) is not None
 
 
 def correct(

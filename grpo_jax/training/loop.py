@@ -146,8 +146,8 @@ class _Run:
             announce=self.console.phase,
         )
         self.console.note(setup.describe_run(self.policy, task, mesh, path))
-        if self.policy.warning is not None:
-            self.console.warning(self.policy.warning)
+        for text in setup.warnings(self.policy, task):
+            self.console.warning(text)
         self.compiles = stack.enter_context(names.CompileCounter())
         trained, base = self.policy.trained, self.policy.base
         self.learner = Learner(model, trained, self.policy.config, mesh, base=base)

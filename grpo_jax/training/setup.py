@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from grpo_jax.config import TrainConfig
+from grpo_jax.config import EMBEDDED, TrainConfig
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.reporting import metrics as names
 from grpo_jax.rollout.collect import score_rows
 from grpo_jax.rollout.reward_call import reward_names
 from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.tasks import load_task, task_from_rows
+from grpo_jax.tasks.arithmetic import is_problem
 from grpo_jax.tasks.base import RewardFunction, Row, Task
 from grpo_jax.training.evaluate import Evaluator
 from grpo_jax.training.judging import Completed, is_judged, judge
@@ -122,6 +123,27 @@ def describe_run(policy: Policy, task: Task, mesh: Mesh, path: Path) -> str:
         f"rows; a step: {config.prompts_per_step} prompts x {config.group_size} "
         f"completions of up to {config.max_new_tokens} tokens; in {path}"
     )
+
+
+def warnings(policy: Policy, task: Task) -> Iterator[str]:
+    """What the user should hear before the first step, a line each."""
+    if policy.warning is not None:
+        yield policy.warning
+    if policy.config.model != EMBEDDED:
+        return
+    prompts = [row["prompt"] for row in task.train]
+    strange = [prompt for prompt in prompts if not is_problem(prompt)]
+    if strange:
+        unknown = sorted(set("".join(map(str, strange))) - set("0123456789+-="))
+        never = (
+            f", with {' '.join(map(repr, unknown[:20]))}, never seen" if unknown else ""
+        )
+        yield (
+            "the embedded model has learned prompts like '37+48=' and '52-19=' and "
+            f"nothing else; {len(strange):,} of {len(prompts):,} prompts are others"
+            f"{never}: {strange[0]!r:.100}. Only what it samples already can be "
+            "learned; a model of language is given by --model."
+        )
 
 
 def _millions(count: int) -> str:
