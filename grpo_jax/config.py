@@ -186,7 +186,9 @@ class CheckpointConfig(Section):
     # Besides, keep the step with the best value of this metric, say eval/accuracy; of
     # equal ones the first.
     keep_best: Text | None = None
-    best_mode: Literal["max", "min"] = "max"  # the best value: the largest or smallest
+    # The best value: the largest or smallest; None: as the metric says, a reward or an
+    # accuracy the largest, the loss or the kl the smallest. Others need it.
+    best_mode: Literal["max", "min"] | None = None
     # Seconds between the request to stop and the end of the machine, for a warning when
     # a phase of a step takes longer: then the run resumes from its last checkpoint.
     grace_seconds: Positive = 30.0

@@ -1,10 +1,39 @@
 """Which checkpoint is the best, by a number that was saved with each."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from grpo_jax.config import CheckpointConfig
+from grpo_jax.reporting import metrics as names
 from grpo_jax.training.damage import BROKEN, DamageError
+
+_BETTER: dict[str, Literal["max", "min"]] = {
+    names.ACCURACY: "max",
+    names.EVAL_REWARD: "max",
+    names.REWARD: "max",
+    "loss": "min",
+    names.KL: "min",
+}
+
+
+def best_mode(config: CheckpointConfig) -> Literal["max", "min"]:
+    """Whether the best step has the largest value or the smallest ("max" without one).
+
+    Raises:
+      ValueError: for a metric of which that must be said, and is not.
+    """
+    name = config.keep_best
+    if config.best_mode is not None:
+        return config.best_mode
+    if name is None or re.fullmatch(r"rewards/.*/mean", name):
+        return "max"
+    if name not in _BETTER:
+        raise ValueError(
+            f"checkpoint.best_mode is needed for checkpoint.keep_best {name!r}: 'max' "
+            "or 'min', of which nothing is known for this metric."
+        )
+    return _BETTER[name]
 
 
 class BestStep:
@@ -19,7 +48,7 @@ class BestStep:
     ) -> None:
         """`inventory_of` reads the inventory of a step; damage means none."""
         self._name = config.keep_best
-        self._choose = max if config.best_mode == "max" else min
+        self._choose = max if best_mode(config) == "max" else min
         self._inventory_of = inventory_of
         self._report = report
         self._values: dict[int, float | None] = {}

@@ -181,6 +181,8 @@ class _Run:
                 self._one_step()
             if self.progress.step < self.config.steps:
                 return self._preempted()
+            if self.progress.measured_at != self.progress.step:
+                self._measured()  # it ends at a step that was to be one on the way
             return self._finished()
         except BaseException:
             self._set_status("failed")

@@ -26,6 +26,8 @@ from jax.sharding import Mesh
 from grpo_jax import validation
 from grpo_jax.config import EMBEDDED, ObjectiveConfig, TrainConfig
 from grpo_jax.reporting.metrics import METRICS_FILE, plain
+from grpo_jax.training.best import best_mode
+from grpo_jax.training.step_folders import StepFolders
 
 Status = Literal["running", "preempted", "failed", "finished"]
 
@@ -86,7 +88,8 @@ def check_config(
     """Save what a new run is, or compare it with what the old one was.
 
     A run that stopped before it wrote anything, say for want of its model, may be
-    followed by any other. More steps continue a run whose learning rate is constant.
+    followed by any other. Other steps, not fewer than are done, continue a run whose
+    learning rate is constant.
 
     Args:
       data: what `setup.describe_data` says of its rows and rewards; None compares the
@@ -100,12 +103,18 @@ def check_config(
         _write_config(path, config)
         return
     before = read_config(path)
-    longer = config.steps > before.steps and config.optimizer.schedule == "constant"
-    if longer:
-        before = dataclasses.replace(before, steps=config.steps)
+    steps, done = (
+        config.steps,
+        max(StepFolders(path / "checkpoints").steps(), default=0),
+    )
+    moved = steps != before.steps and config.optimizer.schedule == "constant"
+    if moved and steps >= done:
+        before = dataclasses.replace(before, steps=steps)
     known, data = read_data(path), data or {}
     differing = [
-        *validation.differences(before, config, ignore=_FREE_FIELDS),
+        *validation.differences(
+            _with_best_mode(before), _with_best_mode(config), ignore=_FREE_FIELDS
+        ),
         *(
             f"{name}: {known[name]!r} and {data[name]!r}"
             for name in sorted(known.keys() & data.keys() - {"rewards"})
@@ -113,13 +122,21 @@ def check_config(
         ),
     ]
     if differing:
+        few = f" {done} steps are done: steps may be {done} or more." if moved else ""
         raise ValueError(
             f"run_dir {path} holds a run with another configuration: "
             f"{'; '.join(differing)} (there and here). Use another run_dir, or the "
-            "same configuration to resume."
+            f"same configuration to resume.{few}"
         )
-    if longer:
+    if moved:
         _write_config(path, before)
+
+
+def _with_best_mode(config: TrainConfig) -> TrainConfig:
+    """The configuration with a choice in place of the mode that the metric implies."""
+    mode = best_mode(config.checkpoint)
+    checkpoint = dataclasses.replace(config.checkpoint, best_mode=mode)
+    return dataclasses.replace(config, checkpoint=checkpoint)
 
 
 def read_data(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.arithmetic import is_problem
 from grpo_jax.tasks.base import RewardFunction, Row, Task
+from grpo_jax.training.best import best_mode
 from grpo_jax.training.evaluate import Evaluator
 from grpo_jax.training.judging import Completed, is_judged, judge
 from grpo_jax.training.policy import Policy
@@ -166,6 +167,7 @@ def make_runner(config: TrainConfig, task: Task) -> RewardRunner:
     runner = RewardRunner(task.rewards, chosen, max_steps=config.steps)
     runner.check_columns(task.train[0])
     _check_best(config.checkpoint.keep_best, task, runner)
+    best_mode(config.checkpoint)  # which must be known before anything is saved
     return runner
 
 

@@ -15,6 +15,7 @@ from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.training import damage, setup
 from grpo_jax.training import run_dir as directories
+from grpo_jax.training.best import best_mode
 from grpo_jax.training.checkpoint import Checkpoints
 from grpo_jax.training.policy import restore
 from grpo_jax.training.state import make_train_state
@@ -52,6 +53,29 @@ def test_the_best_step_is_kept_beside_the_others(tmp_path, values, config, kept)
     checkpoints, _ = open_checkpoints(tmp_path, **config)
     save_all(checkpoints, values)
     assert checkpoints.steps() == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "better"),
+    [
+        *((n, max) for n in (SCORE, "eval/reward", "reward", "rewards/f/mean")),
+        *((n, min) for n in ("loss", "kl")),
+    ],
+)
+def test_what_is_better_follows_from_the_metric(tmp_path, name, better):
+    checkpoints, _ = open_checkpoints(tmp_path, keep_best=name)
+    values = [0.2, 0.1, 0.5, 0.3]
+    for step, value in enumerate(values, start=1):
+        checkpoints.save(step, STATE, {}, metrics={name: value})
+    assert checkpoints.steps() == [1 + values.index(better(values)), 4]
+
+
+@pytest.mark.parametrize("name", ["entropy", "tidiness", "rewards/f/std"])
+def test_what_is_better_must_be_said_where_it_is_not_known(name):
+    with pytest.raises(ValueError, match=f"best_mode is needed for .*{name}.*'min'"):
+        best_mode(CheckpointConfig(keep_best=name))
+    for mode in ("max", "min"):
+        assert best_mode(CheckpointConfig(keep_best=name, best_mode=mode)) == mode
 
 
 def test_a_resumed_run_knows_the_best_of_before(tmp_path):
@@ -93,7 +117,9 @@ def test_a_step_whose_inventory_is_damaged_is_not_the_best(tmp_path):
 
 def test_a_best_step_that_cannot_be_read_just_now_is_not_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(damage, "PAUSES", ())
-    save_all(open_checkpoints(tmp_path)[0], [0.9, 0.3])
+    before, _ = open_checkpoints(tmp_path)
+    save_all(before, [0.9, 0.3])
+    before.close()
     checkpoints, reports = open_checkpoints(tmp_path)  # as after a kill
     read = Path.read_text
 
@@ -144,8 +170,9 @@ def logging(completions, log_metric):
     return [0.0] * len(completions)
 
 
-def make_runner(name, function=plain):
-    config = TrainConfig(checkpoint=CheckpointConfig(keep_best=name))
+def make_runner(name, function=plain, mode=None):
+    best = CheckpointConfig(keep_best=name, best_mode=mode)
+    config = TrainConfig(checkpoint=best)
     rows = [{"prompt": "a"}]
     return setup.make_runner(config, task_from_rows(rows, function, eval_rows=rows))
 
@@ -177,7 +204,9 @@ def test_the_name_of_the_accuracy_on_the_console_is_not_that_of_the_metric():
 def test_metrics_that_the_run_will_have_are_taken():
     for name in ("eval/reward", "reward", "rewards/plain/mean", "loss", "kl"):
         assert isinstance(make_runner(name), RewardRunner)
-    assert isinstance(make_runner("tidiness", logging), RewardRunner)
+    assert isinstance(make_runner("tidiness", logging, "max"), RewardRunner)
+    with pytest.raises(ValueError, match="checkpoint.best_mode is needed"):
+        make_runner("tidiness", logging)
 
 
 @pytest.mark.parametrize("none", ["eval_every", "eval_prompts"])

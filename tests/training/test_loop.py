@@ -337,6 +337,18 @@ def test_more_steps_end_in_the_bits_of_a_run_that_had_them_from_the_start(
     assert read_config(longer.run_dir).steps == STEPS
 
 
+def test_fewer_steps_end_a_stopped_run_with_numbers_of_its_end(undisturbed, tmp_path):
+    config, result = undisturbed
+    config = elsewhere(config, tmp_path, eval_every=3)
+    halted = run(config, at_step(3, stop))
+    assert halted.summary["steps"] == 2 and read_config(halted.run_dir).steps == STEPS
+    ended = run(dataclasses.replace(config, steps=2))
+    assert ended.summary["status"] == "finished"
+    # No step of this run was evaluated so far: its end is, once it is one.
+    expected = result.history[2]["eval/reward"]
+    assert ended.summary["eval_reward_after"] == pytest.approx(expected)
+
+
 def test_a_run_stopped_before_its_first_step_and_evaluation_can_resume(
     undisturbed, tmp_path
 ):

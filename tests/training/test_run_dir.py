@@ -1,5 +1,6 @@
 """A run directory has one owner, one configuration, and no secrets in it."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -143,6 +144,28 @@ def test_the_best_step_is_that_of_the_metric_the_run_began_with(tmp_path):
         directories.check_config(tmp_path, other)
 
 
+@pytest.mark.parametrize(
+    ("name", "there", "here", "same"),
+    [
+        (None, "max", None, True),  # as files of earlier versions say
+        ("reward", "max", None, True),
+        ("loss", None, "min", True),
+        ("loss", "max", None, False),
+        ("entropy", "min", "max", False),
+    ],
+)
+def test_the_best_value_is_compared_by_what_it_means(tmp_path, name, there, here, same):
+    def config(mode):
+        checkpoint = CheckpointConfig(keep_best=name, best_mode=mode)
+        return TrainConfig(checkpoint=checkpoint)
+
+    directories.check_config(tmp_path, config(there))
+    begun(tmp_path)
+    refused = pytest.raises(ValueError, match="best_mode: 'm..' and 'm")
+    with contextlib.nullcontext() if same else refused:
+        directories.check_config(tmp_path, config(here))
+
+
 def test_a_preset_in_a_file_means_its_fields(tmp_path):
     text = "objective: {preset: grpo, kl_coef: 0.5}"
     config = directories.load_config(write_yaml(tmp_path, text))
@@ -158,8 +181,21 @@ def test_more_steps_continue_a_run_with_a_constant_rate(tmp_path):
     begun(tmp_path)
     directories.check_config(tmp_path, TrainConfig(steps=8, microbatch_size=8))
     assert directories.read_config(tmp_path) == TrainConfig(steps=8)
-    with pytest.raises(ValueError, match="steps: 8 and 7"):
-        directories.check_config(tmp_path, TrainConfig(steps=7))
+
+
+def test_fewer_steps_end_a_run_with_a_constant_rate_unless_more_are_done(tmp_path):
+    directories.check_config(tmp_path, TrainConfig(steps=8))
+    for step in (4, 6):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    words = "steps: 8 and 5 .* 6 steps are done: steps may be 6 or more"
+    with pytest.raises(ValueError, match=words):
+        directories.check_config(tmp_path, TrainConfig(steps=5))
+    with pytest.raises(ValueError, match="seed: 0 and 1"):
+        directories.check_config(tmp_path, TrainConfig(steps=7, seed=1))
+    assert directories.read_config(tmp_path) == TrainConfig(steps=8)
+    for steps in (7, 6, 9):
+        directories.check_config(tmp_path, TrainConfig(steps=steps))
+        assert directories.read_config(tmp_path) == TrainConfig(steps=steps)
 
 
 def test_more_steps_are_another_run_where_the_rate_depends_on_them(tmp_path):
