@@ -26,6 +26,7 @@ from grpo_jax.weights.names import (
     read_parameter,
     table_tensors,
 )
+from grpo_jax.weights.pretrained import find_base
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -53,7 +54,8 @@ class Adapter:
     Attributes:
         params: the collection `lora` of a model.
         alpha: the adapters' output is scaled by alpha / rank.
-        base_name: the model that they stand on, as it was loaded.
+        base_name: the model that they stand on, as it was loaded; written as
+            `find_base` gives it.
     """
 
     params: PyTree
@@ -102,7 +104,7 @@ def save_adapter(
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.base_name,
+        "base_model_name_or_path": adapter.base_name and find_base(adapter.base_name),
         "r": rank,
         "lora_alpha": int(adapter.alpha) if adapter.alpha % 1 == 0 else adapter.alpha,
         "target_modules": modules,

@@ -7,6 +7,7 @@ of Gemma (it stores the whole multiplier, 1 + w).
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -30,6 +31,31 @@ _ARCHITECTURES = {
 # per head instead of the head width; the files do not state it.
 _WIDE_GEMMA_LAYERS = {"gemma2": 46, "gemma3": 62}
 _ROPE_FACTORS = "rope_freqs.weight"
+
+# Fields of an architecture without effect on what it computes here: sizes told by
+# tensors, bookkeeping, and the layout of tensors in the file that was converted.
+_IGNORED = frozenset(
+    """
+    vocab_size tensor_data_layout pooling_type expert_used_count
+    rope.scaling.finetuned rope.scaling.original_context_length
+    """.split()
+)
+_ROPE = ("rope.dimension_count", "rope.freq_base")
+_SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear")
+_READ = frozenset(
+    (
+        *("context_length", "embedding_length", "block_count", "feed_forward_length"),
+        *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
+        *("attention.layer_norm_rms_epsilon", "expert_count", *_ROPE, *_SCALING),
+    )
+)
+_READ_OF_GEMMA = _READ | {
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rope.freq_base_swa",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +108,9 @@ def open_gguf(path: pathlib.Path) -> GgufModel:
         )
     try:
         config = ModelConfig.from_hf(_hf_config(fields, stored))
-    except (ValueError, KeyError) as error:
+    except KeyError as error:
+        raise ValueError(f"cannot load {path}: it has no {error}") from error
+    except ValueError as error:
         raise ValueError(f"cannot load {path}: {error}") from error
     renamed: dict[str, str] = {
         gguf_name: name
@@ -148,49 +176,95 @@ def _hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
             f"architecture {name!r} is not supported in GGUF; supported are "
             f"{sorted(_ARCHITECTURES)}"
         )
-
-    def field(key: str, default: Any = None) -> Any:
-        return fields.get(f"{name}.{key}", default)
-
-    if field("expert_count", 0):
+    own = {
+        key.removeprefix(f"{name}."): _same(key, value)
+        for key, value in fields.items()
+        if key.startswith(f"{name}.")
+    }
+    if own.get("expert_count"):
         raise ValueError("mixtures of experts are not supported")
-    heads, width = field("attention.head_count"), field("embedding_length")
+    heads, width = own["attention.head_count"], own["embedding_length"]
     hf = {
         "architectures": [_ARCHITECTURES[name]],
         "model_type": FAMILIES[_ARCHITECTURES[name]].model_type,
         "vocab_size": int(stored["token_embd.weight"].shape[1]),
         "hidden_size": width,
-        "intermediate_size": field("feed_forward_length"),
-        "num_hidden_layers": field("block_count"),
+        "intermediate_size": own["feed_forward_length"],
+        "num_hidden_layers": own["block_count"],
         "num_attention_heads": heads,
-        "num_key_value_heads": field("attention.head_count_kv", heads),
-        "head_dim": field("attention.key_length", width // heads),
-        "max_position_embeddings": field("context_length"),
-        "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
-        "rope_theta": field("rope.freq_base", 10_000.0),
+        "num_key_value_heads": own.get("attention.head_count_kv", heads),
+        "head_dim": own.get("attention.key_length", width // heads),
+        "max_position_embeddings": own["context_length"],
+        "rms_norm_eps": own["attention.layer_norm_rms_epsilon"],
+        "rope_theta": own.get("rope.freq_base", 10_000.0),
         "tie_word_embeddings": "output.weight" not in stored,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": list(stop_ids(fields)) or None,
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
     }
-    _check_rotary_width(field("rope.dimension_count"), hf["head_dim"])
-    hf["rope_scaling"] = _rope_scaling(field, hf, stored)
+    _check_rotary_width(own.get("rope.dimension_count"), hf["head_dim"])
+    hf["rope_scaling"] = _rope_scaling(own, hf, stored)
     if name == "llama":
         hf["attention_bias"] = "blk.0.attn_q.bias" in stored
         hf["mlp_bias"] = "blk.0.ffn_gate.bias" in stored
-    if name in _WIDE_GEMMA_LAYERS:
-        wide = field("block_count") == _WIDE_GEMMA_LAYERS[name]
-        hf |= _gemma_options(field, width // heads if wide else hf["head_dim"])
+    gemma = name in _WIDE_GEMMA_LAYERS
+    if gemma:
+        wide = own["block_count"] == _WIDE_GEMMA_LAYERS[name]
+        hf |= _gemma_options(own, width // heads if wide else hf["head_dim"])
+    _check_unread(name, own, _READ_OF_GEMMA if gemma else _READ, hf["head_dim"])
     return hf
 
 
-def _gemma_options(field: Any, attention_width: int) -> dict[str, Any]:
-    return {
-        "query_pre_attn_scalar": attention_width,
-        "sliding_window": field("attention.sliding_window"),
-        "attn_logit_softcapping": field("attn_logit_softcapping"),
-        "final_logit_softcapping": field("final_logit_softcapping"),
+def _same(key: str, value: Any) -> Any:
+    """A number that may be given once for each layer, as it is in all of them."""
+    if key.endswith("sliding_window_pattern") or not isinstance(value, list):
+        return value
+    if len(set(value)) != 1:
+        raise ValueError(f"{key} differs from layer to layer, which is not supported")
+    return value[0]
+
+
+def _check_unread(
+    name: str, own: Mapping[str, Any], read: frozenset[str], head_dim: int
+) -> None:
+    """Refuses fields that change the model and that nothing here reads.
+
+    By custom one that is false, zero or empty is not in use.
+    """
+    as_here = {
+        "attention.causal": True,
+        "attention.value_length": head_dim,
+        "attention.key_length_swa": head_dim,
+        "attention.value_length_swa": head_dim,
+        "rope.dimension_count_swa": head_dim,
+        "rope.scaling.attn_factor": 1.0,
     }
+    unread = [
+        f"{name}.{key}={value!r}"
+        for key, value in own.items()
+        if key not in read | _IGNORED
+        and (not math.isclose(value, as_here[key]) if key in as_here else value)
+    ]
+    if unread:
+        raise ValueError(f"not supported: {', '.join(unread)}")
+
+
+def _gemma_options(own: Mapping[str, Any], attention_width: int) -> dict[str, Any]:
+    options = {
+        "query_pre_attn_scalar": attention_width,
+        "sliding_window": own.get("attention.sliding_window"),
+        "attn_logit_softcapping": own.get("attn_logit_softcapping"),
+        "final_logit_softcapping": own.get("final_logit_softcapping"),
+    }
+    if (local := own.get("rope.freq_base_swa")) is not None:
+        options["rope_local_base_freq"] = local
+    match own.get("attention.sliding_window_pattern"):
+        case [*flags] if flags:
+            kinds = {True: "sliding_attention", False: "full_attention"}
+            options["layer_types"] = [kinds[bool(flag)] for flag in flags]
+        case int(every) if every:
+            options["sliding_window_pattern"] = every
+    return options
 
 
 def _check_rotary_width(rotary: int | None, head_dim: int) -> None:
@@ -201,12 +275,13 @@ def _check_rotary_width(rotary: int | None, head_dim: int) -> None:
 
 
 def _rope_scaling(
-    field: Any, hf: Mapping[str, Any], stored: Mapping[str, Any]
+    own: Mapping[str, Any], hf: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     if _ROPE_FACTORS in stored:
         return _llama3_scaling(stored[_ROPE_FACTORS].data, hf)
-    kind = field("rope.scaling.type", "none")
-    factor = field("rope.scaling.factor", 1.0)
+    # A factor without a kind scales linearly, as does the older of its two names.
+    kind = own.get("rope.scaling.type", "linear")
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear")) or 1.0
     if kind == "none" or factor == 1.0:
         return None
     if kind != "linear":

@@ -5,6 +5,8 @@ those that llama.cpp uses under the name (src/llama-vocab.cpp). SentencePiece BP
 ("llama") is built from pieces and scores.
 """
 
+import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +14,10 @@ from grpo_jax.weights.tokenizer import Tokenizer, import_fast_tokenizer
 
 # Token types of the format.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+
+_PRE = "tokenizer.ggml.pre"
+# Kinds of tokenizers, and the fields without which none can be built.
+_NEEDS = {"gpt2": ("merges",), "llama": ("scores", "token_type")}
 
 _GPT2_SPLITS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
@@ -21,19 +27,60 @@ _TIKTOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_LLAMA3_SPLITS = (_TIKTOKEN.format("{1,3}"),)
-_SPLITS = {
-    "gpt-2": _GPT2_SPLITS,
-    "smollm": (r"\p{N}", *_GPT2_SPLITS),
-    "llama-bpe": _LLAMA3_SPLITS,
-    "llama3": _LLAMA3_SPLITS,
-    "llama-v3": _LLAMA3_SPLITS,
-    "qwen2": (_TIKTOKEN.format(""),),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", *_GPT2_SPLITS, r"\p{N}+", "[0-9][0-9][0-9]"),
-}
-_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-# Tokens that end a turn, which some files do not list among their ends.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _PreTokenizer:
+    """How text is cut before merges apply, and what else goes with the name."""
+
+    splits: tuple[str, ...]
+    names: str  # all that llama.cpp knows for these rules
+    whole_first: bool = False  # a piece that is a token is not merged anew
+    adds_bos: bool = False  # where the file does not say
+    composes: bool = False  # to NFC, as the tokenizers of Hugging Face do
+
+
+_PRE_TOKENIZERS = (
+    _PreTokenizer(
+        names="gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 "
+        "mellum modern-bert exaone4",
+        splits=_GPT2_SPLITS,
+    ),
+    _PreTokenizer(names="smollm", splits=(r"\p{N}", *_GPT2_SPLITS)),
+    _PreTokenizer(
+        names="llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 "
+        "jina-v5-nano",
+        splits=(_TIKTOKEN.format("{1,3}"),),
+        whole_first=True,
+        adds_bos=True,
+    ),
+    _PreTokenizer(
+        names="qwen2 deepseek-r1-qwen megrez kormo f2llmv2",
+        splits=(_TIKTOKEN.format(""),),
+        composes=True,
+    ),
+    _PreTokenizer(
+        names="default",
+        splits=(
+            r"[\p{P}\$\+<=>\^~\|]+",
+            *_GPT2_SPLITS,
+            r"\p{N}+",
+            "[0-9][0-9][0-9]",
+        ),
+    ),
+)
+_BY_NAME = {name: rules for rules in _PRE_TOKENIZERS for name in rules.names.split()}
+# Tokens that end a text or a turn. A file names one, and some models end in several.
+_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+)
+
+_LOG = logging.getLogger(__name__)
 
 
 def build_tokenizer(fields: Mapping[str, Any], *, file: str) -> Tokenizer:
@@ -42,23 +89,20 @@ def build_tokenizer(fields: Mapping[str, Any], *, file: str) -> Tokenizer:
     Raises:
         ValueError: no tokenizer in the file, or one of a kind that is not supported.
     """
-    kind = fields.get("tokenizer.ggml.model")
-    tokens = fields.get("tokenizer.ggml.tokens")
-    if not tokens:
-        raise ValueError(f"{file} holds no tokenizer")
-    if kind == "gpt2":
-        pre = fields.get("tokenizer.ggml.pre", "default")
-        if pre not in _SPLITS:
-            raise unsupported(
-                f"pre-tokenizer {pre!r}; supported are {sorted(_SPLITS)}", file=file
+    check_tokenizer(fields, file=file)
+    if fields["tokenizer.ggml.model"] == "gpt2":
+        if not names_its_rules(fields):
+            _LOG.warning(
+                "%s names no pre-tokenizer (tokenizer.ggml.pre): text is cut by "
+                "default rules, which are not those that the model was trained with. "
+                "Convert the model anew, or put its tokenizer.json and "
+                "tokenizer_config.json beside the file",
+                file,
             )
-        backend = _byte_level_bpe(fields, pre)
-        adds_bos = pre in _LLAMA3
-    elif kind == "llama" and fields["general.architecture"] == "llama":
-        backend = _sentencepiece_bpe(fields)
-        adds_bos = True
+        rules = _BY_NAME[fields.get(_PRE, "default")]
+        backend, adds_bos = _byte_level_bpe(fields, rules), rules.adds_bos
     else:
-        raise unsupported(f"tokenizer of kind {kind!r}", file=file)
+        backend, adds_bos = _sentencepiece_bpe(fields), True
     _add_special_tokens(backend, fields)
     adds_bos = fields.get("tokenizer.ggml.add_bos_token", adds_bos)
     adds_eos = fields.get("tokenizer.ggml.add_eos_token", False)
@@ -75,8 +119,37 @@ def build_tokenizer(fields: Mapping[str, Any], *, file: str) -> Tokenizer:
     return Tokenizer(fast, stop_ids=stop_ids(fields))
 
 
+def check_tokenizer(fields: Mapping[str, Any], *, file: str) -> None:
+    """Checks that `build_tokenizer` can rebuild the tokenizer, without doing it.
+
+    Raises:
+        ValueError: no tokenizer in the file, or one of a kind that is not supported.
+    """
+    kind, pre = fields.get("tokenizer.ggml.model"), fields.get(_PRE, "default")
+    if not fields.get("tokenizer.ggml.tokens"):
+        raise ValueError(f"{file} holds no tokenizer")
+    if kind not in _NEEDS:
+        raise _unsupported(f"tokenizer of kind {kind!r}", file=file)
+    if kind == "gpt2" and pre not in _BY_NAME:
+        raise _unsupported(
+            f"pre-tokenizer {pre!r}; supported are {sorted(_BY_NAME)}", file=file
+        )
+    missing = [name for name in _NEEDS[kind] if f"tokenizer.ggml.{name}" not in fields]
+    if missing:
+        raise _unsupported(f"tokenizer without {' and '.join(missing)}", file=file)
+
+
+def names_its_rules(fields: Mapping[str, Any]) -> bool:
+    """Whether the file says how text is cut; byte-level BPE needs it."""
+    return fields.get("tokenizer.ggml.model") != "gpt2" or _PRE in fields
+
+
 def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end a sequence, a turn or a message, without repeats."""
+    """The ids that end a sequence, a turn or a message, without repeats.
+
+    They are those that the file names (`eos`, `eot`, `eom`), and the control tokens
+    that are known as ends by their text.
+    """
     named = (
         fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")
     )
@@ -91,11 +164,11 @@ def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
         )
         if kind == _CONTROL
     }
-    ids = dict.fromkeys([*named, *(control.get(token) for token in _TURN_ENDS)])
+    ids = dict.fromkeys([*named, *(control.get(token) for token in _ENDS)])
     return tuple(index for index in ids if index is not None)
 
 
-def unsupported(what: str, *, file: str) -> ValueError:
+def _unsupported(what: str, *, file: str) -> ValueError:
     """The error for a tokenizer that cannot be rebuilt from the file alone."""
     return ValueError(
         f"{file}: {what} is not supported. Put the model's Hugging Face tokenizer.json "
@@ -104,7 +177,7 @@ def unsupported(what: str, *, file: str) -> ValueError:
     )
 
 
-def _byte_level_bpe(fields: Mapping[str, Any], pre: str) -> Any:
+def _byte_level_bpe(fields: Mapping[str, Any], rules: _PreTokenizer) -> Any:
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
@@ -114,12 +187,12 @@ def _byte_level_bpe(fields: Mapping[str, Any], pre: str) -> Any:
         models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
             merges=merges,
-            ignore_merges=pre in _LLAMA3,
+            ignore_merges=rules.whole_first,
         )
     )
-    if pre == "qwen2":
+    if rules.composes:
         backend.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(s), "isolated") for s in _SPLITS[pre]]
+    splits = [pre_tokenizers.Split(Regex(s), "isolated") for s in rules.splits]
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_only])
     backend.decoder = decoders.ByteLevel()
@@ -141,7 +214,7 @@ def _sentencepiece_bpe(fields: Mapping[str, Any]) -> Any:
             byte_fallback=True,
         )
     )
-    prefixed = fields.get("tokenizer.ggml.add_space_prefix", True)
+    prefixed = _prefixed(fields)
     prefix = [normalizers.Prepend("▁")] if prefixed else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
@@ -149,6 +222,11 @@ def _sentencepiece_bpe(fields: Mapping[str, Any]) -> Any:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return backend
+
+
+def _prefixed(fields: Mapping[str, Any]) -> bool:
+    """Whether a space is put before the first word."""
+    return fields.get("tokenizer.ggml.add_space_prefix", True)
 
 
 def _merges(
@@ -178,11 +256,18 @@ def _add_special_tokens(backend: Any, fields: Mapping[str, Any]) -> None:
 
     tokens = fields["tokenizer.ggml.tokens"]
     kinds = fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    # A run of spaces that is a token is "▁▁" in normalized text. A prefix would be put
+    # before the token too.
+    spaced = fields["tokenizer.ggml.model"] == "llama" and not _prefixed(fields)
+    added = {_UNKNOWN: [], _CONTROL: [], _USER_DEFINED: []}
     for token, kind in zip(tokens, kinds, strict=True):
-        if kind in (_UNKNOWN, _CONTROL):
-            backend.add_special_tokens([AddedToken(token, special=True)])
-        elif kind == _USER_DEFINED:
-            backend.add_tokens([AddedToken(token, normalized=False)])
+        if kind in added:
+            added[kind].append(token)
+    # All at once: each call sorts all that were added before.
+    backend.add_special_tokens(
+        [AddedToken(t, special=True) for t in added[_UNKNOWN] + added[_CONTROL]]
+    )
+    backend.add_tokens([AddedToken(t, normalized=spaced) for t in added[_USER_DEFINED]])
 
 
 def _add_ends(

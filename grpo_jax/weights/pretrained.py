@@ -25,7 +25,11 @@ from grpo_jax.models.decoder import Decoder
 from grpo_jax.weights import safetensors
 from grpo_jax.weights.folder import replaced_folder
 from grpo_jax.weights.gguf import GgufModel, open_gguf
-from grpo_jax.weights.gguf_tokenizer import build_tokenizer
+from grpo_jax.weights.gguf_tokenizer import (
+    build_tokenizer,
+    check_tokenizer,
+    names_its_rules,
+)
 from grpo_jax.weights.names import (
     Parameter,
     Tensor,
@@ -43,9 +47,11 @@ Placement = Callable[[Decoder], PyTree]
 # The path of a parameter, as in "layers/attn/q/kernel" -> the name of its dtype.
 DtypeOf = Callable[[str], str]
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# A part that begins with a dot, as in ./model, is one of a path.
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 _DTYPES = ("float32", "bfloat16", "float16")
+_ROWS = 4096  # of a matrix, compared at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +109,36 @@ def load_without_weights(
 def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
     """The configuration of a model alone; a folder needs no other file for it.
 
+    Whatever else a local file or folder holds is checked as loading does, as far as
+    that is possible without reading tensors or building a tokenizer: what a plan
+    accepts, a run can load.
+
     Raises:
-        ValueError: as `load_pretrained`, if there is no configuration that is known.
+        ValueError: as `load_pretrained`.
     """
     path = _find(str(name_or_path), None, files=("config.json",))
-    return open_gguf(path).config if path.is_file() else _read_config(path)
+    if path.is_file():
+        model = open_gguf(path)
+        config, tensors = model.config, model.tensors
+        _describes_tokenizer(path, model)
+    else:
+        config, tensors = _read_config(path), None
+        # A snapshot of the hub may lack what was not asked for yet.
+        if path == _local(str(name_or_path)) and any(path.glob("*.safetensors")):
+            tensors = safetensors.open_folder(path)
+    if tensors is not None:
+        check_tensors(parameter_table(config), tensors, source=str(path))
+    return config
+
+
+def find_base(name_or_path: str) -> str:
+    """What other programs, in any folder, call a model that is loaded by this name.
+
+    A local file or folder by its absolute path, the embedded model by the folder of its
+    files, a model of the hub by its name there.
+    """
+    path = _local(name_or_path)
+    return str(path.absolute()) if path.exists() else name_or_path
 
 
 def save_pretrained(
@@ -161,21 +192,44 @@ def _open(name: str, revision: str | None) -> _Source:
         tensors = safetensors.open_folder(path)
         tokenizer = Tokenizer.from_folder(path, config)
     check_tensors(parameter_table(config), tensors, source=str(path))
+    _check_head(config, tensors, source=str(path))
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, the model has "
             f"{config.vocab_size} embeddings; they are not from the same model, or the "
             "model was not resized after tokens were added"
         )
+    # Whoever samples by the configuration alone stops where the tokenizer does.
+    config = dataclasses.replace(config, eos_token_ids=tokenizer.stop_ids)
     return _Source(config, tensors, tokenizer)
+
+
+def _check_head(
+    config: ModelConfig, tensors: Mapping[str, Tensor], *, source: str
+) -> None:
+    """A head in the files of a model whose embeddings are tied must repeat them."""
+    head = tensors.get("lm_head.weight")
+    if head is None or not config.tie_embeddings:
+        return
+    embedding = tensors["model.embed_tokens.weight"]
+    rows, width = embedding.shape
+    if head.shape != embedding.shape or any(
+        not np.array_equal(head.read(part), embedding.read(part))
+        for start in range(0, rows, _ROWS)
+        for part in [(slice(start, min(start + _ROWS, rows)), slice(0, width))]
+    ):
+        raise ValueError(
+            f"{source} has tie_word_embeddings true, and in {head.file} an "
+            "lm_head.weight that differs from model.embed_tokens.weight. To use that "
+            "head, as transformers 5 does, set tie_word_embeddings to false; to use "
+            "the embeddings, as transformers 4 does, remove lm_head.weight"
+        )
 
 
 def _find(
     name: str, revision: str | None, *, files: tuple[str, ...] = _HUB_FILES
 ) -> pathlib.Path:
-    if name == EMBEDDED:
-        name = str(resources.files("grpo_jax") / "assets" / "arithmetic-1m")
-    path = pathlib.Path(name).expanduser()
+    path = _local(name)
     if path.exists():
         if revision is not None:
             raise ValueError(
@@ -185,6 +239,13 @@ def _find(
     if path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name):
         raise ValueError(f"{name}: no such file or folder")
     return _download(name, revision, files)
+
+
+def _local(name: str) -> pathlib.Path:
+    """Where a model is if it is a file or folder here."""
+    if name == EMBEDDED:
+        name = str(resources.files("grpo_jax") / "assets" / "arithmetic-1m")
+    return pathlib.Path(name).expanduser()
 
 
 def _download(name: str, revision: str | None, files: tuple[str, ...]) -> pathlib.Path:
@@ -221,12 +282,25 @@ def _read_config(folder: pathlib.Path) -> ModelConfig:
 
 
 def _gguf_tokenizer(path: pathlib.Path, model: GgufModel) -> Tokenizer:
-    try:
+    if _describes_tokenizer(path, model):
         return build_tokenizer(model.fields, file=str(path))
+    return Tokenizer.from_folder(path.parent, model.config)
+
+
+def _describes_tokenizer(path: pathlib.Path, model: GgufModel) -> bool:
+    """Whether the tokenizer is that of the GGUF file, not of the files beside it.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    beside = (path.parent / "tokenizer.json").is_file()
+    try:
+        check_tokenizer(model.fields, file=str(path))
     except ValueError:
-        if not (path.parent / "tokenizer.json").is_file():
+        if not beside:
             raise
-        return Tokenizer.from_folder(path.parent, model.config)
+        return False
+    return names_its_rules(model.fields) or not beside
 
 
 def _read_params(

@@ -69,26 +69,80 @@ class Tokenizer:
         return cls(fast, stop_ids=stops)
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
-        """The token ids of a prompt.
+        """The token ids of a prompt, which a completion is to continue.
 
-        A string is encoded as it is, with the special tokens that the tokenizer adds by
-        itself. A list of messages goes through the chat template: a last message of the
-        assistant is continued, otherwise the assistant's turn is opened after it.
+        A string is encoded as it is, with the special tokens that the tokenizer puts
+        before it; those that it would put behind, an end of text, are left out. A list
+        of messages goes through the chat template: a last message of the assistant is
+        continued, otherwise the assistant's turn is opened after it.
+
+        A special token that is spelled out in a text becomes that token, as everywhere
+        in transformers and TRL.
 
         Raises:
-            ValueError: messages without a chat template, or malformed messages.
+            ValueError: text that the tokenizer cannot write, messages without a chat
+                template, malformed messages, or what the template says of them.
         """
         if isinstance(prompt, str):
-            return list(self._fast.encode(prompt))
+            return self.encode_prompts([prompt])[0]
         return self._encode_messages(prompt)
 
     def encode_prompts(
         self, prompts: Sequence[str | Sequence[Message]]
     ) -> list[list[int]]:
         """The token ids of each prompt, as `encode_prompt`; strings all at once."""
-        if prompts and all(isinstance(prompt, str) for prompt in prompts):
-            return self._fast(list(prompts))["input_ids"]
-        return [self.encode_prompt(prompt) for prompt in prompts]
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            return [self.encode_prompt(prompt) for prompt in prompts]
+        if not prompts:
+            return []
+        for prompt in prompts:
+            self._check_text(prompt)
+        encoded = self._fast(list(prompts))["input_ids"]
+        return [ids[: len(ids) - self._appended] for ids in encoded]
+
+    @functools.cached_property
+    def _appended(self) -> int:
+        """How many tokens the tokenizer puts behind a text."""
+        added = self._fast("aA 0.", return_special_tokens_mask=True)
+        mask = added["special_tokens_mask"]
+        behind = (
+            len(mask) - 1 - max((i for i, m in enumerate(mask) if not m), default=0)
+        )
+        return behind if 0 in mask else 0
+
+    def _check_text(self, text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"character {error.start} is {text[error.start]!a}, half of a "
+                "surrogate pair, which is no text; was it cut, or read with another "
+                "encoding?"
+            ) from error
+        if not self._writes_all and (lost := self._lost(text)):
+            raise ValueError(
+                f"the tokenizer has no token for {lost!a}, and would leave that out; "
+                "write it otherwise, or add tokens to tokenizer and model"
+            )
+
+    def _lost(self, text: str) -> str:
+        """The characters, other than spaces, that do not come back from tokens.
+
+        The tokenizers of published models have a token for each byte and lose nothing.
+        """
+        backend = self._fast.backend_tokenizer
+        normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
+        ids = backend.encode(text, add_special_tokens=False).ids
+        known = [index for index in ids if index != self._fast.unk_token_id]
+        written = {"▁", *backend.decode(known, skip_special_tokens=False)}
+        distinct = dict.fromkeys(normal)
+        return "".join(c for c in distinct if c not in written and not c.isspace())
+
+    @functools.cached_property
+    def _writes_all(self) -> bool:
+        """Whether every text has tokens, judged by characters of one to four bytes."""
+        longer = [*range(0x800, 0xD800, 0x400), *range(0x10000, 0x20000, 0x1000)]
+        return not self._lost("".join(map(chr, [*range(0x800), *longer])))
 
     def is_templated(self, text: str) -> bool:
         """Whether a text already holds a mark that the chat template would set."""
@@ -97,11 +151,11 @@ class Tokenizer:
     @functools.cached_property
     def _marks(self) -> list[str]:
         """The special tokens around a message, without the one that begins any text."""
-        rendered = self._fast.apply_chat_template(
-            [{"role": "user", "content": "-"}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        message = {"role": "user", "content": "-"}
+        try:
+            rendered = self._render([message], tokenize=False)
+        except ValueError:
+            return []  # of a template that takes no such message
         added = self._fast.added_tokens_decoder.values()
         special = [token.content for token in added if token.special]
         return [t for t in special if t in rendered and t != self._fast.bos_token]
@@ -138,13 +192,27 @@ class Tokenizer:
                     "every message of a prompt must be a dict with role and content, "
                     f"got {message!r}"
                 )
+            if isinstance(message["content"], str):
+                self._check_text(message["content"])
+        return self._render(messages, tokenize=True)
+
+    def _render(self, messages: Sequence[Message], *, tokenize: bool) -> Any:
         continued = messages[-1]["role"] == "assistant"
-        return self._fast.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=not continued,
-            continue_final_message=continued,
-            return_dict=False,
-        )
+        try:
+            return self._fast.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=tokenize,
+                add_generation_prompt=not continued,
+                continue_final_message=continued,
+                return_dict=False,
+            )
+        except Exception as error:
+            # A template is a program that came with the model: it may raise anything.
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"the chat template refuses the messages: {said} "
+                f"({type(error).__name__})"
+            ) from error
 
 
 def import_fast_tokenizer() -> Any:

@@ -10,6 +10,7 @@ import pytest
 from grpo_jax.models.decoder import abstract_params
 from grpo_jax.models.rope import RopeConfig, inverse_frequencies
 from grpo_jax.weights import load_pretrained, save_pretrained
+from grpo_jax.weights.pretrained import load_config
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 
@@ -94,6 +95,26 @@ def test_gemma_norms_are_stored_with_one_added(tmp_path, tools, kind):
         np.testing.assert_allclose(given, values, atol=2e-7, err_msg=name)
 
 
+def test_windows_and_the_second_rotary_base_of_gemma_3_are_read(tmp_path, tools):
+    model = tools.make_pretrained(
+        architectures=["Gemma3ForCausalLM"],
+        model_type="gemma3_text",
+        tie_word_embeddings=True,
+        query_pre_attn_scalar=16,
+        sliding_window=8,
+        num_hidden_layers=3,
+        rope_local_base_freq=500.0,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    )
+    fields = {
+        "gemma3.attention.sliding_window": 8,
+        "gemma3.attention.sliding_window_pattern": [False, True, False],
+        "gemma3.rope.freq_base_swa": 500.0,
+    }
+    path = tools.write_gguf(tmp_path / "m.gguf", model, arch="gemma3", fields=fields)
+    assert load_config(path) == model.config
+
+
 def llama3_factors(factor, high=4.0):
     settings = {
         "factor": factor,
@@ -131,6 +152,13 @@ def test_other_divisors_are_refused(tmp_path, tools):
             {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
             "rotary scaling 'yarn'",
         ),
+        ({"llama.residual_scale": 0.5}, "not supported: llama.residual_scale=0.5"),
+        ({"llama.attention.causal": False}, "llama.attention.causal=False"),
+        ({"llama.attention.value_length": 8}, "llama.attention.value_length=8"),
+        ({"llama.attention.sliding_window": 8}, "llama.attention.sliding_window=8"),
+        ({"llama.nobody_knows": [1, 1]}, "llama.nobody_knows=1"),
+        ({"llama.feed_forward_length": [96, 64]}, "feed_forward_length differs"),
+        ({"llama.context_length": "long"}, "max_position_embeddings must be"),
     ],
 )
 def test_unsupported_models_are_refused_by_file(
@@ -141,11 +169,40 @@ def test_unsupported_models_are_refused_by_file(
         load_pretrained(path)
 
 
-def test_linear_scaling_is_read(tmp_path, untied, tools):
-    fields = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scaling.factor": 4.0},  # llama.cpp takes it as linear
+        {"llama.rope.scale_linear": 4.0},  # the name of files before 2023-11
+    ],
+)
+def test_linear_scaling_is_read(tmp_path, untied, tools, fields):
     path = tools.write_gguf(tmp_path / "m.gguf", untied, fields=fields)
     (rope,) = load_pretrained(path).config.rope
     assert (rope.kind, rope.factor) == ("linear", 4.0)
+
+
+def test_fields_that_change_nothing_are_accepted(tmp_path, untied, tools):
+    fields = {
+        "llama.vocab_size": 48,
+        "llama.tensor_data_layout": "Meta AI original pth",
+        "llama.attention.value_length": 16,
+        "llama.attention.causal": True,
+        "llama.use_parallel_residual": False,
+        "llama.attention.head_count_kv": [2, 2],  # the same in each layer
+        "training.epochs": 3,
+    }
+    path = tools.write_gguf(tmp_path / "m.gguf", untied, fields=fields)
+    assert load_config(path) == untied.config
+
+
+def test_a_file_without_a_size_is_refused_by_its_key(tmp_path, untied, tools):
+    path = tools.write_gguf(tmp_path / "m.gguf", untied, arch="qwen2")
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"qwen2.block_count", b"qwen2.block_kount"))
+    with pytest.raises(ValueError, match=r"m\.gguf: it has no 'block_count'"):
+        load_config(path)
 
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path, untied, tools):

@@ -5,7 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.weights import load_pretrained
-from grpo_jax.weights.gguf_tokenizer import build_tokenizer, stop_ids
+from grpo_jax.weights.gguf_tokenizer import (
+    build_tokenizer,
+    check_tokenizer,
+    stop_ids,
+)
+from grpo_jax.weights.pretrained import load_config
 
 # Bytes of printable ASCII stand for themselves in byte-level BPE, the space is "Ġ".
 ALPHABET = [chr(code) for code in range(33, 127)] + ["Ġ"]
@@ -51,6 +56,33 @@ def test_text_is_cut_as_the_named_pre_tokenizer_cuts_it(pre, expected):
     assert pieces(pre, TEXT) == expected.split(" ")
 
 
+@pytest.mark.parametrize(
+    ("names", "base"),
+    [
+        ("phi-2 mellum modern-bert exaone4 jina-v2-de gigachat", "gpt-2"),
+        ("llama3 llama-v3 falcon3 pixtral lfm2 midm-2.0", "llama-bpe"),
+        ("deepseek-r1-qwen megrez kormo", "qwen2"),
+    ],
+)
+def test_other_names_of_the_same_rules_give_the_same_tokens(names, base):
+    text = "I'LL pay 12345"
+    of_base = build_tokenizer(gpt2_fields(base), file="x.gguf").encode_prompt(text)
+    for name in names.split():
+        tokenizer = build_tokenizer(gpt2_fields(name), file="x.gguf")
+        assert tokenizer.encode_prompt(text) == of_base, name
+        assert pieces(name, TEXT) == pieces(base, TEXT), name
+
+
+def test_a_file_that_does_not_name_its_rules_is_told(caplog):
+    fields = gpt2_fields("smollm")
+    build_tokenizer(fields, file="x.gguf")
+    assert not caplog.messages
+    del fields["tokenizer.ggml.pre"]
+    build_tokenizer(fields, file="x.gguf")
+    (message,) = caplog.messages
+    assert "x.gguf names no pre-tokenizer (tokenizer.ggml.pre)" in message
+
+
 @given(st.text(max_size=20))
 def test_smollm_cuts_as_the_tokenizer_of_hugging_face(text):
     from tokenizers import pre_tokenizers
@@ -94,9 +126,12 @@ def test_the_first_token_is_added_as_the_file_says(pre, extra, expected):
     assert tokenizer.encode_prompt("a") == [*expected, BYTES["a"]]
 
 
-def test_an_end_is_added_only_where_the_file_says_so():
-    tokenizer = build_tokenizer(gpt2_fields("smollm", add_eos_token=True), file="x")
-    assert tokenizer.encode_prompt("a") == [BYTES["a"], 2]
+def test_an_end_that_the_file_adds_to_texts_is_not_put_behind_prompts():
+    fields = gpt2_fields("llama-bpe", add_eos_token=True)
+    tokenizer = build_tokenizer(fields, file="x.gguf")
+    assert tokenizer._fast.encode("a") == [1, BYTES["a"], 2]
+    assert tokenizer.encode_prompt("a") == [1, BYTES["a"]]
+    assert tokenizer.encode_prompt("a</s>") == [1, BYTES["a"], 2]  # it was asked for
 
 
 def test_stop_ids_include_ends_of_turns():
@@ -107,6 +142,16 @@ def test_stop_ids_include_ends_of_turns():
         "tokenizer.ggml.eot_token_id": 2,
     }
     assert stop_ids(fields) == (2, 1)
+
+
+def test_stop_ids_include_the_end_of_a_text_beside_that_of_a_turn():
+    # A file of Qwen names the end of a turn alone.
+    fields = {
+        "tokenizer.ggml.tokens": ["a", "<|endoftext|>", "<|im_end|>", "<|eom_id|>"],
+        "tokenizer.ggml.token_type": [1, 3, 3, 3],
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    assert stop_ids(fields) == (2, 3, 1)
 
 
 # Scores rank unions: "ab" before "bc" before "abc".
@@ -142,17 +187,71 @@ def test_sentencepiece_joins_the_best_union_first(text, expected):
     assert tokenizer.decode(ids) == text
 
 
+def sentencepiece_of_the_book(text, pieces, own):
+    """SentencePiece as its paper tells it: the best union of two neighbors, again.
+
+    Own symbols are cut out first, the longest at each place.
+    """
+    found, rest = [], text.replace(" ", "▁")
+    while rest:
+        mark = next((o for o in own if rest.startswith(o)), None)
+        found.append(mark or rest[0])
+        rest = rest.removeprefix(found[-1])
+    while True:
+        unions = [
+            (-pieces[left + right], place)
+            for place, (left, right) in enumerate(zip(found, found[1:], strict=False))
+            if left + right in pieces and not {left, right} & set(own)
+        ]
+        if not unions:
+            return found
+        place = min(unions)[1]
+        found[place : place + 2] = ["".join(found[place : place + 2])]
+
+
+GEMMA_PIECES = {"▁": -9, "a": -8, "b": -7, "ab": -3, "▁a": -2, "ba": -4, "aba": -5}
+GEMMA_PIECES |= {"▁b": -6}
+OWN = ["\n\n", "\n", "  ", "<b>"]  # the longest first
+GEMMA_TOKENS = ["<pad>", "<eos>", "<bos>", "<start>", *OWN, *GEMMA_PIECES]
+
+
+@given(st.lists(st.sampled_from([" ", "a", "b", "\n", "<b>"]), max_size=12))
+def test_gemma_is_cut_as_sentencepiece_cuts_it(parts):
+    """No space before the first word, and runs of spaces that are tokens."""
+    count = len(GEMMA_PIECES)
+    fields = SPM_FIELDS | {
+        "general.architecture": "gemma3",
+        "tokenizer.ggml.tokens": GEMMA_TOKENS,
+        "tokenizer.ggml.token_type": [3] * 4 + [4] * 4 + [1] * count,
+        "tokenizer.ggml.scores": [-1000.0] * 8
+        + [float(s) for s in GEMMA_PIECES.values()],
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    tokenizer = build_tokenizer(fields, file="x.gguf")
+    text = "".join(parts)
+    own = [mark.replace(" ", "▁") for mark in OWN]
+    expected = sentencepiece_of_the_book(text, GEMMA_PIECES, own)
+    ids = tokenizer.encode_prompt(text)
+    found = [GEMMA_TOKENS[index].replace(" ", "▁") for index in ids]
+    assert found == ["<bos>", *expected]
+    assert tokenizer.decode(ids) == text
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
         ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken'"),
         ({"tokenizer.ggml.model": "t5"}, "tokenizer of kind 't5'"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer without scores"),
     ],
 )
-def test_other_tokenizers_are_refused_with_the_way_out(changes, problem):
+@pytest.mark.parametrize("read", [build_tokenizer, check_tokenizer])
+def test_other_tokenizers_are_refused_with_the_way_out(changes, problem, read):
     fields = gpt2_fields("smollm") | changes
     with pytest.raises(ValueError, match=f"x.gguf: {problem}.*tokenizer.json"):
-        build_tokenizer(fields, file="x.gguf")
+        read(fields, file="x.gguf")
 
 
 def test_a_file_without_tokenizer_is_refused():
@@ -165,6 +264,9 @@ def test_hugging_face_files_beside_the_gguf_file_stand_in(tmp_path, untied, tool
     path = tools.write_gguf(tmp_path / "m.gguf", untied, fields=fields)
     with pytest.raises(ValueError, match="pre-tokenizer 'tekken'"):
         load_pretrained(path)
+    with pytest.raises(ValueError, match="pre-tokenizer 'tekken'"):
+        load_config(path)
     tools.make_fast().save_pretrained(tmp_path)
+    load_config(path)
     tokenizer = load_pretrained(path).tokenizer
     assert tokenizer.encode_prompt("the") == untied.tokenizer.encode_prompt("the")

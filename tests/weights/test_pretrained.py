@@ -15,6 +15,7 @@ from grpo_jax.models.decoder import abstract_params
 from grpo_jax.weights import load_pretrained, pretrained, save_pretrained
 from grpo_jax.weights import safetensors as our_safetensors
 from grpo_jax.weights.names import parameter_table
+from grpo_jax.weights.pretrained import load_config
 
 REFERENCES = pathlib.Path(__file__).parents[1] / "models" / "references"
 FAMILIES = sorted(path.stem for path in REFERENCES.glob("*.npz"))
@@ -192,6 +193,12 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path):
         load_pretrained("model.gguf")
 
 
+@pytest.mark.parametrize("name", ["./nope", "../nope", "~/nope", "/nope/x", "a/b/c"])
+def test_a_path_that_is_not_there_does_not_ask_the_hub(name):
+    with pytest.raises(ValueError, match=f"^{name}: no such file or folder$"):
+        load_pretrained(name)
+
+
 def test_a_hub_name_offline_says_what_to_do():
     with pytest.raises(ValueError, match="some-one/some-model.*HF_HUB_OFFLINE"):
         load_pretrained("some-one/some-model", revision="main")
@@ -222,6 +229,63 @@ def test_a_config_of_another_size_is_refused_with_the_file(folder, tools):
     )
     with pytest.raises(ValueError, match=expected):
         load_pretrained(folder)
+
+
+@pytest.mark.parametrize("limit", [1, 4096])
+def test_a_head_beside_tied_embeddings_repeats_them(tmp_path, tied, monkeypatch, limit):
+    monkeypatch.setattr(pretrained, "_ROWS", limit)
+    save_pretrained(tmp_path, tied)
+    file = tmp_path / "model.safetensors"
+    stored = safetensors.numpy.load_file(file)
+    head = stored["model.embed_tokens.weight"].copy()
+    safetensors.numpy.save_file(stored | {"lm_head.weight": head}, file)
+    load_pretrained(tmp_path)
+    head[-1, -1] += 1
+    for other in (head, head[:-1]):
+        safetensors.numpy.save_file(stored | {"lm_head.weight": other}, file)
+        with pytest.raises(ValueError, match="tie_word_embeddings true.*safetensors"):
+            load_pretrained(tmp_path)
+
+
+def test_the_configuration_stops_where_the_tokenizer_does(folder, tools):
+    tools.edit_json(folder / "generation_config.json", eos_token_id=[40, 2])
+    tools.edit_json(folder / "config.json", eos_token_id=2)
+    loaded = load_pretrained(folder)
+    assert loaded.tokenizer.stop_ids == loaded.config.eos_token_ids == (40, 2, 1)
+    assert loaded.model.config == loaded.config
+    save_pretrained(folder, loaded)
+    assert load_pretrained(folder).config.eos_token_ids == (40, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: _cut(folder / "model.safetensors"), "model.safetensors"),
+        (lambda folder: _narrow(folder / "config.json"), "10 misshaped"),
+    ],
+)
+def test_what_a_plan_accepts_can_be_loaded(folder, change, message):
+    load_config(folder)
+    change(folder)
+    for read in (load_config, load_pretrained):
+        with pytest.raises(ValueError, match=message):
+            read(folder)
+
+
+def _cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _narrow(file):
+    file.write_text(file.read_text().replace(": 96", ": 80"))
+
+
+def test_a_folder_of_a_configuration_alone_can_be_planned(folder, untied):
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    assert load_config(folder) == untied.config
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(folder, tools):

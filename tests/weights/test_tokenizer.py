@@ -3,12 +3,16 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from grpo_jax.weights import Tokenizer
+from grpo_jax.weights.tokenizer import import_fast_tokenizer
 
 # Ids of TOKENS in conftest.py: specials 0-2, a-z from 3, digits from 29, "Ġ" 39,
 # then "th", "the" and "12".
 SPACE, THE = 39, 41
+MESSAGES = [{"role": "user", "content": "the"}]
 
 
 def letters(text):
@@ -38,6 +42,21 @@ def test_a_string_gets_the_special_tokens_that_the_tokenizer_adds(tools):
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
     assert Tokenizer(fast).encode_prompt("the") == [0, THE]
+
+
+@pytest.mark.parametrize("behind", ["", " </s>", " </s> </s>"])
+@pytest.mark.parametrize("before", ["", "<s> "])
+def test_no_prompt_ends_in_what_the_tokenizer_puts_behind_texts(tools, before, behind):
+    from tokenizers.processors import TemplateProcessing
+
+    fast = tools.make_fast()
+    fast.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{before}$A{behind}", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer, begin = Tokenizer(fast), [0] if before else []
+    expected = [[*begin, THE], begin, [*begin, THE, 1]]
+    assert tokenizer.encode_prompts(["the", "", "the</s>"]) == expected
+    assert tokenizer.encode_prompt("the") == expected[0]
 
 
 def test_messages_go_through_the_template_and_open_the_turn_of_the_assistant(tokenizer):
@@ -74,6 +93,71 @@ def test_marks_of_the_template_in_a_text_are_seen(tokenizer):
 def test_malformed_messages_are_refused(tokenizer, messages):
     with pytest.raises(ValueError, match="message"):
         tokenizer.encode_prompt(messages)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('System role\n not supported') }}", "System role not su"),
+        ("{{ messages[0]['role']['x']['y'] }}", "no attribute 'x'.*UndefinedError"),
+        ("{{ 1 + messages[0]['content'] }}", "unsupported operand.*TypeError"),
+        ("{{ 1 / 0 }}", "division by zero.*ZeroDivisionError"),
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ messages | nope }}", "No filter named 'nope'"),
+    ],
+)
+def test_whatever_a_template_raises_is_told_in_one_line(tools, template, said):
+    tokenizer = Tokenizer(tools.make_fast(template=template))
+    with pytest.raises(ValueError, match=f"chat template refuses.*{said}") as error:
+        tokenizer.encode_prompt(MESSAGES)
+    assert "\n" not in str(error.value)
+    assert not tokenizer.is_templated("<s>user the</s>")
+
+
+def test_a_last_message_that_the_template_drops_cannot_be_continued(tools):
+    tokenizer = Tokenizer(tools.make_fast(template="{{ messages[0]['content'] }}"))
+    messages = [*MESSAGES, {"role": "assistant", "content": "cat"}]
+    with pytest.raises(ValueError, match="chat template refuses the messages"):
+        tokenizer.encode_prompt(messages)
+
+
+@pytest.mark.parametrize(
+    "wrap", [str, lambda text: [{"role": "user", "content": text}]]
+)
+def test_text_that_cannot_be_written_is_refused(tokenizer, wrap):
+    with pytest.raises(ValueError, match=r"character 2 is '\\ud83d', half of a surro"):
+        tokenizer.encode_prompt(wrap("ab\ud83d"))
+    # This vocabulary has small letters, digits and the space.
+    with pytest.raises(ValueError, match=r"no token for 'T!\\xe9', and would leave"):
+        tokenizer.encode_prompt(wrap("The cat!\xe9!"))
+
+
+@given(st.text(max_size=30))
+def test_a_prompt_is_refused_or_keeps_all_of_its_text(tokenizer, text):
+    try:
+        ids = tokenizer.encode_prompt(text)
+    except ValueError:
+        return
+    assert tokenizer.decode(ids).split() == text.split()
+
+
+def test_the_unknown_token_is_a_loss_unless_it_is_asked_for(tools):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    backend = Backend(models.WordLevel({"<unk>": 0, "two": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = import_fast_tokenizer()(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer = Tokenizer(fast)
+    assert tokenizer.encode_prompt("two  two") == [1, 1]
+    with pytest.raises(ValueError, match="no token for 'ne'"):
+        tokenizer.encode_prompt("two one")
+
+
+def test_a_special_token_spelled_out_becomes_the_token(tokenizer):
+    # As transformers and TRL do.
+    message = {"role": "user", "content": "the</s>the"}
+    assert tokenizer.encode_prompt([message])[6:9] == [THE, 1, THE]
 
 
 def test_decoding_leaves_out_special_tokens(tokenizer):
