@@ -1,5 +1,7 @@
 """Prompts as right-padded token ids, checked before anything is compiled."""
 
+import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +11,8 @@ from jaxtyping import Int
 from grpo_jax.weights.tokenizer import Tokenizer
 
 _SHORTEST = 16  # tokens of the smallest bucket
+
+_LOG = logging.getLogger(__name__)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Mapping]) -> list[int]:
@@ -28,15 +32,18 @@ def encode_rows(
 ) -> list[list[int]]:
     """The token ids of the prompts of all rows.
 
+    A row whose messages spell out marks of the chat template is taken as transformers
+    and TRL take it: they become the special tokens. A warning says so.
+
     Raises:
-      ValueError: naming the first row whose prompt has no token, more than
-        `limit`, or an id that the model does not have, and how many such
-        rows there are; also for a string that carries the chat template already.
+      ValueError: naming the first row whose prompt cannot be encoded, is refused by the
+        chat template, has no token, more than `limit`, or an id that the model
+        does not have, and how many such rows there are; also for a string
+        that carries the chat template already.
     """
-    _check_templated_once(tokenizer, rows)
-    encoded = tokenizer.encode_prompts(
-        [_as_messages(tokenizer, row["prompt"]) for row in rows]
-    )
+    given = [row["prompt"] for row in rows]
+    _check_templated_once(tokenizer, given)
+    encoded = _encode(tokenizer, [_as_messages(tokenizer, prompt) for prompt in given])
     problems = [
         (number, problem)
         for number, ids in enumerate(encoded)
@@ -44,8 +51,15 @@ def encode_rows(
     ]
     if problems:
         number, problem = problems[0]
-        also = f" ({len(problems)} such rows)" if len(problems) > 1 else ""
-        raise ValueError(f"the prompt of row {number} {problem}{also}.")
+        raise ValueError(f"the prompt of row {number} {problem}{_also(problems)}.")
+    quoting = [n for n, prompt in enumerate(given) if _quotes(tokenizer, prompt)]
+    if quoting:
+        _LOG.warning(
+            "the prompt of row %d spells out special tokens of the chat template, "
+            "which the model reads as such%s",
+            quoting[0],
+            _also(quoting),
+        )
     return encoded
 
 
@@ -91,13 +105,40 @@ def _as_messages(
     return prompt
 
 
+def _encode(
+    tokenizer: Tokenizer, prompts: Sequence[str | Sequence[Mapping]]
+) -> list[list[int]]:
+    if all(isinstance(prompt, str) for prompt in prompts):
+        with contextlib.suppress(ValueError):  # told below, with its row
+            return tokenizer.encode_prompts(prompts)
+    encoded = []
+    for number, prompt in enumerate(prompts):
+        try:
+            encoded.append(tokenizer.encode_prompt(prompt))
+        except ValueError as error:
+            raise ValueError(f"the prompt of row {number}: {error}") from error
+    return encoded
+
+
+def _quotes(tokenizer: Tokenizer, prompt: str | Sequence[Mapping]) -> bool:
+    return not isinstance(prompt, str) and any(
+        tokenizer.is_templated(message["content"])
+        for message in prompt
+        if isinstance(message["content"], str)
+    )
+
+
+def _also(found: Sequence[Any]) -> str:
+    return f" ({len(found)} such rows)" if len(found) > 1 else ""
+
+
 def _check_templated_once(
-    tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]
+    tokenizer: Tokenizer, prompts: Sequence[str | Sequence[Mapping]]
 ) -> None:
-    if not tokenizer.has_chat_template or not isinstance(rows[0]["prompt"], str):
+    if not tokenizer.has_chat_template:
         return
-    for number, row in enumerate(rows):
-        if tokenizer.is_templated(row["prompt"]):
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, str) and tokenizer.is_templated(prompt):
             raise ValueError(
                 f"the prompt of row {number} carries the model's chat template "
                 "already, and would get it a second time; give the messages, "

@@ -48,8 +48,45 @@ def test_a_text_with_the_template_applied_already_is_refused():
     options = {"limit": 99, "vocab_size": 256}
     with pytest.raises(ValueError, match="row 1 carries the model's chat template"):
         texts.encode_rows(ChatTokenizer(), rows("hi", ready), **options)
-    quoted = [{"role": "user", "content": f"What is {ready}?"}]
-    assert len(texts.encode_rows(ChatTokenizer(), rows(quoted), **options)) == 1
+    # Also where the first row holds messages.
+    with pytest.raises(ValueError, match="row 1 carries the model's chat template"):
+        texts.encode_rows(ChatTokenizer(), rows(messages("hi"), ready), **options)
+
+
+def messages(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_messages_that_spell_out_the_template_are_taken_and_told(caplog):
+    quoted, options = messages("<|im_start|>?"), {"limit": 99, "vocab_size": 256}
+    taken = texts.encode_rows(ChatTokenizer(), rows(messages("a"), quoted), **options)
+    assert len(taken) == 2
+    (message,) = caplog.messages
+    assert "row 1 spells out special tokens" in message
+
+
+class RefusingTokenizer(ChatTokenizer):
+    """Has a template that knows no system."""
+
+    def encode_prompt(self, prompt):
+        if not isinstance(prompt, str) and prompt[0]["role"] == "system":
+            raise ValueError("the chat template refuses the messages: no system")
+        if "\ud800" in prompt:
+            raise ValueError("character 0 is no text")
+        return super().encode_prompt(prompt)
+
+
+def test_a_prompt_that_cannot_be_encoded_is_named():
+    options = {"limit": 99, "vocab_size": 256}
+    with_system = [{"role": "system", "content": "a"}, *messages("b")]
+    refused = "row 2: the chat template refuses the messages: no system"
+    with pytest.raises(ValueError, match=f"the prompt of {refused}"):
+        given = rows("hi", messages("b"), with_system)
+        texts.encode_rows(RefusingTokenizer(), given, **options)
+    plain = RefusingTokenizer()
+    plain.has_chat_template = False  # strings are encoded all at once
+    with pytest.raises(ValueError, match="the prompt of row 1: character 0"):
+        texts.encode_rows(plain, rows("a", "\ud800"), **options)
 
 
 @pytest.mark.parametrize(
