@@ -34,13 +34,16 @@ IGNORED_KEYS = frozenset(
     num_beam_groups num_return_sequences repetition_penalty length_penalty
     no_repeat_ngram_size early_stopping diversity_penalty max_window_size
     keys_to_ignore_at_inference use_bfloat16 prefix sep_token_id tokenizer_class
-    decoder_start_token_id unk_token_id pruned_heads bad_words_ids
+    decoder_start_token_id unk_token_id pruned_heads bad_words_ids pretraining_tp
+    max_sequence_length seq_length model_max_length tokenizer_model_max_length
+    tokenizer_padding_side pad_token neftune_noise_alpha gradient_checkpointing
+    use_flash_attention use_flash_attention_2 _flash_attn_2_enabled
+    _attn_implementation_internal
     """.split()
 )
 
 # Keys that change the model, and the one value at which this decoder is that model.
 FIXED_KEYS: Mapping[str, Any] = {
-    "pretraining_tp": 1,
     "partial_rotary_factor": 1.0,
     "decoder_sparse_step": 1,  # experts in every layer
     "is_causal": True,
@@ -64,7 +67,9 @@ class Family:
     sandwich_norm: bool = False
     norm_offset: float = 0.0
     scaled_embedding: bool = False  # embeddings times sqrt(D)
+    required: tuple[str, ...] = ()  # keys, beside REQUIRED_KEYS
     ignored: frozenset[str] = frozenset()  # keys this class alone disregards
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # FIXED_KEYS too
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other names
 
 
@@ -108,6 +113,8 @@ FAMILIES: Mapping[str, Family] = {
         defaults=_SHARED
         | _LLAMA_BIASES
         | {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+        # This class alone has the key: its older form sums projections in parts.
+        fixed={"pretraining_tp": 1},
     ),
     "MistralForCausalLM": Family(
         model_type="mistral",
@@ -174,6 +181,8 @@ FAMILIES: Mapping[str, Family] = {
             "moe_intermediate_size": 768,
             "norm_topk_prob": False,
         },
+        # The class assumes the sizes of one model, which no other file means.
+        required=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
         windows="all",
         qk_norm=True,
         # Unlike in Qwen3, a window in use is one of all layers.

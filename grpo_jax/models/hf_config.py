@@ -2,7 +2,7 @@
 
 Both spellings of rotary settings are read: `rope_theta` and `rope_scaling` of
 transformers 4, `rope_parameters` of 5. What the decoder does not honor is an error that
-names the field, never a different model.
+names the field, never a different model; what no implementation reads is ignored.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from typing import Any
 
 from grpo_jax.models import families
 from grpo_jax.models.families import FAMILIES, Family
+from grpo_jax.models.hf_checks import check_keys, check_values
 from grpo_jax.models.rope import RopeConfig
 from grpo_jax.models.routing import ExpertsConfig
 
@@ -53,8 +54,9 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
     architecture = _architecture(hf)
     family = FAMILIES[architecture]
     hf = {family.aliases.get(key, key): value for key, value in hf.items()}
-    _check_keys(hf, family)
+    check_keys(hf, family)
     values = {**family.defaults, **hf}
+    check_values(values)
     width, heads = values["hidden_size"], values["num_attention_heads"]
     head_dim = values["head_dim"] or width // heads
     bias = bool(values.get("attention_bias"))
@@ -143,21 +145,6 @@ def _unknown_architecture(name: object) -> str:
     return f"architecture {name!r} is not supported; expected one of {sorted(FAMILIES)}"
 
 
-def _check_keys(hf: Mapping[str, Any], family: Family) -> None:
-    problems = [f"missing {key}" for key in families.REQUIRED_KEYS if key not in hf]
-    read_keys = {*families.REQUIRED_KEYS, *families.ROPE_KEYS, *family.defaults}
-    harmless = read_keys | families.IGNORED_KEYS | family.ignored
-    for key in sorted(set(hf) - harmless):
-        only = families.FIXED_KEYS.get(key)
-        # An unknown key that is null, false, zero or empty is taken as "not in use".
-        honored = hf[key] in (None, only) if key in families.FIXED_KEYS else not hf[key]
-        if not honored:
-            remedy = "" if only is None else f" (only {only!r} is)"
-            problems.append(f"{key}={hf[key]!r} is not supported{remedy}")
-    if problems:
-        raise ValueError("config.json: " + "; ".join(problems))
-
-
 def _activation(values: Mapping[str, Any], family: Family) -> str:
     gemma = "hidden_activation" in family.defaults
     key = "hidden_activation" if gemma else "hidden_act"
@@ -187,14 +174,21 @@ def _window(values: Mapping[str, Any], family: Family) -> int | None:
 def _experts(values: Mapping[str, Any]) -> ExpertsConfig | None:
     if "num_experts_per_tok" not in values:
         return None
-    count = values.get("num_experts", values.get("num_local_experts"))
-    return ExpertsConfig(
-        count=count,
-        per_token=values["num_experts_per_tok"],
-        width=values.get("moe_intermediate_size", values["intermediate_size"]),
-        # Mixtral has no such key: its weights always sum to 1.
-        normalized=values.get("norm_topk_prob", True),
-    )
+    of_all = "num_experts" if "num_experts" in values else "num_local_experts"
+    own_width = "moe_intermediate_size" in values
+    width = "moe_intermediate_size" if own_width else "intermediate_size"
+    try:
+        return ExpertsConfig(
+            count=values[of_all],
+            per_token=values["num_experts_per_tok"],
+            width=values[width],
+            # Mixtral has no such key: its weights always sum to 1.
+            normalized=values.get("norm_topk_prob", True),
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"config.json: {of_all}, num_experts_per_tok and {width}: {error}"
+        ) from error
 
 
 def _write_experts(experts: ExpertsConfig | None) -> dict[str, Any]:
