@@ -5,7 +5,6 @@ Heavy modules are imported by the command that needs them: the worker process th
 scores rewards imports this file again.
 """
 
-import dataclasses
 import json
 import os
 import sys
@@ -17,7 +16,7 @@ from typing import Literal
 import tyro
 
 from grpo_jax.compile_cache import use_compile_cache
-from grpo_jax.config import EMBEDDED, SamplingConfig, TrainConfig
+from grpo_jax.config import EMBEDDED, TrainConfig
 from grpo_jax.flags import all_plan_flags, all_train_flags, plan_flags, train_config
 
 _HELP = """GRPO post-training of language models in JAX.
@@ -167,8 +166,7 @@ def evaluate(
         if run_dir is not None:
             _check_task_is_known(run_dir, config)
         task, data = config.task, data or config.data
-    if temperature is None:
-        temperature = 0.0 if samples == 1 else config.sampling.temperature
+    sampling = policy.sampling(samples=samples, temperature=temperature)
     loaded = load_task(task, data=data, seed=config.seed)
     result = measure(
         policy.model,
@@ -177,7 +175,7 @@ def evaluate(
         loaded,
         prompts=prompts,
         samples=samples,
-        sampling=dataclasses.replace(config.sampling, temperature=temperature),
+        sampling=sampling,
         max_prompt_tokens=config.max_prompt_tokens,
         max_new_tokens=max_new_tokens or config.max_new_tokens,
         seed=seed,
@@ -186,7 +184,7 @@ def evaluate(
         "model": config.model if run_dir is None else str(run_dir),
         "step": policy.step,
         "task": task,
-        "temperature": temperature,
+        "temperature": sampling.temperature,
         "max_new_tokens": max_new_tokens or config.max_new_tokens,
         "seed": seed,
     }
@@ -224,11 +222,11 @@ def sample(
     run_dir: Path | None = None,
     step: int | Literal["best"] | None = None,
     samples: int = 1,
-    temperature: float = 0.0,
-    max_new_tokens: int = 64,
+    temperature: float | None = None,
+    max_new_tokens: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Print completions of a prompt.
+    """Print completions of a prompt, drawn and ended as in the run.
 
     Args:
       prompt: the text; a chat model sees it as the message of a user.
@@ -236,8 +234,10 @@ def sample(
       run_dir: or a run, whose policy is used.
       step: the checkpoint of the run, or best; the newest by default.
       samples: how many completions.
-      temperature: of sampling; 0 takes the likeliest token.
-      max_new_tokens: completions are cut at this length.
+      temperature: of sampling; by default 0 (greedy) for one sample, else the run's, or
+        1 for a model.
+      max_new_tokens: completions are cut at this length; by default the run's, or what
+        suits the model.
       seed: of the sampling.
     """
     _check_counts(samples=samples, max_new_tokens=max_new_tokens)
@@ -254,8 +254,8 @@ def sample(
         policy.tokenizer,
         [prompt],
         samples=samples,
-        sampling=SamplingConfig(temperature=temperature),
-        max_new_tokens=max_new_tokens,
+        sampling=policy.sampling(samples=samples, temperature=temperature),
+        max_new_tokens=max_new_tokens or policy.config.max_new_tokens,
         seed=seed,
     )
     for text in texts[0]:
@@ -280,6 +280,7 @@ def export(
     if adapter:
         _export_adapter(run_dir, out or run_dir / "adapter", step)
         return
+    from grpo_jax.rollout.sampling import policy_sampling
     from grpo_jax.training.policy import open_policy
     from grpo_jax.weights.pretrained import Pretrained, save_pretrained
 
@@ -287,7 +288,8 @@ def export(
     folder = out or run_dir / "export"
     model = policy.model
     exported = Pretrained(model, policy.params, policy.tokenizer, model.config)
-    save_pretrained(folder, exported)
+    sampling = policy_sampling(model, policy.tokenizer, policy.config.sampling)
+    save_pretrained(folder, exported, sampling=sampling)
     print(f"step {policy.step} written to {folder}")
 
 

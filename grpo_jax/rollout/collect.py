@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, PyTree
 
-from grpo_jax.config import SamplingConfig, TrainConfig
+from grpo_jax.config import TrainConfig
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
@@ -20,6 +20,7 @@ from grpo_jax.rollout import prompts as texts
 from grpo_jax.rollout.generate import Completions, generate
 from grpo_jax.rollout.groups import Rollout, refill
 from grpo_jax.rollout.rewards import RewardRunner, Scores
+from grpo_jax.rollout.sampling import policy_sampling
 from grpo_jax.tasks.base import Row, Task
 from grpo_jax.tasks.order import rows_at
 from grpo_jax.weights.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class Collector:
         self._config = config
         self._mesh = mesh
         self._agreement = agreement or Agreement()
+        self._sampling = policy_sampling(model, tokenizer, config.sampling)
         self._limit = texts.longest_prompt(
             config.max_prompt_tokens,
             new_tokens=config.max_new_tokens,
@@ -165,7 +167,7 @@ class Collector:
             key,
             group_size=config.group_size,
             max_new_tokens=config.max_new_tokens,
-            sampling=with_stop_ids(config.sampling, self._tokenizer),
+            sampling=self._sampling,
             prompt_ids=sent[2],
             lora=variables.get("lora"),
         )
@@ -216,13 +218,6 @@ def score_rows(
         completion_ids=completion_ids,
         step=step,
     )
-
-
-def with_stop_ids(sampling: SamplingConfig, tokenizer: Tokenizer) -> SamplingConfig:
-    """The sampling with the tokenizer's stop tokens where it names none of its own."""
-    if sampling.stop_ids is not None:
-        return sampling
-    return dataclasses.replace(sampling, stop_ids=tokenizer.stop_ids)
 
 
 def unpadded(

@@ -77,7 +77,8 @@ def generate(
 
     Args:
       key: the key of this rollout; a token's own is folded from it.
-      sampling: how tokens are drawn; plain sampling at temperature 1 by default.
+      sampling: how tokens are drawn; plain sampling at temperature 1 by default. Where
+        it names no stop tokens, they are the model's.
       prompt_ids: what identifies each prompt in its key; its row number by default.
       lora: adapters of the model, if it has any.
 
@@ -85,8 +86,8 @@ def generate(
       The completions. The loop stops as soon as all of them have ended.
 
     Raises:
-      ValueError: for shapes that do not belong together, a count below 1, or more
-        tokens than the model's context holds.
+      ValueError: for shapes that do not belong together, a count below 1, more tokens
+        than the model's context holds, or a stop token that the model does not have.
     """
     sampling = sampling or SamplingConfig()
     _check(model, prompts, lengths, group_size, max_new_tokens)
@@ -95,6 +96,7 @@ def generate(
     stop_ids = sampling.stop_ids
     if stop_ids is None:
         stop_ids = model.config.eos_token_ids
+    draws.check_stop_ids(stop_ids, vocab_size=model.config.vocab_size)
     variables = {"params": params} if lora is None else {"params": params, "lora": lora}
     return _generate(
         model,

@@ -1,16 +1,59 @@
-"""Drawing the next token from logits, with the log-probability that the learner sees.
+"""How a policy draws: its settings, and the next token with its log-probability.
 
 A draw inverts the cumulative distribution at one uniform number per row. Drawing by
 Gumbel noise, as `jax.random.categorical` does, needs a random number per vocabulary
 entry, which costs more than the product with the head on a CPU.
 """
 
+import dataclasses
+from collections.abc import Iterable
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from grpo_jax.config import SamplingConfig
+from grpo_jax.models.protocol import LanguageModel
+from grpo_jax.weights.tokenizer import Tokenizer
+
 # Entries summed together before the search; near the square root of a vocabulary.
 _BLOCK = 256
+
+
+def policy_sampling(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    sampling: SamplingConfig,
+    *,
+    temperature: float | None = None,
+) -> SamplingConfig:
+    """How a policy draws, whoever asks: training, evaluation, samples, an export.
+
+    Args:
+      sampling: that of the run; where it names no stop tokens, they are the model's.
+      temperature: in place of the run's; 0 takes the likeliest token.
+
+    Raises:
+      ValueError: for a stop token that the model does not have.
+    """
+    if temperature is None:
+        temperature = sampling.temperature
+    stop_ids = sampling.stop_ids
+    if stop_ids is None:
+        stop_ids = tokenizer.stop_ids
+    check_stop_ids(stop_ids, vocab_size=model.config.vocab_size)
+    return dataclasses.replace(sampling, temperature=temperature, stop_ids=stop_ids)
+
+
+def check_stop_ids(stop_ids: Iterable[int], *, vocab_size: int) -> None:
+    """Raises ValueError for stop tokens that can never be drawn."""
+    unknown = [index for index in stop_ids if index >= vocab_size]
+    if unknown:
+        raise ValueError(
+            f"sampling.stop_ids {', '.join(map(str, unknown))}: the model's token ids "
+            f"end at {vocab_size - 1}, so no completion would end there; give ids of "
+            "this model."
+        )
 
 
 def sample_token(

@@ -12,8 +12,9 @@ from grpo_jax.config import MeshConfig, SamplingConfig
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout import prompts as texts
-from grpo_jax.rollout.collect import unpadded, with_stop_ids
+from grpo_jax.rollout.collect import unpadded
 from grpo_jax.rollout.generate import generate
+from grpo_jax.rollout.sampling import policy_sampling
 from grpo_jax.tasks.base import Row, Task
 from grpo_jax.training.judging import Completed, Evaluation, is_judged, judge
 from grpo_jax.weights.tokenizer import Tokenizer
@@ -40,7 +41,8 @@ def evaluate(
     Args:
       prompts: how many of them, from the first on; all by default.
       samples: completions per prompt.
-      sampling: how tokens are drawn; greedy by default.
+      sampling: how tokens are drawn; greedy by default. `Restored.sampling` gives that
+        of a run.
       mesh: over which the prompts are split; one device by default.
 
     Raises:
@@ -121,7 +123,7 @@ class Evaluator:
         self._mesh = mesh
         self._samples = samples
         self._new_tokens = max_new_tokens
-        self._sampling = sampling
+        self._sampling = policy_sampling(model, tokenizer, sampling)
         self._key = jax.random.key(seed)
         limit = texts.longest_prompt(
             max_prompt_tokens,
@@ -165,7 +167,7 @@ class Evaluator:
             self._key,
             group_size=self._samples,
             max_new_tokens=self._new_tokens,
-            sampling=with_stop_ids(self._sampling, self._tokenizer),
+            sampling=self._sampling,
             prompt_ids=sent[2],
             lora=variables.get("lora"),
         )

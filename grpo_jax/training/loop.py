@@ -340,7 +340,11 @@ class _Run:
         with self.agreement.phase("results"):
             if self.first:
                 directories.write_json(self.path / "summary.json", result.summary)
-                save_pretrained(self.path / "export", self.policy.pretrained(params))
+                save_pretrained(
+                    self.path / "export",
+                    self.policy.pretrained(params),
+                    sampling=self.policy.sampling,
+                )
                 plot_runs([self.path], self.path / "plots" / "metrics.png")
             self._set_status("finished")
         self.console.summary(result.summary)

@@ -14,6 +14,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.devices import find_device
 from grpo_jax.rollout.prompts import longest_prompt
+from grpo_jax.rollout.sampling import check_stop_ids
 from grpo_jax.training.memory import activation_bytes, estimate
 from grpo_jax.weights.pretrained import load_config
 
@@ -174,8 +175,9 @@ def make_plan(
 
 
 def _refused(model: ModelConfig, config: TrainConfig) -> str | None:
-    """What a run would say of lengths that the model has no room for."""
+    """What a run would say of lengths or stop tokens that the model has no room for."""
     try:
+        check_stop_ids(config.sampling.stop_ids or (), vocab_size=model.vocab_size)
         longest_prompt(
             config.max_prompt_tokens,
             new_tokens=config.max_new_tokens,

@@ -10,12 +10,13 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import PyTree
 
-from grpo_jax.config import TrainConfig
+from grpo_jax.config import SamplingConfig, TrainConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.models.lora import init_lora, lora_axes, merge_lora
 from grpo_jax.models.protocol import WIDE
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.rollout.sampling import policy_sampling
 from grpo_jax.training import run_dir as directories
 from grpo_jax.training.checkpoint import Checkpoints, Step
 from grpo_jax.training.plan import (
@@ -61,6 +62,11 @@ class Policy:
             return trained
         return _merge(self.base, trained, self.model.config)
 
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the run draws completions."""
+        return policy_sampling(self.model, self.tokenizer, self.config.sampling)
+
     def pretrained(self, params: PyTree) -> Pretrained:
         """The plain model with parameters that `merged` gave, ready to be exported."""
         config = dataclasses.replace(self.model.config, lora_scale=None)
@@ -76,6 +82,21 @@ class Restored:
     config: TrainConfig
     tokenizer: Tokenizer
     step: int | None
+
+    def sampling(
+        self, *, samples: int = 1, temperature: float | None = None
+    ) -> SamplingConfig:
+        """How completions are drawn outside of training: with the run's cuts and ends.
+
+        Args:
+          samples: of a prompt; a single one is the likeliest by default.
+          temperature: by default 0 (greedy) for one sample, else the run's.
+        """
+        if temperature is None and samples == 1:
+            temperature = 0.0
+        return policy_sampling(
+            self.model, self.tokenizer, self.config.sampling, temperature=temperature
+        )
 
 
 def load_policy(config: TrainConfig, mesh: Mesh) -> Policy:

@@ -22,6 +22,7 @@ from grpo_jax.reporting import metrics as names
 from grpo_jax.rollout.collect import score_rows
 from grpo_jax.rollout.reward_call import reward_names
 from grpo_jax.rollout.rewards import RewardRunner
+from grpo_jax.rollout.sampling import policy_sampling
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.arithmetic import is_problem
 from grpo_jax.tasks.base import RewardFunction, Row, Task
@@ -215,7 +216,9 @@ def make_evaluation(
         mesh,
         max_prompt_tokens=config.max_prompt_tokens,
         max_new_tokens=config.max_new_tokens,
-        sampling=dataclasses.replace(config.sampling, temperature=0.0),
+        sampling=policy_sampling(
+            policy.model, policy.tokenizer, config.sampling, temperature=0.0
+        ),
     )
 
     def evaluate(variables: PyTree) -> dict[str, float]:

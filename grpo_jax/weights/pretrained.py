@@ -20,6 +20,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import PyTree
 
+from grpo_jax.config import SamplingConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.weights import safetensors
@@ -146,6 +147,7 @@ def save_pretrained(
     pretrained: Pretrained,
     *,
     dtype: str | None = None,
+    sampling: SamplingConfig | None = None,
 ) -> None:
     """Writes a Hugging Face folder, whole or not at all.
 
@@ -154,6 +156,8 @@ def save_pretrained(
 
     Args:
         dtype: of the stored weights; None keeps that of the parameters.
+        sampling: how the model is to draw, with the tokens that end a completion; None
+            leaves it to whoever loads it, and the ends are the tokenizer's.
 
     Raises:
         ValueError: the folder holds other files, or params do not fit the config.
@@ -169,7 +173,8 @@ def save_pretrained(
         safetensors.write_folder(place, tensors)
         tokenizer.save(place)
         _write_json(place / "config.json", hf)
-        _write_json(place / "generation_config.json", _generation(config, tokenizer))
+        generation = _generation(config, tokenizer, sampling)
+        _write_json(place / "generation_config.json", generation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,11 +352,29 @@ def _read_sharded(
     return jax.make_array_from_callback(parameter.shape, sharding, part)
 
 
-def _generation(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
+def _generation(
+    config: ModelConfig, tokenizer: Tokenizer, sampling: SamplingConfig | None
+) -> dict[str, Any]:
+    """The generation_config.json; 0 and 1 switch off cuts that readers have set."""
+    ends = tokenizer.stop_ids
+    if sampling is not None and sampling.stop_ids is not None:
+        ends = sampling.stop_ids
+    ids = {
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(tokenizer.stop_ids),
+        "eos_token_id": list(ends) or None,
         "pad_token_id": tokenizer.pad_id,
+    }
+    if sampling is None:
+        return ids
+    if not sampling.temperature:
+        return ids | {"do_sample": False}
+    cut = {} if sampling.min_p is None else {"min_p": sampling.min_p}
+    return ids | {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k or 0,
+        "top_p": sampling.top_p or 1.0,
+        **cut,
     }
 
 

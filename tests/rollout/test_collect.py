@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.config import MeshConfig, RewardsConfig, SamplingConfig, TrainConfig
-from grpo_jax.rollout.collect import Collector, score_rows, unpadded, with_stop_ids
+from grpo_jax.rollout.collect import Collector, score_rows, unpadded
 from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.tasks import task_from_rows
 from grpo_jax.tasks.order import rows_at
@@ -178,13 +178,6 @@ def test_prompts_that_do_not_fit_are_refused_before_anything_is_sampled(
 ):
     with pytest.raises(ValueError, match=message):
         make_collector(constant, **changes)
-
-
-def test_the_tokenizer_s_stop_tokens_are_the_default(tiny_policy):
-    own = with_stop_ids(SamplingConfig(top_k=3), tiny_policy.tokenizer)
-    assert own.stop_ids == tiny_policy.tokenizer.stop_ids and own.top_k == 3
-    named = SamplingConfig(stop_ids=())
-    assert with_stop_ids(named, tiny_policy.tokenizer) is named
 
 
 def test_columns_reach_rewards_without_the_prompt():

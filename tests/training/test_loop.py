@@ -236,6 +236,8 @@ def test_completions_are_written_with_their_rewards_and_advantages(undisturbed):
 def test_the_export_is_the_trained_model(undisturbed):
     _, result = undisturbed
     exported = load_pretrained(result.run_dir / "export")
+    told = json.loads((result.run_dir / "export/generation_config.json").read_text())
+    assert told["eos_token_id"] == list(range(0, 264, 5)) and told["do_sample"]
     assert params_sha256(exported.params) == result.summary["params_sha256"]
     assert params_sha256(result.params) == result.summary["params_sha256"]
 

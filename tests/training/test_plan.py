@@ -7,8 +7,9 @@ import jax
 import pytest
 
 from grpo_jax import cli
-from grpo_jax.config import MeshConfig, TrainConfig
-from grpo_jax.training.plan import GIB, USABLE, make_plan
+from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
+from grpo_jax.training.plan import GIB, USABLE, _refused, make_plan
+from grpo_jax.weights.pretrained import load_config
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +76,11 @@ def test_the_table_shows_every_size_and_what_to_turn_where_it_does_not_fit(
     assert "does not fit" in shown and "--remat layer" in shown
 
 
-def test_a_plan_says_that_a_run_would_refuse_its_lengths(capsys, folder):
+def test_a_plan_says_what_a_run_would_refuse(capsys, folder):
     told = "would be refused: max_new_tokens 128 leaves no room"
     flags = ["--model", folder, "--mesh.fsdp", 1, "--max-new-tokens"]
+    config = TrainConfig(model="tiny", sampling=SamplingConfig(stop_ids=(263, 264)))
+    assert "stop_ids 264: the model's" in _refused(load_config(folder), config)
     assert told in " ".join(planned(capsys, *flags, 128).split())
     assert json.loads(planned(capsys, *flags, 127, "--json"))["refused"] is None
 
