@@ -7,6 +7,7 @@ waiting for it; the thread itself cannot be stopped and may go on in the backgro
 import asyncio
 import concurrent.futures
 import threading
+from collections.abc import Iterable
 
 from grpo_jax.rollout.reward_call import Batch, Failure, Outcome, RewardCall
 
@@ -29,22 +30,23 @@ class LocalCalls:
     ) -> list[Outcome | Failure]:
         """Returns what each function gives for the batch, each in `timeout` seconds.
 
-        Async functions run together, and while the others run one after another.
+        Async functions run together, and while the others run one after another. One
+        that is late beside other async ones is called again by itself: a function that
+        does not give way holds up all of them, and only that one shall lose by it.
         """
-        futures = {
-            index: self._submit(call, batch, timeout)
-            for index, call in enumerate(self._calls)
-            if call.is_async
-        }
+        together = [index for index, call in enumerate(self._calls) if call.is_async]
+        futures = self._submit(together, batch, timeout)
         plain = {
             index: _run_plain(call, batch, timeout)
             for index, call in enumerate(self._calls)
             if not call.is_async
         }
-        return [
-            plain[index] if index in plain else self._wait(futures[index], timeout)
-            for index in range(len(self._calls))
-        ]
+        answers = plain | self._collect(futures, timeout)
+        if len(together) > 1:
+            for index in together:
+                if _is_late(answers[index]):
+                    answers[index] = self.run(index, batch, timeout=timeout)
+        return [answers[index] for index in range(len(self._calls))]
 
     def run(
         self, index: int, batch: Batch, *, timeout: float | None
@@ -52,7 +54,7 @@ class LocalCalls:
         """Returns what call number `index` gives for the batch in `timeout` seconds."""
         call = self._calls[index]
         if call.is_async:
-            return self._wait(self._submit(call, batch, timeout), timeout)
+            return self._collect(self._submit([index], batch, timeout), timeout)[index]
         return _run_plain(call, batch, timeout)
 
     def stop(self) -> None:
@@ -62,27 +64,48 @@ class LocalCalls:
             self._loop = None
 
     def _submit(
-        self, call: RewardCall, batch: Batch, timeout: float | None
-    ) -> concurrent.futures.Future:
-        # One loop in a thread for all batches: it does not mind a loop that runs in the
-        # caller's thread, and clients that a function keeps stay bound to a live loop.
+        self, indices: Iterable[int], batch: Batch, timeout: float | None
+    ) -> dict[int, concurrent.futures.Future]:
+        return {
+            index: asyncio.run_coroutine_threadsafe(
+                _within(self._calls[index], batch, timeout), self._running_loop()
+            )
+            for index in indices
+        }
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        # One loop in a thread for all functions and batches: it does not mind a loop
+        # that runs in the caller's thread, and clients that functions keep or share
+        # stay bound to a live loop.
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(
                 target=_serve, args=(self._loop,), name="async-rewards", daemon=True
             ).start()
-        limited = asyncio.wait_for(call.run_async(batch), timeout)
-        return asyncio.run_coroutine_threadsafe(limited, self._loop)
+        return self._loop
 
-    def _wait(
-        self, future: concurrent.futures.Future, timeout: float | None
-    ) -> Outcome | Failure:
-        try:
-            return future.result(None if timeout is None else timeout + _GRACE_SECONDS)
-        except TimeoutError as error:
-            if not future.done():
-                self.stop()  # the loop is blocked: leave it behind, the next is new
-            return _timed_out(error, timeout)
+    def _collect(
+        self, futures: dict[int, concurrent.futures.Future], timeout: float | None
+    ) -> dict[int, Outcome | Failure]:
+        limit = None if timeout is None else timeout + _GRACE_SECONDS
+        ended = concurrent.futures.wait(futures.values(), limit).done
+        if len(ended) < len(futures):
+            self.stop()  # the loop is blocked: leave it behind, the next is new
+        return {
+            index: future.result() if future in ended else _timed_out(timeout)
+            for index, future in futures.items()
+        }
+
+
+async def _within(
+    call: RewardCall, batch: Batch, timeout: float | None
+) -> Outcome | Failure:
+    """The answer of an async function; a time-out also if it came, but too late."""
+    async with asyncio.timeout(timeout) as limit:
+        answer = await call.run_async(batch)
+    end = limit.when()
+    late = end is not None and asyncio.get_running_loop().time() >= end
+    return _timed_out(timeout) if late else answer
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
@@ -110,14 +133,14 @@ def _run_plain(
     ).start()
     try:
         return future.result(timeout)
-    except TimeoutError as error:
-        return _timed_out(error, timeout)
+    except TimeoutError:
+        return _timed_out(timeout)
 
 
-def _timed_out(error: TimeoutError, timeout: float | None) -> Failure:
-    return Failure(
-        kind="timeout",
-        cause="timeout",
-        details=f"No answer within {timeout:.3g} s.",
-        exception=error,
-    )
+def _timed_out(timeout: float | None) -> Failure:
+    details = f"No answer within {timeout:.3g} s."
+    return Failure(kind="timeout", cause="timeout", details=details)
+
+
+def _is_late(answer: Outcome | Failure) -> bool:
+    return isinstance(answer, Failure) and answer.kind == "timeout"

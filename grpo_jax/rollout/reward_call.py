@@ -116,11 +116,13 @@ class RewardCall:
             return _failure(error)
 
     async def run_async(self, batch: Batch) -> Outcome | Failure:
-        """Awaits the function, which must be `async`."""
+        """Awaits the function, which must be `async`; raises nothing but Ctrl-C."""
         try:
             outcome, keywords = self._prepare(batch)
             return self._finish(outcome, await self.function(**keywords))
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # also a cancellation, by whomever
             return _failure(error)
 
     def _prepare(self, batch: Batch) -> tuple[Outcome, dict[str, Any]]:

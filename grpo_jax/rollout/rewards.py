@@ -79,7 +79,8 @@ class RewardRunner:
     After a failure that is not raised, the completions of the batch are scored again
     one by one, so that only offenders lose their reward. This takes at most another
     `timeout_seconds`, starts of processes aside; then the rest is dropped. After a
-    time-out without `isolate` nothing is tried again.
+    time-out without `isolate` nothing is tried again, but for an async function that
+    was late beside others: it may have been held up by one of them.
 
     Raises `ValueError` for no functions, a number of weights that is not theirs, and
     functions that cannot be called by keyword or be imported by the worker.

@@ -1,0 +1,112 @@
+"""Functions called in this process: who is late, fails or blocks loses, and nobody else."""
+
+import asyncio
+import concurrent.futures
+import itertools
+import threading
+
+import numpy as np
+import pytest
+
+from grpo_jax.config import RewardsConfig
+from grpo_jax.rollout import local_calls
+from grpo_jax.rollout.rewards import RewardRunner
+
+LIMIT = 0.5
+GOOD = ("fast", "slow")
+
+
+def ones(completions):
+    return [1.0] * len(completions)
+
+
+def functions(release):
+    """Plain and async functions of each kind; what blocks goes on until the release."""
+
+    def fast(completions, **_):
+        return ones(completions)
+
+    def slow(completions, **_):
+        release.wait(0.01)
+        return ones(completions)
+
+    def blocking(completions, **_):
+        release.wait(60.0)
+        return ones(completions)
+
+    def raising(completions, **_):
+        raise KeyError("no such answer")
+
+    async def fast_async(completions, **_):
+        return ones(completions)
+
+    async def slow_async(completions, **_):
+        for _ in range(3):
+            await asyncio.sleep(0.01)
+        return ones(completions)
+
+    async def blocking_async(completions, **_):
+        release.wait(60.0)
+        return ones(completions)
+
+    async def waiting_async(completions, **_):
+        await asyncio.Event().wait()
+
+    async def raising_async(completions, **_):
+        raise KeyError("no such answer")
+
+    async def cancelled_async(completions, **_):
+        raise asyncio.CancelledError
+
+    return [value for value in locals().values() if value is not release]
+
+
+def rewarded(pair, on_error):
+    """Which of two functions gave every completion its reward; or who was blamed."""
+    config = RewardsConfig(timeout_seconds=LIMIT, on_error=on_error)
+    with RewardRunner(pair, config) as runner:
+        try:
+            scores = runner.score(
+                ["p", "p"], ["a", "b"], {}, completion_ids=[[1], [1]], step=1
+            )
+        except RuntimeError as error:
+            return str(error).split("'")[1]
+    return [bool((given == 1.0).all()) for given in scores.rewards]
+
+
+@pytest.mark.parametrize("on_error", ["drop", "raise"])
+def test_of_every_pair_in_either_order_the_offender_alone_loses(on_error, monkeypatch):
+    monkeypatch.setattr(local_calls, "_GRACE_SECONDS", 0.2)
+    release = threading.Event()
+    pairs = list(itertools.product(functions(release), repeat=2))
+    try:
+        # Side by side, since most of the time is spent waiting.
+        with concurrent.futures.ThreadPoolExecutor(len(pairs)) as pool:
+            given = list(pool.map(rewarded, pairs, [on_error] * len(pairs)))
+    finally:
+        release.set()
+    for pair, seen in zip(pairs, given, strict=True):
+        good = [function.__name__.removesuffix("_async") in GOOD for function in pair]
+        if on_error == "drop" or all(good):
+            assert seen == good, pair
+        else:
+            blamed = {f.__name__ for f, g in zip(pair, good, strict=True) if not g}
+            assert seen.removesuffix("_2") in blamed, pair
+
+
+def test_functions_share_a_loop_and_keep_it_when_none_of_them_blocks():
+    loops = []
+
+    async def first(completions, **_):
+        loops.append(asyncio.get_running_loop())
+        return ones(completions)
+
+    async def second(completions, **_):
+        loops.append(asyncio.get_running_loop())
+        return ones(completions)
+
+    with RewardRunner([first, second], RewardsConfig(timeout_seconds=20.0)) as runner:
+        for _ in range(2):
+            scores = runner.score(["p"], ["a"], {}, completion_ids=[[1]], step=1)
+            np.testing.assert_array_equal(scores.total, [2.0])
+    assert len(set(map(id, loops))) == 1 and len(loops) == 4
