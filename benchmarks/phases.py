@@ -79,5 +79,4 @@ def random_rollout(work: Workload, vocabulary: int) -> Rollout:
         completions=[""] * work.sequences,
         counts=np.ones(work.prompts, bool),
         rewards=rng.normal(size=shape[:2]),
-        metrics={},
     )

@@ -57,6 +57,7 @@ HOST_ONLY = (
     "tasks",
     "rollout.rewards",
     "rollout.reward_call",
+    "rollout.reward_metrics",
     "rollout.local_calls",
     "rollout.worker",
 )

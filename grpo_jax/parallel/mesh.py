@@ -167,7 +167,15 @@ def gather_rows(rows: PyTree) -> PyTree:
     """Every process's rows of host arrays, in the order of the processes."""
     if jax.process_count() == 1:
         return rows
-    return multihost_utils.process_allgather(rows, tiled=True)
+    whole = jax.tree.map(np.ascontiguousarray, rows)
+    # As bytes: JAX would round numbers of 64 bits.
+    sent = jax.tree.map(lambda leaf: leaf[..., None].view(np.uint8), whole)
+    gathered = multihost_utils.process_allgather(sent, tiled=True)
+    return jax.tree.map(
+        lambda leaf, got: np.ascontiguousarray(got).view(leaf.dtype)[..., 0],
+        whole,
+        gathered,
+    )
 
 
 def gather_lists(values: list[Any]) -> list[Any]:

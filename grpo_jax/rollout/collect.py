@@ -18,7 +18,7 @@ from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.rollout import prompts as texts
 from grpo_jax.rollout.generate import Completions, generate
-from grpo_jax.rollout.groups import Rollout, refill
+from grpo_jax.rollout.groups import Rollout, join, refill
 from grpo_jax.rollout.rewards import RewardRunner, Scores
 from grpo_jax.rollout.sampling import policy_sampling
 from grpo_jax.tasks.base import Row, Task
@@ -97,7 +97,7 @@ class Collector:
             completions=completions,
             counts=np.ones(share, bool),
             rewards=np.full(sampled.lengths.shape, np.nan),
-            metrics={"time/rollout": seconds},
+            seconds={"time/rollout": seconds},
         )
 
     def reward(self, rollout: Rollout, *, step: int) -> Rollout:
@@ -112,19 +112,24 @@ class Collector:
         )
         seconds = time.perf_counter() - start
         shape = rollout.lengths.shape
-        by_name = dict(zip(self._runner.names, scores.rewards, strict=True))
+        per_function = lambda values: {  # noqa: E731
+            name: row.reshape(shape)
+            for name, row in zip(scores.names, values, strict=True)
+        }
         return dataclasses.replace(
             rollout,
             rewards=scores.total.reshape(shape),
-            rewards_by_name={n: values.reshape(shape) for n, values in by_name.items()},
+            rewards_by_name=per_function(scores.rewards),
+            failures_by_name=per_function(scores.failures),
             extra=scores.extra,
-            metrics=rollout.metrics | scores.metrics | {"time/reward": seconds},
+            logged=scores.logged,
+            seconds=rollout.seconds | {"time/reward": seconds},
         )
 
     def informative(
         self, variables: PyTree, *, step: int, position: int, limit: int
-    ) -> tuple[Rollout, int] | None:
-        """A rewarded rollout whose groups differ in reward, and the rollouts it took.
+    ) -> tuple[Rollout, Rollout] | None:
+        """A rewarded rollout whose groups differ in reward, and all that was sampled.
 
         None when the run is asked to stop.
 
@@ -142,11 +147,12 @@ class Collector:
                 taken.append(self.reward(rollout, step=step))
             if self._agreement.stop:
                 return None
-            merged = refill(taken, wanted, short=len(taken) > limit)
+            sampled = join(taken)
+            kept = refill(sampled, wanted, short=len(taken) > limit)
             # One process that is short has all of them sample again.
-            missing = meshes.gather_rows(np.array([merged is None]))
-            if merged is not None and not missing.any():
-                return merged, len(taken)
+            missing = meshes.gather_rows(np.array([kept is None]))
+            if kept is not None and not missing.any():
+                return kept, sampled
 
     def _generate(
         self,
@@ -179,26 +185,6 @@ class Collector:
         )
         # To each process the rows of its own prompts.
         return meshes.to_host(jax.device_put(sampled, sent[1].sharding))
-
-
-def over_processes(rollout: Rollout) -> dict[str, float]:
-    """The metrics of a rollout over the shares of all processes; times are the longest.
-
-    What reward functions logged is averaged over the processes that have it.
-    """
-    shares = meshes.gather_lists([rollout.metrics])
-    if len(shares) == 1:
-        return shares[0]
-    metrics = {}
-    for name in dict.fromkeys(name for share in shares for name in share):
-        values = [share[name] for share in shares if name in share]
-        metrics[name] = float((max if name.startswith("time/") else np.mean)(values))
-    for name, values in meshes.gather_rows(rollout.rewards_by_name).items():
-        given = values[~np.isnan(values)]
-        if given.size > 1:
-            metrics[f"rewards/{name}/mean"] = float(given.mean())
-            metrics[f"rewards/{name}/std"] = float(given.std(ddof=1))
-    return metrics
 
 
 def score_rows(

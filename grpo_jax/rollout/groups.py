@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from grpo_jax.rollout.reward_metrics import merge_logged
 from grpo_jax.tasks.base import Row
 
 
@@ -23,8 +24,11 @@ class Rollout:
       counts: ``[N]`` False for groups that the update leaves out.
       rewards: ``[N, G]`` weighted sums, NaN where a completion has none.
       rewards_by_name: the unweighted rewards of each function, ``[N, G]``.
+      failures_by_name: on which completions a function failed, ``[N, G]``; codes of
+        `reward_metrics`.
       extra: columns that reward functions logged, one value per completion.
-      metrics: numbers about the rewards; times in seconds.
+      logged: numbers that reward functions logged, a value per call.
+      seconds: spent on it, by the name of the metric (``time/rollout``).
     """
 
     rows: Sequence[Row]
@@ -38,8 +42,10 @@ class Rollout:
     counts: Bool[np.ndarray, " N"]
     rewards: Float[np.ndarray, "N G"]
     rewards_by_name: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    failures_by_name: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     extra: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    logged: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def mask(self) -> Bool[np.ndarray, "N G T"]:
@@ -80,41 +86,40 @@ def informative(rewards: Float[np.ndarray, "N G"]) -> Bool[np.ndarray, " N"]:
     return present.any(axis=1) & (largest > smallest)
 
 
-def refill(rollouts: Sequence[Rollout], wanted: int, *, short: bool) -> Rollout | None:
-    """The first `wanted` groups of all rollouts whose rewards differ.
+def refill(sampled: Rollout, wanted: int, *, short: bool) -> Rollout | None:
+    """The first `wanted` groups of all that were sampled whose rewards differ.
 
     When there are fewer: None, or with `short` the missing ones are filled with groups
     of equal rewards that do not count.
     """
-    merged = join(rollouts)
-    useful = informative(merged.rewards)
+    useful = informative(sampled.rewards)
     if useful.sum() < wanted and not short:
         return None
     # A stable sort keeps the order in which groups were sampled.
     chosen = np.argsort(~useful, kind="stable")[:wanted]
-    picked = _pick(merged, chosen)
+    picked = _pick(sampled, chosen)
     return dataclasses.replace(picked, counts=useful[chosen])
 
 
 def join(rollouts: Sequence[Rollout]) -> Rollout:
-    """All groups of several rollouts; times are summed, other metrics averaged.
+    """All groups of several rollouts; times are summed.
 
-    Reward functions may log in some rollouts only: a metric is averaged over those that
-    have it, and a column is filled with None.
+    Reward functions may log a column in some rollouts only: it is filled with None.
     """
-    first = rollouts[0]
     return Rollout(
         rows=[row for one in rollouts for row in one.rows],
         completions=[text for one in rollouts for text in one.completions],
-        rewards_by_name={
-            name: np.concatenate([one.rewards_by_name[name] for one in rollouts])
-            for name in first.rewards_by_name
-        },
+        rewards_by_name=_stacked([one.rewards_by_name for one in rollouts]),
+        failures_by_name=_stacked([one.failures_by_name for one in rollouts]),
         extra={
             name: [v for one in rollouts for v in _column(one, name)]
             for name in dict.fromkeys(name for one in rollouts for name in one.extra)
         },
-        metrics=_join_metrics([one.metrics for one in rollouts]),
+        logged=merge_logged([one.logged for one in rollouts]),
+        seconds={
+            name: sum(one.seconds[name] for one in rollouts)
+            for name in rollouts[0].seconds
+        },
         **{
             name: _concatenate([vars(one)[name] for one in rollouts])
             for name in _ARRAYS
@@ -134,12 +139,8 @@ _ARRAYS = (
 )
 
 
-def _join_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    joined = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
-        values = [part[name] for part in parts if name in part]
-        joined[name] = float((sum if name.startswith("time/") else np.mean)(values))
-    return joined
+def _stacked(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _column(rollout: Rollout, name: str) -> Sequence[Any]:
@@ -165,6 +166,7 @@ def _pick(rollout: Rollout, chosen: np.ndarray) -> Rollout:
         rows=[rollout.rows[n] for n in chosen],
         completions=[rollout.completions[i] for i in flat],
         rewards_by_name={n: v[chosen] for n, v in rollout.rewards_by_name.items()},
+        failures_by_name={n: v[chosen] for n, v in rollout.failures_by_name.items()},
         extra={name: [v[i] for i in flat] for name, v in rollout.extra.items()},
         **{name: vars(rollout)[name][chosen] for name in _ARRAYS},
     )

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -27,10 +28,28 @@ _KEYWORDS = frozenset(
         "log_metric",
     }
 )
+# Metrics that a run logs itself: a name, or all that begin with one before a slash.
+RESERVED_METRICS = frozenset(
+    {
+        *("step", "loss", "policy_loss", "kl", "entropy", "grad_norm"),
+        *("learning_rate", "update_skipped", "num_completions"),
+        *("reward", "reward_std", "frac_reward_zero_std"),
+        *("rewards/", "completions/", "kept/", "eval/", "clip_ratio/"),
+        *("importance_ratio/", "sampler_logp_diff/", "time/", "tokens_per_second/"),
+        *("mfu/", "compile/"),
+    }
+)
+# Fields of the record that is kept of a completion.
+RECORD_FIELDS = frozenset(
+    {
+        *("step", "prompt", "completion", "rewards", "reward", "advantage"),
+        *("length", "finished"),
+    }
+)
 
 
 class InvalidRewards(ValueError):
-    """A reward function gave something that is not one reward per completion."""
+    """A reward function gave or logged something that cannot be taken."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +102,7 @@ class Failure:
     cause: str  # a word or two that tell one kind of failure from another
     details: str  # for the log: a traceback, an exit code
     exception: BaseException | None = None  # None when it happened in the worker
+    in_thread: bool = False  # it happened outside of the process's main thread
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +150,7 @@ class RewardCall:
         outcome = Outcome(rewards=np.full(len(batch), np.nan))
 
         def log_extra(column: str, values: Sequence[Any]) -> None:
+            self._check_name("log_extra", column, column in RECORD_FIELDS)
             if len(values) != len(batch):
                 raise InvalidRewards(
                     f"reward function {self.name!r} gave log_extra({column!r}) "
@@ -138,6 +159,7 @@ class RewardCall:
             outcome.extra[column] = list(values)
 
         def log_metric(name: str, value: float) -> None:
+            self._check_name("log_metric", name, is_reserved_metric(name))
             outcome.metrics.setdefault(name, []).append(float(value))
 
         keywords: dict[str, Any] = {
@@ -157,6 +179,15 @@ class RewardCall:
         if self.accepted is not None:
             keywords = {k: v for k, v in keywords.items() if k in self.accepted}
         return outcome, keywords
+
+    def _check_name(self, logger: str, name: str, taken: bool) -> None:
+        if not taken:
+            return
+        mine = name.replace("/", "_")
+        raise InvalidRewards(
+            f"reward function {self.name!r} called {logger}({name!r}), a name under "
+            f"which the run itself keeps a value; choose another, say 'my/{mine}'."
+        )
 
     def _finish(self, outcome: Outcome, values: Any) -> Outcome:
         outcome.rewards[:] = checked_rewards(
@@ -215,6 +246,12 @@ def reward_names(functions: Sequence[Callable[..., Any]]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def is_reserved_metric(name: str) -> bool:
+    """Whether a run may log a metric of that name itself, so that no reward may."""
+    head, slash, _ = str(name).partition("/")
+    return head + slash in RESERVED_METRICS
+
+
 def checked_rewards(values: Any, *, name: str, count: int) -> list[float]:
     """Returns the rewards as floats, NaN for None.
 
@@ -268,6 +305,7 @@ def _failure(error: BaseException) -> Failure:
         cause=type(error).__name__,
         details="".join(traceback.format_exception(error)).rstrip(),
         exception=error,
+        in_thread=threading.current_thread() is not threading.main_thread(),
     )
 
 

@@ -7,11 +7,12 @@ rule a completion leaves its group only when no function gave it any.
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from grpo_jax.config import RewardsConfig
 from grpo_jax.rollout.local_calls import LocalCalls
@@ -24,6 +25,13 @@ from grpo_jax.rollout.reward_call import (
     reward_call,
     reward_names,
 )
+from grpo_jax.rollout.reward_metrics import (
+    ERROR,
+    TIMEOUT,
+    function_metrics,
+    logged_metrics,
+    merge_logged,
+)
 from grpo_jax.rollout.worker import Worker
 
 _logger = logging.getLogger(__name__)
@@ -34,6 +42,14 @@ _RETRY_SECONDS = 2.0
 # The time limit, seconds, of an isolated batch when none is given: without one a hang
 # would hang the run, which isolation is there to prevent.
 _ISOLATED_SECONDS = 60.0
+# Share of completions from which on the failures of a function are told at every step.
+_MOST = 0.9
+# For what needs the main thread, such as `signal.alarm`.
+_THREAD_HINT = (
+    "\nIt ran in a thread, as async functions and those with rewards.timeout_seconds "
+    "do. One that needs the main thread works with rewards.isolate, which gives it a "
+    "process of its own."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,19 +58,28 @@ class Scores:
 
     rewards: Float[np.ndarray, "num_functions B"]  # float64, before weighting
     total: Float[np.ndarray, " B"]  # float64, the weighted sum
-    metrics: dict[str, float]
+    failures: Int[np.ndarray, "num_functions B"]  # int8: 0, `ERROR` or `TIMEOUT`
+    names: tuple[str, ...]  # of the functions
+    logged: dict[str, list[float]]  # what functions logged, call by call
     extra: dict[str, list[Any]]  # columns that functions logged, for the completions
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers of these completions alone."""
+        rewards = dict(zip(self.names, self.rewards, strict=True))
+        failures = dict(zip(self.names, self.failures, strict=True))
+        return function_metrics(rewards, failures) | logged_metrics([self.logged])
 
 
 @dataclasses.dataclass(kw_only=True)
 class _Result:
-    """What one function gave for a batch, and how many completions it failed on."""
+    """What one function gave for a batch, and on which completions it failed."""
 
     rewards: np.ndarray
+    failures: np.ndarray
     extra: dict[str, list[Any]]
     metrics: dict[str, list[float]]
-    errors: int = 0
-    timeouts: int = 0
+    causes: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 class RewardRunner:
@@ -163,10 +188,16 @@ class RewardRunner:
                 step,
             )
         extra: dict[str, list[Any]] = {}
-        for result in results:
+        for name, result in zip(self.names, results, strict=True):
             extra |= result.extra
+            _tell_if_most_failed(name, result, step)
         return Scores(
-            rewards=rewards, total=total, metrics=self._metrics(results), extra=extra
+            rewards=rewards,
+            total=total,
+            failures=np.stack([result.failures for result in results]),
+            names=self.names,
+            logged=merge_logged([result.metrics for result in results]),
+            extra=extra,
         )
 
     def close(self) -> None:
@@ -182,14 +213,15 @@ class RewardRunner:
     def _settled(self, index: int, batch: Batch, answer: Outcome | Failure) -> _Result:
         """The result of one function from its answer for the whole batch."""
         if isinstance(answer, Outcome):
-            return _Result(
-                rewards=answer.rewards, extra=answer.extra, metrics=answer.metrics
-            )
+            result = _empty_result(len(batch))
+            result.rewards, result.extra = answer.rewards, answer.extra
+            result.metrics = answer.metrics
+            return result
         self._raise_if_fatal(index, answer)
         stuck = answer.kind == "timeout" and not self._config.isolate
         if stuck or len(batch) == 1:
             result = _empty_result(len(batch))
-            self._drop(index, batch, answer, result)
+            self._drop(index, batch, answer, result, range(len(batch)))
             return result
         return self._one_by_one(index, batch)
 
@@ -213,7 +245,7 @@ class RewardRunner:
                     result.metrics.setdefault(name, []).extend(values)
             else:
                 self._raise_if_fatal(index, answer)
-                self._drop(index, single, answer, result)
+                self._drop(index, single, answer, result, [number])
         return result
 
     def _retry(
@@ -238,49 +270,33 @@ class RewardRunner:
         if self._config.on_error == "drop" or survivable:
             return
         raise RuntimeError(
-            f"reward function {name!r} failed: {failure.details}\n"
+            f"reward function {name!r} failed: {failure.details}{_hint(failure)}\n"
             'rewards.on_error "drop" would go on without the reward.'
         ) from failure.exception
 
     def _drop(
-        self, index: int, batch: Batch, failure: Failure, result: _Result
+        self,
+        index: int,
+        batch: Batch,
+        failure: Failure,
+        result: _Result,
+        places: Sequence[int],
     ) -> None:
-        """Counts completions without a reward; logs the first failure of each kind."""
-        if failure.kind == "timeout":
-            result.timeouts += len(batch)
-        else:
-            result.errors += len(batch)
+        """Notes completions that failed; logs the first failure of each kind."""
+        result.failures[places] = TIMEOUT if failure.kind == "timeout" else ERROR
+        result.causes[failure.cause] += len(places)
         kind = (self.names[index], failure.cause)
         if kind not in self._logged:
             self._logged.add(kind)
             _logger.warning(
                 "reward function %r failed (%s); such completions get no reward, and "
-                "further failures of this kind are only counted. %s\n"
+                "further failures of this kind are only counted. %s%s\n"
                 "Completion: %.2000r",
                 *kind,
                 failure.details,
+                _hint(failure),
                 batch.completions[0],
             )
-
-    def _metrics(self, results: Sequence[_Result]) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for name, result in zip(self.names, results, strict=True):
-            count = len(result.rewards)
-            given = result.rewards[~np.isnan(result.rewards)]
-            if given.size:
-                # TRL's standard deviation divides by one less than the count.
-                deviation = float(given.std(ddof=1)) if given.size > 1 else 0.0
-                metrics[f"rewards/{name}/mean"] = float(given.mean())
-                metrics[f"rewards/{name}/std"] = deviation
-            failed = result.errors + result.timeouts
-            metrics[f"rewards/{name}/none_rate"] = (count - given.size - failed) / count
-            metrics[f"rewards/{name}/error_rate"] = result.errors / count
-            metrics[f"rewards/{name}/timeout_rate"] = result.timeouts / count
-        logged: dict[str, list[float]] = {}
-        for result in results:
-            for name, values in result.metrics.items():
-                logged.setdefault(name, []).extend(values)
-        return metrics | {name: float(np.mean(v)) for name, v in logged.items()}
 
 
 def _batch(
@@ -314,4 +330,28 @@ def _batch(
 
 
 def _empty_result(count: int) -> _Result:
-    return _Result(rewards=np.full(count, np.nan), extra={}, metrics={})
+    return _Result(
+        rewards=np.full(count, np.nan),
+        failures=np.zeros(count, np.int8),
+        extra={},
+        metrics={},
+    )
+
+
+def _hint(failure: Failure) -> str:
+    """What to do where a function failed for running in a thread, by what it says."""
+    return _THREAD_HINT if failure.in_thread and "thread" in failure.details else ""
+
+
+def _tell_if_most_failed(name: str, result: _Result, step: int) -> None:
+    """Warns, at every step, of a function that fails on nearly all completions."""
+    count, failed = len(result.failures), np.count_nonzero(result.failures)
+    if failed < _MOST * count:
+        return
+    causes = ", ".join(f"{number} {cause}" for cause, number in result.causes.items())
+    _logger.warning(
+        "%s: reward function %r failed on %d of %d completions (%s), which have no "
+        "reward from it; the first failure of each kind is told in full",
+        f"step {step}" if step else "evaluation",
+        *(name, failed, count, causes),
+    )

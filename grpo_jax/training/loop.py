@@ -25,7 +25,7 @@ from grpo_jax.reporting.console import Console
 from grpo_jax.reporting.logs import attach_log_file
 from grpo_jax.reporting.plots import plot_runs
 from grpo_jax.reporting.trackers import make_tracker
-from grpo_jax.rollout.collect import Collector, over_processes
+from grpo_jax.rollout.collect import Collector
 from grpo_jax.rollout.groups import Rollout
 from grpo_jax.tasks.base import RewardFunction, Row, Task
 from grpo_jax.training import run_dir as directories
@@ -33,12 +33,12 @@ from grpo_jax.training import setup
 from grpo_jax.training.checkpoint import Checkpoints
 from grpo_jax.training.digest import params_sha256
 from grpo_jax.training.learner import Learner
+from grpo_jax.training.measures import Measures, slowest
 from grpo_jax.training.policy import load_policy
 from grpo_jax.training.preemption import GraceCheck, stop_requests
 from grpo_jax.training.progress import Progress, TrainResult
 from grpo_jax.training.references import References
 from grpo_jax.training.state import Batch
-from grpo_jax.training.utilization import Utilization
 from grpo_jax.weights.folder import remove_unfinished
 from grpo_jax.weights.pretrained import save_pretrained
 
@@ -161,7 +161,7 @@ class _Run:
         self.grace = GraceCheck(
             config.checkpoint.grace_seconds, report=self.console.warning
         )
-        self.utilization = Utilization(model.config, config, mesh)
+        self.measures = Measures(model.config, config, mesh)
         self.progress = Progress()
         self.began = 0.0  # on the clock of `perf_counter`, less the starts before
         self.metrics: Mapping[str, Any] = {}  # of the newest step
@@ -216,16 +216,13 @@ class _Run:
         collected = self._collect(step)
         if collected is None:
             return
-        rollout, batch, rounds = collected
+        rollout, sampled, batch = collected
         self.console.phase("compiling, then updating")
-        metrics = over_processes(rollout) | self.learner.update(batch)
+        metrics = self.learner.update(batch)
         self._count_skipped(step, metrics)
-        self._advance(
-            step=step,
-            position=self.progress.position + rounds * self.config.prompts_per_step,
-        )
-        metrics["time/step"] = time.perf_counter() - start
-        metrics |= self._describe(rollout, metrics)
+        drawn = len(sampled.rows) * jax.process_count()
+        self._advance(step=step, position=self.progress.position + drawn)
+        metrics |= self._describe(rollout, sampled, metrics, start)
         if self._due(self.config.eval_every) or step == self.config.steps:
             metrics |= self._measured()
         self._report(step, rollout, batch, metrics)
@@ -262,8 +259,8 @@ class _Run:
             shown = rows[step % len(rows)]
             self.console.sample(shown["prompt"], shown["completion"], shown["rewards"])
 
-    def _collect(self, step: int) -> tuple[Rollout, Batch, int] | None:
-        """A rewarded rollout, its batch and the rollouts it took; None on a stop."""
+    def _collect(self, step: int) -> tuple[Rollout, Rollout, Batch] | None:
+        """A rewarded rollout, all that was sampled and the batch; None on a stop."""
         # Nothing here keeps the sampler's variables: they are gone before the update.
         sampler, position = self.learner.sampler_variables, self.progress.position
         self.console.phase("compiling, then sampling")
@@ -273,42 +270,40 @@ class _Run:
             )
             if found is None:
                 return None
-            rollout, rounds = found
+            rollout, sampled = found
             start = time.perf_counter()
             batch = self.learner.score(rollout)
         else:
             rollout = self.collector.sample(sampler(), step=step, position=position)
-            rounds = 1
             if self.agreement.stop:
                 return None
             # The devices compute the reference while the host computes rewards.
             self.console.phase("compiling, then scoring and rewards")
             batch = self.learner.score(rollout)
             with self.agreement.phase("rewards"):
-                rollout = self.collector.reward(rollout, step=step)
+                rollout = sampled = self.collector.reward(rollout, step=step)
                 start = time.perf_counter()
             if self.agreement.stop:
                 return None
         batch = jax.block_until_ready(self.learner.with_advantages(batch, rollout))
-        rollout.metrics["time/score"] = time.perf_counter() - start
-        return rollout, batch, rounds
+        sampled.seconds["time/score"] = time.perf_counter() - start
+        return rollout, sampled, batch
 
     def _describe(
-        self, rollout: Rollout, spent: Mapping[str, float]
+        self,
+        rollout: Rollout,
+        sampled: Rollout,
+        update: Mapping[str, float],
+        start: float,
     ) -> dict[str, float]:
         """Numbers about the completions and the speed, over all processes."""
-        prompts, lengths, finished, rewards = meshes.gather_rows(
-            (rollout.prompt_lengths, rollout.lengths, rollout.finished, rollout.rewards)
-        )
-        tokens = float(lengths.sum())
+        own = sampled.seconds | {"time/step": time.perf_counter() - start}
+        seconds = slowest(own | {"time/update": update["time/update"]})
         return {
-            **names.completion_metrics(lengths, finished),
-            **names.reward_metrics(rewards),
-            **self.utilization.metrics(prompts, lengths, spent),
+            **seconds,
+            **self.measures.of_step(sampled, rollout, seconds),
             **self.compiles.metrics(),
             "num_completions": self.progress.position * self.config.group_size,
-            "tokens_per_second/rollout": tokens / spent["time/rollout"],
-            names.TOKENS_PER_SECOND: tokens / spent["time/step"],
         }
 
     def _count_skipped(self, step: int, metrics: Mapping[str, float]) -> None:

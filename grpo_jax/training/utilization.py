@@ -20,6 +20,8 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.flops import forward_flops, gradient_flops
 from grpo_jax.parallel.devices import known_flops
 
+Lengths = tuple[Int[np.ndarray, " N"], Int[np.ndarray, "N G"]]
+
 
 class Utilization:
     """Makes the metrics of a run's steps."""
@@ -28,29 +30,27 @@ class Utilization:
         self._model, self._config, self._mesh = model, config, mesh
 
     def metrics(
-        self,
-        prompts: Int[np.ndarray, " N"],
-        lengths: Int[np.ndarray, "N G"],
-        seconds: Mapping[str, float],
+        self, sampled: Lengths, learned: Lengths, seconds: Mapping[str, float]
     ) -> dict[str, float]:
         """Shares of the peak in rollout, score, update and the whole step.
 
-        Tokens of a completion behind its end, prompts beyond their length and rollouts
-        that are not learned from do not count, their time does. A scoring pass runs
-        while rewards are computed, so its share is a lower bound: of the time until
-        both are done. Without one there is no `mfu/score`.
+        Tokens of a completion behind its end and prompts beyond their length do not
+        count, their time does. A scoring pass runs while rewards are computed, so its
+        share is a lower bound: of the time until both are done. Without one there is no
+        `mfu/score`.
 
         Args:
-          prompts: lengths of all prompts of the step.
-          lengths: lengths of all completions.
+          sampled: lengths of all prompts that completions were sampled for in the step,
+            and of these completions.
+          learned: of those that were scored and made the update.
           seconds: the step's metrics `time/...`.
         """
         objective = self._config.objective
         passes = bool(objective.kl_coef) + (self._config.updates_per_step > 1)
-        forward = forward_flops(self._model, prompts, lengths)
+        forward = forward_flops(self._model, *learned)
         gradient = gradient_flops(forward, frozen=self._config.lora.rank is not None)
         flops = {
-            "rollout": forward.total,
+            "rollout": forward_flops(self._model, *sampled).total,
             "score": passes * forward.total,
             "update": self._config.updates_per_rollout * gradient,
         }

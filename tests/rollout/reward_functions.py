@@ -7,6 +7,7 @@ completion.
 import asyncio
 import os
 import re
+import signal
 import sys
 import time
 
@@ -64,6 +65,13 @@ def jax_state(completions, **kwargs):
     """1.0 if this process has not loaded JAX and would keep it on the CPU."""
     clean = "jax" not in sys.modules and os.environ.get("JAX_PLATFORMS") == "cpu"
     return [float(clean) for _ in completions]
+
+
+def alarmed(completions, **kwargs):
+    """1.0 where `signal.alarm` may be used, as by scorers with a time limit."""
+    before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, before)
+    return [1.0 for _ in completions]
 
 
 def process_id(completions, **kwargs):

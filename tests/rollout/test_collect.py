@@ -112,7 +112,7 @@ def test_groups_of_equal_rewards_are_replaced_from_further_rollouts(
     make_collector, tiny_policy, order
 ):
     collector = make_collector(by_number)
-    rollout, rounds = collector.informative(
+    rollout, sampled = collector.informative(
         tiny_policy.variables, step=1, position=0, limit=4
     )
     even = [number for number in order if number % 2 == 0]
@@ -121,7 +121,7 @@ def test_groups_of_equal_rewards_are_replaced_from_further_rollouts(
     needed = [n % 2 for n in order].index(0)
     while sum(n % 2 == 0 for n in order[:needed]) < 4:
         needed += 1
-    assert rounds == -(-needed // 4)
+    assert len(sampled.rows) == 4 * -(-needed // 4)
     assert rollout.counts.all()
 
 
@@ -133,10 +133,10 @@ def test_replacing_is_bounded_and_left_overs_do_not_count(make_collector, tiny_p
         return constant(completions)
 
     collector = make_collector(reward)
-    rollout, rounds = collector.informative(
+    rollout, sampled = collector.informative(
         tiny_policy.variables, step=1, position=0, limit=2
     )
-    assert rounds == 3 and len(calls) == 3
+    assert len(sampled.rows) == 12 and len(calls) == 3
     assert len(rollout.rows) == 4
     assert not rollout.counts.any() and not rollout.mask.any()
 
@@ -148,10 +148,10 @@ def test_a_rollout_that_needs_no_replacing_is_taken_as_it_is(
         return [float(i) for i in range(len(completions))]
 
     collector = make_collector(reward)
-    rollout, rounds = collector.informative(
+    rollout, sampled = collector.informative(
         tiny_policy.variables, step=1, position=0, limit=2
     )
-    assert rounds == 1
+    assert len(sampled.rows) == 4
     plain = collector.sample(tiny_policy.variables, step=1, position=0)
     np.testing.assert_array_equal(rollout.tokens, plain.tokens)
 

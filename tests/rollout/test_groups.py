@@ -26,8 +26,10 @@ def make_rollout(rewards, *, start=0, width=3, prompt_width=4, **changes):
         "counts": np.ones(count, bool),
         "rewards": rewards,
         "rewards_by_name": {"f": rewards * 2},
+        "failures_by_name": {"f": np.broadcast_to(numbers[:, None], (count, group))},
         "extra": {"x": [f"x{n}.{g}" for n in numbers for g in range(group)]},
-        "metrics": {"time/reward": 1.0, "rewards/f/mean": float(start)},
+        "logged": {"depth": [float(start)]},
+        "seconds": {"time/reward": 1.0},
     }
     return Rollout(**(fields | changes))
 
@@ -54,7 +56,7 @@ def test_rewards_that_are_equal_but_round_apart_in_a_deviation_do_not_inform():
 def test_groups_are_picked_whole_and_in_the_order_they_were_sampled():
     first = make_rollout([[1, 1], [0, 1], [2, 2]])
     second = make_rollout([[0, 3], [5, 5], [1, 2]], start=3)
-    picked = refill([first, second], 3, short=False)
+    picked = refill(join([first, second]), 3, short=False)
     assert [row["prompt"] for row in picked.rows] == ["p1", "p3", "p5"]
     assert picked.completions == ["1.0", "1.1", "3.0", "3.1", "5.0", "5.1"]
     assert picked.extra["x"] == ["x1.0", "x1.1", "x3.0", "x3.1", "x5.0", "x5.1"]
@@ -63,15 +65,16 @@ def test_groups_are_picked_whole_and_in_the_order_they_were_sampled():
     np.testing.assert_array_equal(picked.logp[:, 1, 2], [-1, -3, -5])
     np.testing.assert_array_equal(picked.rewards, [[0, 1], [0, 3], [1, 2]])
     np.testing.assert_array_equal(picked.rewards_by_name["f"][2], [2, 4])
+    np.testing.assert_array_equal(picked.failures_by_name["f"][:, 0], [1, 3, 5])
     assert picked.counts.all() and picked.mask.all()
 
 
 def test_too_few_groups_ask_for_more():
-    assert refill([make_rollout([[1, 1], [0, 1]])], 2, short=False) is None
+    assert refill(make_rollout([[1, 1], [0, 1]]), 2, short=False) is None
 
 
 def test_what_is_missing_is_filled_with_groups_that_do_not_count():
-    picked = refill([make_rollout([[1, 1], [0, 1], [2, 2]])], 3, short=True)
+    picked = refill(make_rollout([[1, 1], [0, 1], [2, 2]]), 3, short=True)
     assert [row["prompt"] for row in picked.rows] == ["p1", "p0", "p2"]
     assert picked.counts.tolist() == [True, False, False]
     assert picked.mask[0].all() and not picked.mask[1:].any()
@@ -86,18 +89,20 @@ def test_joining_pads_to_the_widest():
     assert wide.prompts.shape == (2, 6) and wide.prompt_lengths.tolist() == [6, 4]
 
 
-def test_joining_sums_times_and_averages_other_metrics():
+def test_joining_sums_times_and_keeps_every_value_of_the_rest():
     joined = join([make_rollout([[0, 1]]), make_rollout([[0, 1]], start=4)])
-    assert joined.metrics == {"time/reward": 2.0, "rewards/f/mean": 2.0}
+    assert joined.seconds == {"time/reward": 2.0}
+    assert joined.logged == {"depth": [0.0, 4.0]}
+    np.testing.assert_array_equal(joined.rewards_by_name["f"], [[0, 2], [0, 2]])
+    np.testing.assert_array_equal(joined.failures_by_name["f"], [[0, 0], [4, 4]])
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_joining_keeps_what_was_logged_in_some_rollouts_only(order):
-    # A function that scored nothing of a rollout has no mean there.
     full = make_rollout([[0, 1]])
-    bare = make_rollout([[NAN, NAN]], extra={}, metrics={"time/reward": 1.0})
+    bare = make_rollout([[NAN, NAN]], extra={}, logged={})
     joined = join([(full, bare)[number] for number in order])
-    assert joined.metrics == {"time/reward": 2.0, "rewards/f/mean": 0.0}
+    assert joined.logged == {"depth": [0.0]}
     columns = (["x0.0", "x0.1"], [None, None])
     assert joined.extra["x"] == [*columns[order[0]], *columns[order[1]]]
 

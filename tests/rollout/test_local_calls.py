@@ -1,4 +1,4 @@
-"""Functions called in this process: who is late, fails or blocks loses, and nobody else."""
+"""Functions in this process: who is late, fails or blocks loses, and nobody else."""
 
 import asyncio
 import concurrent.futures
@@ -20,8 +20,8 @@ def ones(completions):
     return [1.0] * len(completions)
 
 
-def functions(release):
-    """Plain and async functions of each kind; what blocks goes on until the release."""
+def plain_functions(release):
+    """One of each kind; what blocks goes on until the release."""
 
     def fast(completions, **_):
         return ones(completions)
@@ -36,6 +36,12 @@ def functions(release):
 
     def raising(completions, **_):
         raise KeyError("no such answer")
+
+    return [fast, slow, blocking, raising]
+
+
+def async_functions(release):
+    """The same, and one that waits for ever, and one that is cancelled."""
 
     async def fast_async(completions, **_):
         return ones(completions)
@@ -58,7 +64,8 @@ def functions(release):
     async def cancelled_async(completions, **_):
         raise asyncio.CancelledError
 
-    return [value for value in locals().values() if value is not release]
+    gone = [waiting_async, cancelled_async]
+    return [fast_async, slow_async, blocking_async, raising_async, *gone]
 
 
 def rewarded(pair, on_error):
@@ -78,7 +85,8 @@ def rewarded(pair, on_error):
 def test_of_every_pair_in_either_order_the_offender_alone_loses(on_error, monkeypatch):
     monkeypatch.setattr(local_calls, "_GRACE_SECONDS", 0.2)
     release = threading.Event()
-    pairs = list(itertools.product(functions(release), repeat=2))
+    functions = plain_functions(release) + async_functions(release)
+    pairs = list(itertools.product(functions, repeat=2))
     try:
         # Side by side, since most of the time is spent waiting.
         with concurrent.futures.ThreadPoolExecutor(len(pairs)) as pool:

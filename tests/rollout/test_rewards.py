@@ -4,6 +4,7 @@ import asyncio
 import functools
 import logging
 import math
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -354,6 +355,50 @@ def test_drop_costs_only_the_offenders_their_reward(timeout, caplog):
     # Logged once, with the traceback and the completion that caused it.
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert "KeyError" in record.getMessage() and "'raise'" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"), [(0, False), (8, False), (9, True), (10, True)]
+)
+def test_a_function_that_fails_on_nearly_all_is_told_at_every_step(bad, told, caplog):
+    completions = ["raise"] * bad + ["good"] * (10 - bad)
+    with RewardRunner([fns.misbehave], RewardsConfig(on_error="drop")) as runner:
+        for _ in range(3):
+            run(runner, completions)
+    lines = [r.message for r in caplog.records if "first failure of each" in r.message]
+    expected = f"step 5: reward function 'misbehave' failed on {bad} of 10 completions "
+    assert len(lines) == (3 if told else 0)
+    assert all(line.startswith(f"{expected}({bad} KeyError)") for line in lines)
+
+
+def on_the_main_thread(completions, **_):
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    return [1.0] * len(completions)
+
+
+async def on_the_main_thread_async(completions, **_):
+    return on_the_main_thread(completions)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "drop"])
+@pytest.mark.parametrize(
+    ("function", "timeout"),
+    [(on_the_main_thread, 20.0), (on_the_main_thread_async, None)],
+)
+def test_what_needs_the_main_thread_is_shown_the_way(
+    function, timeout, on_error, caplog
+):
+    config = {"timeout_seconds": timeout, "on_error": on_error}
+    try:
+        score([function], ["a"], **config)
+        told = caplog.text
+    except RuntimeError as error:
+        told = str(error)
+    assert "main thread works with rewards.isolate" in told
+    # Any other failure is not of that kind.
+    caplog.clear()
+    score([fns.misbehave], ["raise"], timeout_seconds=timeout, on_error="drop")
+    assert "isolate" not in caplog.text
 
 
 def test_a_plain_function_over_time_is_raised_or_dropped():

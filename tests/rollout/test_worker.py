@@ -42,11 +42,12 @@ def test_isolated_rewards_equal_those_computed_here():
 
 
 def test_the_worker_is_another_process_kept_between_batches_without_jax():
-    functions = [fns.process_id, fns.jax_state]
+    functions = [fns.process_id, fns.jax_state, fns.alarmed]
     with RewardRunner(functions, RewardsConfig(isolate=True)) as runner:
         first, second = run(runner, ["a"]), run(runner, ["b"])
     assert first.rewards[0, 0] == second.rewards[0, 0] != os.getpid()
-    assert first.rewards[1, 0] == 1.0
+    # On its main thread, where signals can be caught.
+    assert first.rewards[1, 0] == 1.0 == first.rewards[2, 0]
     assert "PATH" in os.environ and os.environ.get("JAX_PLATFORMS") == "cpu"
 
 

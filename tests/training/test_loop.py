@@ -28,6 +28,7 @@ from grpo_jax.reporting.metrics import (
     read_completions,
     read_metrics,
 )
+from grpo_jax.rollout.reward_call import RECORD_FIELDS, is_reserved_metric
 from grpo_jax.training.checkpoint import Checkpoints
 from grpo_jax.training.digest import params_sha256
 from grpo_jax.training.learner import Learner
@@ -217,6 +218,13 @@ def test_metrics_have_one_line_per_step(undisturbed):
     # The reference is the policy at first, and no more after an update.
     assert history[1]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert history[2]["kl"] > 1e-6
+
+
+def test_reward_functions_can_log_under_no_name_of_the_run(undisturbed):
+    _, result = undisturbed
+    names = {name for line in result.history for name in line}
+    assert [name for name in names if not is_reserved_metric(name)] == []
+    assert read_completions(result.run_dir, 2)[0].keys() == RECORD_FIELDS
 
 
 def test_completions_are_written_with_their_rewards_and_advantages(undisturbed):
@@ -579,8 +587,13 @@ def test_dynamic_sampling_advances_by_what_it_drew(config, tmp_path):
     position = meta["progress"]["position"]
     assert position % 8 == 0 and 40 <= position <= 48
     for line in result.history:
-        assert line["frac_reward_zero_std"] == 0.0
+        assert line["kept/frac_reward_zero_std"] == 0.0
+        # Of all that was sampled, a part of which is given up again.
+        assert 0.0 < line["frac_reward_zero_std"] < 1.0
+        assert line["rewards/sometimes/mean"] == pytest.approx(line["reward"])
+        assert line["reward"] < line["kept/reward"] == pytest.approx(0.5)
         assert "kl" not in line
+        assert all(map(is_reserved_metric, line))
 
 
 @pytest.mark.parametrize("none", ["eval_every", "eval_prompts"])

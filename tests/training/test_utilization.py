@@ -25,10 +25,11 @@ PEAK = 1e6
 def shares(tiny_policy, meshes_of, monkeypatch):
     monkeypatch.setattr(utilization, "peak_rate", lambda mesh, dtype: PEAK)
 
-    def make(**changes):
+    def make(sampled=None, **changes):
         model, mesh = tiny_policy.model.config, meshes_of(1, 1, 1)
         config = TrainConfig(model="tiny", **changes)
-        return Utilization(model, config, mesh).metrics(PROMPTS, LENGTHS, SECONDS)
+        work = (PROMPTS, LENGTHS)
+        return Utilization(model, config, mesh).metrics(sampled or work, work, SECONDS)
 
     return make
 
@@ -47,6 +48,17 @@ def test_shares_are_operations_over_seconds_and_peak(shares, tiny_policy):
             "mfu/step": 9 * unit / 16,
         }
     )
+
+
+def test_what_was_sampled_and_left_out_counts_for_the_rollout(shares):
+    objective = ObjectiveConfig(kl_coef=0.1)
+    twice = np.tile(PROMPTS, 2), np.tile(LENGTHS, (2, 1))
+    plain, more = shares(objective=objective), shares(twice, objective=objective)
+    assert more["mfu/rollout"] == pytest.approx(2 * plain["mfu/rollout"])
+    for name in ("mfu/score", "mfu/update"):
+        assert more[name] == plain[name]
+    # One share in five is the rollout's: forward, reference, and a gradient of three.
+    assert more["mfu/step"] == pytest.approx(6 / 5 * plain["mfu/step"])
 
 
 def test_without_a_scoring_pass_there_is_no_share_of_it(shares):

@@ -1,0 +1,74 @@
+"""The metrics of a step that are no update's: of its completions, rewards and speed.
+
+All are over all processes, and do not depend on how prompts were spread over them.
+"""
+
+from collections.abc import Mapping
+
+from jax.sharding import Mesh
+
+from grpo_jax.config import TrainConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.parallel import mesh as meshes
+from grpo_jax.reporting import metrics as names
+from grpo_jax.rollout.groups import Rollout
+from grpo_jax.rollout.reward_metrics import function_metrics, logged_metrics
+from grpo_jax.training.utilization import Lengths, Utilization
+
+
+class Measures:
+    """Makes the metrics of a run's steps."""
+
+    def __init__(self, model: ModelConfig, config: TrainConfig, mesh: Mesh) -> None:
+        self._refills = bool(config.objective.resample_limit)
+        self._utilization = Utilization(model, config, mesh)
+
+    def of_step(
+        self, sampled: Rollout, kept: Rollout, seconds: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Numbers about all that a step sampled, and ``kept/...`` of what it kept.
+
+        Dynamic sampling keeps a part of the groups for the update; without it all are
+        kept, and there are no such names.
+
+        Args:
+          seconds: ``time/...`` of the step, over all processes.
+        """
+        metrics, lengths = _described(sampled)
+        learned = lengths
+        if self._refills:
+            of_kept, learned = _described(kept)
+            metrics |= {f"kept/{name}": value for name, value in of_kept.items()}
+        tokens = float(lengths[1].sum())
+        return {
+            **metrics,
+            **_of_functions(sampled),
+            **self._utilization.metrics(lengths, learned, seconds),
+            "tokens_per_second/rollout": tokens / seconds["time/rollout"],
+            names.TOKENS_PER_SECOND: tokens / seconds["time/step"],
+        }
+
+
+def slowest(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Times of this process as those of the process that took longest for each."""
+    every = meshes.gather_lists([dict(seconds)])
+    return {name: max(one[name] for one in every) for name in seconds}
+
+
+def _described(rollout: Rollout) -> tuple[dict[str, float], Lengths]:
+    prompts, lengths, finished, rewards = meshes.gather_rows(
+        (rollout.prompt_lengths, rollout.lengths, rollout.finished, rollout.rewards)
+    )
+    metrics = names.completion_metrics(lengths, finished) | names.reward_metrics(
+        rewards
+    )
+    return metrics, (prompts, lengths)
+
+
+def _of_functions(rollout: Rollout) -> dict[str, float]:
+    rewards, failures = meshes.gather_rows(
+        (rollout.rewards_by_name, rollout.failures_by_name)
+    )
+    return function_metrics(rewards, failures) | logged_metrics(
+        meshes.gather_lists([rollout.logged])
+    )
