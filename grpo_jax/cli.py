@@ -157,6 +157,7 @@ def evaluate(
     """
     _check_counts(prompts=prompts, samples=samples, max_new_tokens=max_new_tokens)
     from grpo_jax.tasks import load_task
+    from grpo_jax.tasks.base import describe_held_out
     from grpo_jax.training.evaluate import evaluate as measure
     from grpo_jax.training.policy import open_policy
 
@@ -184,6 +185,7 @@ def evaluate(
         "model": config.model if run_dir is None else str(run_dir),
         "step": policy.step,
         "task": task,
+        "held_out": describe_held_out(loaded),
         "temperature": sampling.temperature,
         "max_new_tokens": max_new_tokens or config.max_new_tokens,
         "seed": seed,

@@ -380,6 +380,7 @@ def test_eval_prints_json_and_writes_the_same(capsys, tmp_path, tiny_policy):
     assert result == json.loads(out.read_text())
     assert (result["task"], result["step"], result["seed"]) == ("arithmetic", None, 5)
     assert (result["prompts"], result["samples"]) == (6, 2)
+    assert result["held_out"] == "1,001 held out"
     assert result["pass@2"] >= result["pass@1"] == result["accuracy"]
 
 
@@ -388,6 +389,7 @@ def test_eval_of_a_run_takes_its_task_and_step(capsys, run):
     result = json.loads(text)
     assert (pathlib.Path(result["task"]).name, result["step"]) == ("doubles.jsonl", 2)
     assert result["prompts"] == 2  # one in ten of its 20 rows is held out
+    assert result["held_out"].startswith("2 held out (a fixed tenth of ")
     # One greedy sample has no pass@k.
     assert "pass@1" not in result and result["samples"] == 1
 

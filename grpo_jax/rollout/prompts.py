@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from grpo_jax.tasks.base import line_of
 from grpo_jax.weights.tokenizer import Tokenizer
 
 _SHORTEST = 16  # tokens of the smallest bucket
@@ -41,9 +42,8 @@ def encode_rows(
         does not have, and how many such rows there are; also for a string
         that carries the chat template already.
     """
-    given = [row["prompt"] for row in rows]
-    _check_templated_once(tokenizer, given)
-    encoded = _encode(tokenizer, [_as_messages(tokenizer, prompt) for prompt in given])
+    _check_templated_once(tokenizer, rows)
+    encoded = _encode(tokenizer, rows)
     problems = [
         (number, problem)
         for number, ids in enumerate(encoded)
@@ -51,13 +51,15 @@ def encode_rows(
     ]
     if problems:
         number, problem = problems[0]
-        raise ValueError(f"the prompt of row {number} {problem}{_also(problems)}.")
-    quoting = [n for n, prompt in enumerate(given) if _quotes(tokenizer, prompt)]
+        raise ValueError(
+            f"the prompt of {_row(rows, number)} {problem}{_also(problems)}."
+        )
+    quoting = [n for n, row in enumerate(rows) if _quotes(tokenizer, row["prompt"])]
     if quoting:
         _LOG.warning(
-            "the prompt of row %d spells out special tokens of the chat template, "
+            "the prompt of %s spells out special tokens of the chat template, "
             "which the model reads as such%s",
-            quoting[0],
+            _row(rows, quoting[0]),
             _also(quoting),
         )
     return encoded
@@ -105,9 +107,8 @@ def _as_messages(
     return prompt
 
 
-def _encode(
-    tokenizer: Tokenizer, prompts: Sequence[str | Sequence[Mapping]]
-) -> list[list[int]]:
+def _encode(tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    prompts = [_as_messages(tokenizer, row["prompt"]) for row in rows]
     if all(isinstance(prompt, str) for prompt in prompts):
         with contextlib.suppress(ValueError):  # told below, with its row
             return tokenizer.encode_prompts(prompts)
@@ -116,7 +117,7 @@ def _encode(
         try:
             encoded.append(tokenizer.encode_prompt(prompt))
         except ValueError as error:
-            raise ValueError(f"the prompt of row {number}: {error}") from error
+            raise ValueError(f"the prompt of {_row(rows, number)}: {error}") from error
     return encoded
 
 
@@ -133,17 +134,24 @@ def _also(found: Sequence[Any]) -> str:
 
 
 def _check_templated_once(
-    tokenizer: Tokenizer, prompts: Sequence[str | Sequence[Mapping]]
+    tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]
 ) -> None:
     if not tokenizer.has_chat_template:
         return
-    for number, prompt in enumerate(prompts):
+    for number, row in enumerate(rows):
+        prompt = row["prompt"]
         if isinstance(prompt, str) and tokenizer.is_templated(prompt):
             raise ValueError(
-                f"the prompt of row {number} carries the model's chat template "
+                f"the prompt of {_row(rows, number)} carries the model's chat template "
                 "already, and would get it a second time; give the messages, "
                 '[{"role": "user", "content": ...}], or the text alone.'
             )
+
+
+def _row(rows: Sequence[Mapping[str, Any]], number: int) -> str:
+    """A row by its number from 0, and by its line where it comes from a file."""
+    line = line_of(rows, number)
+    return f"row {number}" if line is None else f"row {number} ({line})"
 
 
 def _problem(ids: Sequence[int], limit: int, vocab_size: int) -> str | None:

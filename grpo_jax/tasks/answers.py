@@ -1,43 +1,69 @@
-"""Final answers found in text that a model wrote.
+"""Final answers found in text that a model wrote: numbers, tagged text, whole texts.
 
-Only the end of the text is searched, with patterns that need time linear in its length,
-and numbers are compared as decimals: model output is read, never evaluated.
+Model output is read, never evaluated, in time linear in its length. Which renderings of
+numbers are read says `grpo_jax.tasks.numbers`; equal numbers are equal answers, however
+they are written.
 """
 
 import re
-from decimal import Decimal
+import unicodedata
+from fractions import Fraction
 
-# Characters from the end of a completion that may hold its final answer.
-TAIL = 300
+from grpo_jax.tasks.numbers import (
+    expression_at,
+    last_expression,
+    number_text,
+    plain,
+    typeset,
+)
 
-# An optional sign on either side of a currency sign; commas only between digits.
-_NUMBER = r"-?\$?-?(?:[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?|\.[0-9]+)"
-_MARKED = re.compile(r"####[ \t]*(" + _NUMBER + ")")
-# A hyphen behind a digit or a letter is a range or a dash, not a sign.
-_ANY = re.compile(r"(?<![0-9A-Za-z])" + _NUMBER + r"|[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?")
-
-
-def marked_number(text: str) -> Decimal | None:
-    """The last number that follows `####`, the mark of a final answer, or None."""
-    found = _MARKED.findall(text[-TAIL:])
-    return parse_number(found[-1]) if found else None
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number in the text, or None: lenient, because any number counts."""
-    found = _ANY.findall(text[-TAIL:])
-    return parse_number(found[-1]) if found else None
+# Where `####` is followed by digits in its line; without any it is a heading.
+_MARK = re.compile(r"####[ \t]*+(?=[^\n#\d]*+\d)")
+_DIGIT = re.compile(r"\d")
+_LONGEST_WORD = 1000
+# What may stand behind a number that is a whole text.
+_CLOSING = re.compile(r"[\s$*_`}%€£¥₹]*+\.?[\s$*_`]*+")
 
 
-def parse_number(text: str) -> Decimal | None:
-    """The number that `text` is, without commas, `$` and a final period, or None."""
-    cleaned = text.strip().removesuffix(".")
-    if not re.fullmatch(_NUMBER, cleaned, re.ASCII):
+def marked_number(text: str) -> Fraction | None:
+    """The number that follows the last `####`, the mark of a final answer, or None.
+
+    It must be the first thing in the rest of the line, and the only number there; words
+    such as a unit may follow. A `####` without digits in its line is no mark.
+    """
+    text = typeset(text)
+    marks = list(_MARK.finditer(text))
+    if not marks:
         return None
-    digits = cleaned.replace(",", "").replace("$", "")
-    negative = digits.startswith("-")
-    value = Decimal(digits.lstrip("-"))
-    return -value if negative else value
+    found = expression_at(text, marks[-1].end())
+    if found is None:
+        return None
+    end = text.find("\n", found.end)
+    rest = text[found.end : len(text) if end < 0 else end]
+    return None if _DIGIT.search(rest) else found.value
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number in the text, or None: lenient, because any number counts.
+
+    None too where the last digits are no number by themselves, such as a time, a date,
+    a pair, or a part of a formula; an earlier number does not take their place.
+    """
+    found = last_expression(typeset(text))
+    return None if found is None else found.value
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The number that `text` is as a whole, or None.
+
+    Signs of currency and percent, marks of bold and mathematics, and a final period may
+    stand around it, words not.
+    """
+    text = typeset(text).strip()
+    found = expression_at(text, 0)
+    if found is None or not found.bare or not _CLOSING.fullmatch(text, found.end):
+        return None
+    return found.value
 
 
 def tagged_answer(text: str, *, tail: int = 4000) -> str | None:
@@ -62,7 +88,7 @@ def last_answer(text: str) -> str | None:
     tagged = tagged_answer(text)
     if tagged is not None:
         return tagged or None
-    lines = text[-TAIL:].strip().splitlines()
+    lines = text.strip().splitlines()
     if not lines:
         return None
     after = re.split(
@@ -74,15 +100,41 @@ def last_answer(text: str) -> str | None:
 def same_answer(text: str, expected: str) -> bool:
     """Whether a completion gives the expected answer.
 
-    An expected number must be the last number of the text; any other answer must be
-    the whole text, letter case, runs of spaces and a final period aside.
+    An expected number must be the last number of the text; any other answer must be the
+    whole text, compared as `normalized`. An empty answer is given by no text.
     """
+    found = answer_like(text, expected)
+    return found is not None and found == canonical(expected)
+
+
+def answer_like(text: str, expected: str) -> str | None:
+    """What a completion answers where such an answer is expected, or None for nothing.
+
+    Its last number where a number is expected, else the whole text; equal answers are
+    equal strings.
+    """
+    if parse_number(expected) is None:
+        return normalized(text) or None
+    number = last_number(text)
+    return None if number is None else number_text(number)
+
+
+def canonical(expected: str) -> str:
+    """The string that `answer_like` returns for texts that give the expected answer."""
     number = parse_number(expected)
-    if number is not None:
-        return last_number(text) == number
-    return normalized(text) == normalized(expected)
+    return normalized(expected) if number is None else number_text(number)
 
 
 def normalized(text: str) -> str:
-    """The text without letter case, runs of spaces and a final period."""
-    return " ".join(text.split()).removesuffix(".").casefold()
+    """The text without letter case, runs of spaces, a final period and typography.
+
+    Forms of Unicode that mean the same characters become one; so do the variants of
+    quotes, dashes and spaces that keyboards do not tell apart.
+    """
+    text = plain(" ".join(_composed(word) for word in text.split()))
+    return " ".join(text.split()).removesuffix(".").strip().casefold()
+
+
+def _composed(word: str) -> str:
+    # Composing takes time quadratic in a run of accents, so words have a limit.
+    return unicodedata.normalize("NFC", word) if len(word) <= _LONGEST_WORD else word

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_jax.tasks.answers import last_number, same_answer
+from grpo_jax.tasks.answers import answer_like, same_answer
 from grpo_jax.tasks.base import Task, completion_text
 
 HELD_OUT = 1000  # held-out problems, at least
@@ -49,7 +49,7 @@ def arithmetic_task() -> Task:
         rewards=(correct,),
         is_correct=is_correct,
         is_correct_lenient=is_correct_lenient,
-        answer_lenient=last_number,
+        answer_lenient=lambda text, row: answer_like(text, row["answer"]),
     )
 
 

@@ -6,16 +6,17 @@ further columns; reward functions receive the columns by name, a value per compl
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Hashable, Mapping, Sequence, Sized
+import reprlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 Row = Mapping[str, Any]
 # f(prompts, completions, **columns) -> one reward per completion, None for "no reward";
 # a plain or an `async def` function. The convention is TRL's GRPOTrainer's.
 RewardFunction = Callable[..., Any]
-# What a completion gives as its answer; None where it gives none. Equal answers are one
-# vote of a majority.
-AnswerReader = Callable[[str], Hashable | None]
+# Completion text and its row -> what it gives as its answer, None where it gives none.
+# Equal answers are one vote of a majority, so they must be both right or both wrong.
+AnswerReader = Callable[[str, Row], Hashable | None]
 
 # Keywords that reward functions receive besides the columns.
 RESERVED_COLUMNS = frozenset(
@@ -24,6 +25,28 @@ RESERVED_COLUMNS = frozenset(
 
 # The name of a task made of rows that the caller gave.
 CALLERS_ROWS = "dataset"
+
+
+class FileRows(list[Row]):
+    """Rows of a file that know their lines, counted from 1."""
+
+    def __init__(self, rows: Iterable[Row], *, file: str, lines: Sequence[int]) -> None:
+        super().__init__(rows)
+        self.file, self.lines = file, lines
+
+    def pick(self, numbers: Iterable[int]) -> "FileRows":
+        """The rows of these numbers, in this order."""
+        chosen = list(numbers)
+        return FileRows(
+            [self[number] for number in chosen],
+            file=self.file,
+            lines=[self.lines[number] for number in chosen],
+        )
+
+
+def whole_text(completion: str, row: Row) -> str | None:
+    """The completion without the spaces around it; None for an empty one."""
+    return completion.strip() or None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +60,13 @@ class Task:
     name: str
     train: Sequence[Row]
     test: Sequence[Row] = ()  # held-out rows; may be empty
+    held_out: str = ""  # where they come from, to be told; "" where it is plain
     rewards: tuple[RewardFunction, ...]
     # Completion text and its row -> right or wrong; None where only rewards can judge.
     is_correct: Callable[[str, Row], bool] | None = None
     # The same for a lenient reading, which asks for the answer and not for the format.
     is_correct_lenient: Callable[[str, Row], bool] | None = None
-    answer: AnswerReader = str.strip
+    answer: AnswerReader = whole_text
     answer_lenient: AnswerReader | None = None
     # Judges where comparing cannot tell: a reward function that is given what `answer`
     # found in place of the completions, and gives 1.0 for right.
@@ -102,9 +126,40 @@ def task_from_rows(
     )
 
 
+def describe_held_out(task: Task) -> str:
+    """How many rows are held out, and whence, where that is not plain."""
+    if not len(task.test):
+        return "none held out"
+    source = f" ({task.held_out})" if task.held_out else ""
+    return f"{len(task.test):,} held out{source}"
+
+
 def is_conversational(rows: Sequence[Row]) -> bool:
     """Whether the prompts are chat messages; rows that passed `check_rows` agree."""
     return not isinstance(rows[0]["prompt"], str)
+
+
+def first_rows(rows: Sequence[Row], count: int | None) -> Sequence[Row]:
+    """The first `count` rows as a list, or all; rows of a file still know their lines.
+
+    Rows are asked for one by one: a slice of a `datasets.Dataset` is no list of rows.
+    """
+    numbers = range(len(rows) if count is None else min(count, len(rows)))
+    if isinstance(rows, FileRows):
+        return rows.pick(numbers)
+    return [rows[number] for number in numbers]
+
+
+def line_of(rows: Sequence[Row], number: int) -> str | None:
+    """The file and the line that a row comes from, or None for rows of no file."""
+    if isinstance(rows, FileRows):
+        return f"{rows.file}, line {rows.lines[number]}"
+    return None
+
+
+def place(rows: Sequence[Row], number: int, *, name: str) -> str:
+    """Where to find a row: its line, or its number among the rows of that name."""
+    return line_of(rows, number) or f"{name}: row {number} (counting from 0)"
 
 
 def check_rows(rows: Sequence[Row], *, name: str, count: int | None = None) -> None:
@@ -129,7 +184,7 @@ def check_rows(rows: Sequence[Row], *, name: str, count: int | None = None) -> N
     for number, row in enumerate(itertools.islice(rows, count)):
         problem = _row_problem(row) or _difference(row, first)
         if problem:
-            raise ValueError(f"{name}: row {number} (counting from 0) {problem}.")
+            raise ValueError(f"{place(rows, number, name=name)} {problem}.")
         first = row if first is None else first
 
 
@@ -153,22 +208,34 @@ def _row_problem(row: Any) -> str | None:
     if isinstance(prompt, str):
         return None if prompt else "has an empty prompt"
     if not isinstance(prompt, Sequence):
-        kind = type(prompt).__name__
-        return f"has a prompt of type {kind}; expected a string or a list of messages"
+        return (
+            f"has a prompt of type {type(prompt).__name__}, {reprlib.repr(prompt)}; "
+            "expected a string or a list of messages"
+        )
     if not prompt:
         return "has an empty list of messages as its prompt"
-    if not all(_is_message(message) for message in prompt):
-        return (
-            "has a prompt with a bad message; each must be "
-            '{"role": "...", "content": "..."} with both strings'
-        )
+    for number, message in enumerate(prompt):
+        problem = _message_problem(message)
+        if problem:
+            return (
+                f"has a bad message in its prompt, number {number} from 0: {problem}; "
+                'each must be {"role": "...", "content": "..."} with both strings'
+            )
     return None
 
 
-def _is_message(message: Any) -> bool:
-    return isinstance(message, Mapping) and all(
-        isinstance(message.get(field), str) for field in ("role", "content")
-    )
+def _message_problem(message: Any) -> str | None:
+    """What is wrong with a chat message, or None."""
+    if not isinstance(message, Mapping):
+        return f"{reprlib.repr(message)} is a {type(message).__name__}"
+    for field in ("role", "content"):
+        if field not in message:
+            return f"it has no {field!r}, only {_listed(message)}"
+        value = message[field]
+        if not isinstance(value, str):
+            kind = type(value).__name__
+            return f"its {field!r} is {reprlib.repr(value)}, a {kind}"
+    return None
 
 
 def _difference(row: Row, first: Row | None) -> str | None:
@@ -176,9 +243,9 @@ def _difference(row: Row, first: Row | None) -> str | None:
     if first is None:
         return None
     if isinstance(row["prompt"], str) != isinstance(first["prompt"], str):
-        return "mixes string prompts and chat messages; row 0 has the other kind"
+        return "mixes string prompts and chat messages; the first has the other kind"
     if row.keys() != first.keys():
-        return f"has the columns {_listed(row)}, row 0 has {_listed(first)}"
+        return f"has the columns {_listed(row)}, the first has {_listed(first)}"
     return None
 
 

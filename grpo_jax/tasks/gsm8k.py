@@ -4,13 +4,20 @@ Cobbe et al. 2021, https://arxiv.org/abs/2110.14168: 7,473 training and 1,319 te
 problems. Rows come from local files, or from the Hugging Face hub.
 """
 
-from collections.abc import Iterable, Mapping
-from decimal import Decimal
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from grpo_jax.tasks.answers import last_number, marked_number, parse_number
-from grpo_jax.tasks.base import Task, completion_text
+from grpo_jax.tasks.base import (
+    FileRows,
+    Row,
+    Task,
+    completion_text,
+    place,
+)
 from grpo_jax.tasks.jsonl import read_splits
+from grpo_jax.tasks.numbers import number_text
 
 INSTRUCTION = (
     "Solve the problem step by step. "
@@ -26,18 +33,18 @@ def gsm8k_task(data: str | None) -> Task:
     are one user message; the columns are `question` and `answer`, the gold number. The
     default weights make the right answer worth ten times the format.
     """
-    train, test = _from_hub() if data is None else read_splits(data)
-    source = _HUB_NAME if data is None else data
+    train, test, held_out = _from_hub() if data is None else read_splits(data)
     return Task(
         name="gsm8k",
-        train=_rows(train, source=source),
-        test=_rows(test, source=source),
+        train=_rows(train),
+        test=_rows(test),
+        held_out=held_out,
         rewards=(accuracy_reward, format_reward),
         reward_weights=(1.0, 0.1),
         is_correct=is_correct,
         is_correct_lenient=is_correct_lenient,
-        answer=marked_number,
-        answer_lenient=last_number,
+        answer=lambda text, row: _vote(marked_number(text)),
+        answer_lenient=lambda text, row: _vote(last_number(text)),
     )
 
 
@@ -73,16 +80,23 @@ def is_correct_lenient(completion: str, row: Mapping[str, Any]) -> bool:
     return _equal(last_number(completion), row["answer"])
 
 
-def _equal(found: Decimal | None, gold: str) -> bool:
+def _equal(found: Fraction | None, gold: str) -> bool:
     # A gold answer that is no number would otherwise equal an answer that is missing.
     return found is not None and found == parse_number(gold)
 
 
-def _rows(items: Iterable[Mapping[str, Any]], *, source: str) -> list[dict[str, Any]]:
-    return [
-        _row(item, where=f"{source}: row {number} (counting from 0)")
+def _vote(found: Fraction | None) -> str | None:
+    return None if found is None else number_text(found)
+
+
+def _rows(items: Sequence[Row]) -> Sequence[Row]:
+    rows = [
+        _row(item, where=place(items, number, name=_HUB_NAME))
         for number, item in enumerate(items)
     ]
+    if isinstance(items, FileRows):
+        return FileRows(rows, file=items.file, lines=items.lines)
+    return rows
 
 
 def _row(item: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -95,12 +109,16 @@ def _row(item: Mapping[str, Any], *, where: str) -> dict[str, Any]:
         )
     gold = marked_number(solution)
     if gold is None:
-        raise ValueError(f"{where} has no number after '####' in its answer.")
+        _, mark, end = solution.rpartition("####")
+        raise ValueError(
+            f"{where} has no number after '####' in its answer, or more than one: "
+            f"{(mark + end)[-60:]!r}; write one number there, such as #### 3.5."
+        )
     prompt = [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}]
-    return {"prompt": prompt, "question": question, "answer": str(gold)}
+    return {"prompt": prompt, "question": question, "answer": number_text(gold)}
 
 
-def _from_hub() -> tuple[Iterable[Any], Iterable[Any]]:
+def _from_hub() -> tuple[Any, Any, str]:
     try:
         import datasets
     except ImportError as error:
@@ -115,4 +133,4 @@ def _from_hub() -> tuple[Iterable[Any], Iterable[Any]]:
             f"cannot load {_HUB_NAME} from the hub ({error}). Give a local copy with "
             "--data DIR, a folder with train.jsonl and test.jsonl."
         ) from error
-    return splits["train"], splits["test"]
+    return splits["train"], splits["test"], f"those of {_HUB_NAME}"

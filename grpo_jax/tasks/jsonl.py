@@ -5,13 +5,15 @@ names the file and the line.
 """
 
 import json
+import math
 import random
-from collections.abc import Hashable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.tasks.answers import last_answer, last_number, normalized, same_answer
-from grpo_jax.tasks.base import Task, check_rows, completion_text
+from grpo_jax.tasks.answers import answer_like, canonical, last_answer, same_answer
+from grpo_jax.tasks.base import FileRows, Task, check_rows, completion_text, line_of
 
 # Without a file of held-out rows: one row in ten is held out, at most 500.
 HELD_OUT_FRACTION = 0.1
@@ -26,13 +28,14 @@ def jsonl_task(path: str) -> Task:
     Each row has a `prompt` (a string or chat messages) and an `answer` (a string or a
     number); see `read_splits` for the held-out rows, `answer_reward` for the reward.
     """
-    train, test = read_splits(path)
+    train, test, held_out = read_splits(path)
     for rows in (train, test):
-        _check_answers(rows, path)
+        _check_answers(rows)
     return Task(
         name=Path(path).stem,
         train=train,
         test=test,
+        held_out=held_out,
         rewards=(answer_reward,),
         is_correct=is_correct,
         is_correct_lenient=is_correct_lenient,
@@ -47,7 +50,8 @@ def answer_reward(
     """1.0 for each completion that gives the answer, else 0.0.
 
     A number must be the last number of the completion; any other answer must be the
-    whole completion, letter case, runs of spaces and a final period aside.
+    whole completion, letter case, runs of spaces, a final period and variants of the
+    same character aside.
     """
     return [
         float(same_answer(completion_text(completion), str(expected)))
@@ -62,26 +66,31 @@ def is_correct(completion: str, row: Mapping[str, Any]) -> bool:
 
 def is_correct_lenient(completion: str, row: Mapping[str, Any]) -> bool:
     """The same, or whether the answer at its end, however marked, is the row's."""
-    return is_correct(completion, row) or is_correct(last_answer(completion) or "", row)
+    return read_answer_lenient(completion, row) == canonical(str(row["answer"]))
 
 
-def read_answer(completion: str) -> Hashable | None:
-    """The last number of a completion, else the whole of it; None for an empty one."""
-    number = last_number(completion)
-    return normalized(completion) or None if number is None else number
+def read_answer(completion: str, row: Mapping[str, Any]) -> str | None:
+    """What a completion answers, of the kind of the row's answer; None for nothing.
+
+    Its last number where that is a number, else the whole of it.
+    """
+    return answer_like(completion, str(row["answer"]))
 
 
-def read_answer_lenient(completion: str) -> Hashable | None:
-    """The same for the answer at the end of the completion."""
-    return read_answer(last_answer(completion) or "")
+def read_answer_lenient(completion: str, row: Mapping[str, Any]) -> str | None:
+    """The same for the answer at its end, unless the whole gives the right one."""
+    if is_correct(completion, row):
+        return read_answer(completion, row)
+    return read_answer(last_answer(completion) or "", row)
 
 
-def read_splits(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns training and held-out rows of a file, or of a folder with `train.jsonl`.
+def read_splits(path: str) -> tuple[FileRows, FileRows, str]:
+    """Returns training and held-out rows of a file or folder, and whence the latter.
 
     Held-out rows are those of the file beside it whose name has `test` for `train`
     (`train.jsonl` and `test.jsonl`); without one, a fixed tenth of the rows, at most
-    500, in a random order that depends on nothing but their number.
+    500, in a random order that depends on nothing but their number. A folder stands for
+    its `train.jsonl`.
     """
     file = Path(path)
     if file.is_dir():
@@ -89,13 +98,40 @@ def read_splits(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         if not file.is_file():
             raise ValueError(f"{path} has no train.jsonl; name a .jsonl file instead.")
     rows = read_jsonl(file)
-    sibling = file.with_name(file.name.replace("train", "test"))
-    if sibling != file and sibling.is_file():
-        return rows, read_jsonl(sibling)
-    return _split(rows)
+    sibling = _test_file(file)
+    if sibling is not None:
+        return rows, read_jsonl(sibling), f"those of {sibling}"
+    train, test = _split(rows)
+    return train, test, f"a fixed tenth of {file}, at most {HELD_OUT_MOST}"
 
 
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
+def _test_file(file: Path) -> Path | None:
+    """The file of held-out rows that lies beside a file of training rows, if any."""
+    name = file.name
+    places = [found.span() for found in re.finditer("train", name, re.IGNORECASE)]
+    names = {
+        name[:start] + _in_case("test", name[start:end]) + name[end:]
+        for start, end in places
+    }
+    names.add(
+        re.sub("train", lambda found: _in_case("test", found[0]), name, flags=re.I)
+    )
+    found = sorted(n for n in names - {name} if file.with_name(n).is_file())
+    if len(found) > 1:
+        raise ValueError(
+            f"{file} has several files of held-out rows beside it: {', '.join(found)}; "
+            "leave one, or name a folder with train.jsonl and test.jsonl."
+        )
+    return file.with_name(found[0]) if found else None
+
+
+def _in_case(word: str, pattern: str) -> str:
+    if pattern.isupper():
+        return word.upper()
+    return word.capitalize() if pattern[0].isupper() else word
+
+
+def read_jsonl(file: Path) -> FileRows:
     """Returns the objects of a `.jsonl` file; blank lines are skipped.
 
     Raises `ValueError` for a missing or empty file, text that is not UTF-8, and a line
@@ -103,14 +139,15 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """
     if not file.is_file():
         raise ValueError(f"{file} is not a file.")
-    rows = []
+    rows, lines = [], []
     # Not splitlines(): strings in JSON may hold U+2028 and other line separators.
     for number, line in enumerate(_text(file).split("\n"), start=1):
         if line.strip():
             rows.append(_object(line, where=f"{file}, line {number}"))
+            lines.append(number)
     if not rows:
         raise ValueError(f"{file} has no rows; at least one is needed.")
-    return rows
+    return FileRows(rows, file=str(file), lines=lines)
 
 
 def _text(file: Path) -> str:
@@ -123,7 +160,12 @@ def _text(file: Path) -> str:
 
 def _object(line: str, *, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+        row = json.loads(
+            line,
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {error}.") from error
     if not isinstance(row, dict):
@@ -143,28 +185,41 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _split(rows: list[dict[str, Any]]) -> tuple[list[dict], list[dict]]:
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is larger than a float can be; write it as a string")
+    return value
+
+
+def _split(rows: FileRows) -> tuple[FileRows, FileRows]:
     count = min(HELD_OUT_MOST, int(len(rows) * HELD_OUT_FRACTION))
     order = random.Random(_SPLIT_SEED).sample(range(len(rows)), len(rows))
     held_out = set(order[:count])
-    train = [row for index, row in enumerate(rows) if index not in held_out]
-    return train, [rows[index] for index in order[:count]]
+    train = rows.pick(index for index in range(len(rows)) if index not in held_out)
+    return train, rows.pick(order[:count])
 
 
-def _check_answers(rows: list[dict[str, Any]], path: str) -> None:
+def _check_answers(rows: FileRows) -> None:
     if not rows:
         return
-    check_rows(rows, name=f"rows of {path}")
+    check_rows(rows, name=f"rows of {rows.file}")
     for number, row in enumerate(rows):
-        if "answer" not in row:
-            listed = ", ".join(sorted(row))
-            raise ValueError(
-                f"rows of {path}: row {number} (counting from 0) has no 'answer' "
-                f"column; its columns are {listed}."
-            )
-        answer = row["answer"]
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-            raise ValueError(
-                f"rows of {path}: row {number} (counting from 0) has the answer "
-                f"{answer!r}; expected a string or a number."
-            )
+        problem = _answer_problem(row)
+        if problem:
+            raise ValueError(f"{line_of(rows, number)} {problem}.")
+
+
+def _answer_problem(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with the answer of a row, or None."""
+    if "answer" not in row:
+        return f"has no 'answer' column; its columns are {', '.join(sorted(row))}"
+    answer = row["answer"]
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        kind = type(answer).__name__
+        return f"has the answer {answer!r} ({kind}); expected a string or a number"
+    if not canonical(str(answer)):
+        return f"has the empty answer {answer!r}, which no completion can give"
+    if not same_answer(str(answer), str(answer)):
+        return f"has the answer {answer!r}, which would not be judged right itself"
+    return None

@@ -48,8 +48,8 @@ def reasoning_gym_task(dataset: str, *, seed: int) -> Task:
         rewards=(answer_score,),
         is_correct=_is_correct if compares else None,
         is_correct_lenient=_is_correct_lenient if compares else None,
-        answer=tagged_answer,
-        answer_lenient=last_answer,
+        answer=lambda text, row: tagged_answer(text),
+        answer_lenient=lambda text, row: last_answer(text),
         verdict=None if compares else answer_verdict,
         isolate=True,
     )

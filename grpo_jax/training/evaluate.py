@@ -15,7 +15,7 @@ from grpo_jax.rollout import prompts as texts
 from grpo_jax.rollout.collect import unpadded
 from grpo_jax.rollout.generate import generate
 from grpo_jax.rollout.sampling import policy_sampling
-from grpo_jax.tasks.base import Row, Task
+from grpo_jax.tasks.base import Row, Task, first_rows
 from grpo_jax.training.judging import Completed, Evaluation, is_judged, judge
 from grpo_jax.weights.tokenizer import Tokenizer
 
@@ -53,8 +53,7 @@ def evaluate(
             f"task {task.name!r} has no held-out prompts with known answers; accuracy "
             "cannot be measured on it."
         )
-    count = len(task.test) if prompts is None else min(prompts, len(task.test))
-    rows = [task.test[i] for i in range(count)]
+    rows = first_rows(task.test, prompts)
     evaluator = Evaluator(
         model,
         tokenizer,

@@ -112,7 +112,7 @@ class Evaluation:
     def _answers(self) -> Sequence[Sequence[Hashable | None]]:
         if self.answers is not None:
             return self.answers
-        return [[text.strip() for text in group] for group in self.completions]
+        return [[text.strip() or None for text in group] for group in self.completions]
 
     def _numbers(self) -> dict[str, Any]:
         samples = self.correct.shape[1]
@@ -181,7 +181,10 @@ def _judge(
     reader: AnswerReader,
     is_correct: Callable[[str, Row], bool] | None,
 ) -> Evaluation:
-    answers = [[reader(text) for text in group] for group in completed.texts]
+    answers = [
+        [reader(text, row) for text in group]
+        for group, row in zip(completed.texts, rows, strict=True)
+    ]
     if is_correct is not None:
         correct = [
             [is_correct(text, row) for text in group]

@@ -25,7 +25,13 @@ from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.rollout.sampling import policy_sampling
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.arithmetic import is_problem
-from grpo_jax.tasks.base import RewardFunction, Row, Task
+from grpo_jax.tasks.base import (
+    RewardFunction,
+    Row,
+    Task,
+    describe_held_out,
+    first_rows,
+)
 from grpo_jax.training.best import best_mode
 from grpo_jax.training.evaluate import Evaluator
 from grpo_jax.training.judging import Completed, is_judged, judge
@@ -122,8 +128,9 @@ def describe_run(policy: Policy, task: Task, mesh: Mesh, path: Path) -> str:
     return (
         f"{config.model}, {_millions(base + trained)} parameters{adapters}, on "
         f"{mesh.size} x {devices[0].device_kind}; {task.name}, {len(task.train):,} "
-        f"rows; a step: {config.prompts_per_step} prompts x {config.group_size} "
-        f"completions of up to {config.max_new_tokens} tokens; in {path}"
+        f"rows, {describe_held_out(task)}; a step: {config.prompts_per_step} prompts x "
+        f"{config.group_size} completions of up to {config.max_new_tokens} "
+        f"tokens; in {path}"
     )
 
 
@@ -206,7 +213,7 @@ def make_evaluation(
     `announce` is told what begins.
     """
     count = min(config.eval_prompts, len(task.test)) if config.eval_every else 0
-    rows = [task.test[i] for i in range(count)]
+    rows = first_rows(task.test, count)
     if not rows:
         return lambda variables: {}
     evaluator = Evaluator(

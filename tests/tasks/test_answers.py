@@ -7,8 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.tasks.answers import (
+    answer_like,
+    canonical,
+    last_answer,
     last_number,
     marked_number,
+    normalized,
     parse_number,
     same_answer,
     tagged_answer,
@@ -32,7 +36,17 @@ from grpo_jax.tasks.answers import (
         ("#### eighteen", None),
         ("####\n18", None),
         ("#### ١٨", None),
-        ("#### 18" + " " * 300, None),
+        ("#### 18" + " " * 300, 18),
+        ("#### 18\n\n" + "I checked it. " * 40, 18),
+        ("#### 7/2", "3.5"),
+        ("#### **18**", 18),
+        ("#### 18\n#### Done", 18),  # a heading
+        ("#### 18\n#### about 19", None),
+        ("#### 18 of 20", None),
+        ("#### 3 or 4", None),
+        ("#### 10:30", None),
+        ("#### 3-4", None),
+        ("#### 1.8 million", None),
         ("", None),
     ],
 )
@@ -48,10 +62,14 @@ def test_the_marked_number_follows_the_last_mark(text, number):
         ("It costs $1,200.", 1200),
         ("-5", -5),
         ("(-5)", -5),
-        ("rows 5-7", 7),
+        ("rows 5-7", None),  # two numbers, or a difference
+        ("5 to 7", 7),
+        ("7 or 8, 9", 9),
         ("x=-7", -7),
         ("12.50", "12.5"),
-        ("version2", 2),
+        ("version2", None),
+        ("12 m2", 12),
+        ("12, then CO2", None),  # an earlier number does not take its place
         ("none", None),
     ],
 )
@@ -72,10 +90,31 @@ def test_any_text_is_read_without_an_exception(text):
     marked_number(text), last_number(text), parse_number(text), tagged_answer(text)
 
 
-def test_long_texts_cost_no_more_than_their_end():
-    hostile = "#### " + "1," * 1_000_000 + "x"
-    assert marked_number(hostile) is None
-    assert last_number(hostile) is not None
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "1,",
+        "1 ",
+        "\\frac{1}",
+        "\\frac{",
+        "####",
+        "1'",
+        "5 and ",
+        "answer ",
+        "a_1 ",
+        "\u2212",
+    ],
+)
+def test_a_long_hostile_text_takes_time_in_proportion(hostile):
+    # Of quadratic time none of this would end.
+    text = "#### " + hostile * (100_000 // len(hostile)) + "x"
+    assert marked_number(text) is None
+    last_number(text), parse_number(text), last_answer(text), normalized(text)
+
+
+def test_runs_of_accents_are_composed_up_to_a_length():
+    assert normalized("e\u0301" * 400) == "\u00e9" * 400
+    normalized("e" + "\u0301\u0323" * 100_000)
     assert tagged_answer("<answer>" * 500_000) is None
 
 
@@ -106,7 +145,29 @@ def test_the_tagged_answer_is_the_last_closed_one(text, answer):
         ("New   York", "new york", True),
         ("It is Paris", "Paris", False),
         ("no number", "7", False),
+        ("It is 0.00001", "1e-05", True),
+        ("10\u2077", "1e7", True),
+        ("\\frac{1}{2}", "0.5", True),
+        ("(3, 4)", "(3,4)", False),  # a text, compared as one
+        ("4", "(3, 4)", False),
+        ("10:30", "10:30", True),
+        ("30", "10:30", False),
+        ("cafe\u0301", "Caf\u00e9", True),
+        ("\uff21\uff13", "a3", True),
+        ("x\u22121", "x-1", True),
+        ("don\u2019t", "don't", True),
+        ("x\u00b2", "x2", False),
+        ("", "", False),
+        (".", "", False),
     ],
 )
 def test_numbers_match_as_the_last_and_words_as_the_whole(text, expected, same):
     assert same_answer(text, expected) is same
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=8))
+def test_equal_votes_are_equal_verdicts(one, two, expected):
+    for text in (one, two, expected):
+        vote = answer_like(text, expected)
+        assert same_answer(text, expected) == (vote == canonical(expected) != "")

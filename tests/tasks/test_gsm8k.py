@@ -52,6 +52,34 @@ def test_every_gold_solution_earns_both_rewards(tmp_path):
     assert format_reward([], completions) == [1.0] * 18
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("1/2", "0.5"),
+        ("1/3", "1/3"),
+        ("6.02e23", "602" + "0" * 21),
+        ("1 000", "1000"),
+        ("$1,000 dollars.", "1000"),
+        ("10:30", None),
+        ("3-4", None),
+        ("3,5", None),
+        ("1.8 million", None),
+        ("5 of 10", None),
+    ],
+)
+def test_gold_answers_are_read_whole_or_refused_by_their_line(tmp_path, answer, gold):
+    line = {"question": "q", "answer": f"So.\n#### {answer}"}
+    file = write(tmp_path / "train.jsonl", [LINES[0], line])
+    if gold is None:
+        with pytest.raises(ValueError, match="line 2 has no number after '####'.*####"):
+            load_task("gsm8k", data=str(file))
+        return
+    row = load_task("gsm8k", data=str(file)).train[1]
+    assert row["answer"] == gold
+    assert is_correct(line["answer"], row) and is_correct(f"#### {gold}", row)
+    assert not is_correct("#### 1", row) and not is_correct("#### 6", row)
+
+
 def test_accuracy_needs_the_mark_and_format_does_not_need_the_truth():
     completions = ["#### 18.00", "18", "#### 19", "#### eighteen"]
     assert accuracy_reward([], completions, answer=["18"] * 4) == [1.0, 0.0, 0.0, 0.0]
@@ -74,10 +102,12 @@ def test_a_gold_answer_without_a_number_never_equals_a_missing_answer():
 
 def test_rows_of_another_shape_are_named(tmp_path):
     file = write(tmp_path / "train.jsonl", [LINES[0], {"prompt": "a", "label": "b"}])
-    with pytest.raises(ValueError, match=r"row 1 .*'question'.*are label, prompt"):
+    with pytest.raises(
+        ValueError, match=r"train\.jsonl, line 2 .*'question'.*are label, prompt"
+    ):
         load_task("gsm8k", data=str(file))
     file = write(tmp_path / "train.jsonl", [{"question": "q", "answer": "seven"}])
-    with pytest.raises(ValueError, match="row 0 .*no number after '####'"):
+    with pytest.raises(ValueError, match=r"line 1 .*no number after '####'"):
         load_task("gsm8k", data=str(file))
 
 

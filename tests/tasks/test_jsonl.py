@@ -1,11 +1,22 @@
 """Lines are read strictly, splits are fixed, and answers compared by a stated rule."""
 
 import json
+from decimal import Decimal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from grpo_jax.tasks import load_task
-from grpo_jax.tasks.jsonl import answer_reward
+from grpo_jax.tasks.answers import canonical
+from grpo_jax.tasks.base import describe_held_out, first_rows, line_of
+from grpo_jax.tasks.jsonl import (
+    answer_reward,
+    is_correct,
+    is_correct_lenient,
+    read_answer,
+    read_answer_lenient,
+)
 
 ROWS = [{"prompt": f"{i}+1=", "answer": i + 1} for i in range(40)]
 
@@ -21,6 +32,9 @@ def test_a_tenth_is_held_out_and_nothing_is_lost(tmp_path):
     assert len(task.test) == 4
     assert sorted(r["answer"] for r in [*task.train, *task.test]) == list(range(1, 41))
     assert task.name == "sums"
+    assert (
+        describe_held_out(task) == f"4 held out (a fixed tenth of {path}, at most 500)"
+    )
     assert again.test == task.test  # scores of different seeds compare
 
 
@@ -33,14 +47,36 @@ def test_at_most_five_hundred_are_held_out(tmp_path):
 def test_few_rows_are_all_for_training(tmp_path):
     task = load_task(write(tmp_path / "few.jsonl", ROWS[:9]))
     assert (len(task.train), len(task.test)) == (9, 0)
+    assert describe_held_out(task) == "none held out"
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "sums_train.jsonl"])
-def test_a_test_file_beside_it_is_held_out(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "test"),
+    [
+        ("train.jsonl", "test.jsonl"),
+        ("sums_train.jsonl", "sums_test.jsonl"),
+        ("constrained_train.jsonl", "constrained_test.jsonl"),
+        ("pretrain_train.jsonl", "pretrain_test.jsonl"),
+        ("training_v2_train.jsonl", "training_v2_test.jsonl"),
+        ("trained_on_train_split.jsonl", "trained_on_test_split.jsonl"),
+        ("train_train.jsonl", "test_test.jsonl"),
+        ("Sums-Train.jsonl", "Sums-Test.jsonl"),
+    ],
+)
+def test_a_test_file_beside_it_is_held_out(tmp_path, name, test):
     path = write(tmp_path / name, ROWS)
-    write(tmp_path / name.replace("train", "test"), ROWS[:3])
+    held_out = write(tmp_path / test, ROWS[:3])
     task = load_task(path)
     assert task.train == ROWS and task.test == ROWS[:3]
+    assert describe_held_out(task) == f"3 held out (those of {held_out})"
+
+
+def test_two_files_that_could_be_held_out_are_an_error(tmp_path):
+    path = write(tmp_path / "pretrain_train.jsonl", ROWS)
+    write(tmp_path / "pretrain_test.jsonl", ROWS[:3])
+    write(tmp_path / "pretest_train.jsonl", ROWS[:3])
+    with pytest.raises(ValueError, match="several .*pretest_train.*pretrain_test"):
+        load_task(path)
 
 
 def test_a_folder_stands_for_its_train_file(tmp_path):
@@ -67,12 +103,19 @@ def test_blank_lines_a_byte_order_mark_and_odd_separators_are_fine(tmp_path):
         ('{"prompt": "a", "answer": NaN}', "line 2 is not valid JSON: NaN"),
         ('{"prompt": "a", "prompt": "b"}', "line 2 is not valid JSON: .*duplicate"),
         ('["prompt"]', "line 2 is not a JSON object"),
+        ('{"prompt": "a", "answer": 1e400}', "line 2 .*1e400 is larger"),
+        ('\n{"prompt": "a", "answer": " . "}', "line 3 has the empty answer ' . '"),
+        ('{"prompt": ["a"], "answer": "b"}', "line 2 has a bad message .*'a' is a str"),
+        ('{"prompt": "a", "answer": ["b"]}', r"line 2 .*answer \['b'\] \(list\)"),
         ('{"prompt": "a"', "line 2 is not valid JSON"),
-        ('{"question": "a", "answer": "b"}', "row 1 .*columns are answer, question"),
-        ('{"prompt": "a", "solution": "b"}', "row 1 .*prompt, solution"),
-        ('{"prompt": "a", "answer": null}', "row 1 .*answer None"),
-        ('{"prompt": "a", "answer": true}', "row 1 .*answer True"),
-        ('{"prompt": "", "answer": "b"}', "row 1 .*empty prompt"),
+        (
+            '{"question": "a", "answer": "b"}',
+            r"bad\.jsonl, line 2 .*columns are answer, question",
+        ),
+        ('{"prompt": "a", "solution": "b"}', r"bad\.jsonl, line 2 .*prompt, solution"),
+        ('{"prompt": "a", "answer": null}', r"bad\.jsonl, line 2 .*answer None"),
+        ('{"prompt": "a", "answer": true}', r"bad\.jsonl, line 2 .*answer True"),
+        ('{"prompt": "", "answer": "b"}', r"bad\.jsonl, line 2 .*empty prompt"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, problem):
@@ -106,3 +149,70 @@ def test_reward_and_accuracy_follow_one_rule(tmp_path):
     assert answer_reward([], texts, answer=answers) == [1.0, 1.0, 0.0]
     pairs = zip(texts, answers, strict=True)
     assert [task.is_correct(t, {"answer": a}) for t, a in pairs] == [True, True, False]
+
+
+def test_rows_know_their_lines_on_either_side_of_the_split(tmp_path):
+    text = "\n".join(
+        json.dumps(row) + "\n" for row in ROWS
+    )  # every other line is blank
+    file = tmp_path / "sums.jsonl"
+    file.write_text(text)
+    task = load_task(str(file))
+    for rows in (task.train, task.test, first_rows(task.test, 2)):
+        for number, row in enumerate(rows):
+            assert line_of(rows, number) == f"{file}, line {2 * row['answer'] - 1}"
+
+
+json_numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+
+
+@settings(deadline=None)
+@given(json_numbers | st.text(max_size=20).filter(canonical))
+def test_every_answer_that_loads_is_right_as_its_own_text(answer):
+    row = json.loads(json.dumps({"answer": answer}))
+    assert answer_reward([], [str(answer)], answer=[row["answer"]]) == [1.0]
+
+
+@settings(deadline=None)
+@given(json_numbers)
+def test_numbers_are_right_however_long_they_are_written(answer):
+    row = json.loads(json.dumps({"answer": answer}))
+    text = f"So it is {Decimal(str(answer)):f}."
+    assert answer_reward([], [text], answer=[row["answer"]]) == [1.0]
+
+
+texts = st.sampled_from(
+    [
+        "Nf3",
+        "Bf3",
+        "3",
+        "3.0",
+        "so 3",
+        "<answer>3</answer>",
+        "<answer>3</answer> 4",
+        "4",
+    ]
+    + [
+        "answer: Nf3",
+        "Nf3.",
+        "nf3",
+        "",
+        "no",
+        "\\frac62",
+        "3/1",
+        "<answer>Bf3</answer>",
+    ]
+)
+
+
+@settings(deadline=None)
+@given(texts, texts, st.sampled_from(["Nf3", "3", 3, 3.0, "Bf3", 4]))
+def test_equal_votes_imply_equal_verdicts(one, two, answer):
+    row = {"answer": answer}
+    for vote, verdict in [
+        (read_answer, is_correct),
+        (read_answer_lenient, is_correct_lenient),
+    ]:
+        if vote(one, row) == vote(two, row):
+            assert verdict(one, row) == verdict(two, row)
+        assert vote("Nf3", {"answer": "Nf3"}) != vote("Bf3", {"answer": "Nf3"})

@@ -146,8 +146,8 @@ def test_a_verdict_judges_the_answers_where_comparing_cannot():
     task = make_task(
         "12",
         is_correct=None,
-        answer=tagged_answer,
-        answer_lenient=last_answer,
+        answer=lambda text, row: tagged_answer(text),
+        answer_lenient=lambda text, row: last_answer(text),
         verdict=in_worker_of_evens,
     )
     groups = ["<answer>4</answer>", "4"], ["<answer>3</answer>", "no answer: 8"]

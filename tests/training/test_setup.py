@@ -1,12 +1,17 @@
-"""What a run is told before it begins."""
+"""What a run is told, and says of itself, before it begins."""
 
 import types
+from pathlib import Path
 
 import pytest
 
 from grpo_jax.config import TrainConfig
 from grpo_jax.tasks import load_task, task_from_rows
-from grpo_jax.training.setup import file_name, warnings
+from grpo_jax.tasks.base import Task
+from grpo_jax.training.evaluate import one_device
+from grpo_jax.training.setup import describe_run, file_name, warnings
+
+ROW = {"prompt": "a", "answer": "b"}
 
 
 def told(prompts, model="embedded", warning=None):
@@ -55,3 +60,24 @@ def test_other_models_know_language_and_are_warned_of_memory_alone():
 )
 def test_a_task_names_a_folder(task, name):
     assert file_name(task) == name
+
+
+@pytest.mark.parametrize(
+    ("test", "source", "said"),
+    [
+        ([], "", "mine, 2 rows, none held out; a step"),
+        ([ROW] * 3, "", "mine, 2 rows, 3 held out; a step"),
+        (
+            [ROW],
+            "those of test.jsonl",
+            "rows, 1 held out (those of test.jsonl); a step",
+        ),
+    ],
+)
+def test_a_run_always_says_what_is_held_out(test, source, said):
+    task = Task(
+        name="mine", train=[ROW] * 2, test=test, held_out=source, rewards=(print,)
+    )
+    policy = types.SimpleNamespace(config=TrainConfig(), base={}, trained={})
+    line = describe_run(policy, task, one_device(), Path("runs/a"))
+    assert said in line
