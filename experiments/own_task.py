@@ -2,8 +2,8 @@
 
     python experiments/own_task.py
 
-Hardware: 2 CPU cores. Time: about a minute.
-Result: reward on 500 held-out rows ? -> ? (seed 0), after 60 steps.
+Hardware: 2 CPU cores. Time: a minute or two.
+Result: reward on 500 held-out rows 0.020 -> 0.998 (seed 0), after 40 steps.
 
 The model that comes with the package forgets the minus sign of `12-57=` more often than
 not. It is right at times, and that is what GRPO needs: what is sampled and rewarded
@@ -25,7 +25,7 @@ def signed(completions, answer, **columns):
     ]
 
 
-def main(steps: int = 60, seed: int = 0, run_dir: str | None = None) -> None:
+def main(steps: int = 40, seed: int = 0, run_dir: str | None = None) -> None:
     """Train on most of the rows; print the mean reward on the others, before, after."""
     pairs = [(a, b) for a in range(10, 100) for b in range(a + 1, 100)]
     random.Random(0).shuffle(pairs)

@@ -17,6 +17,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "grpo_jax"
+TESTS = ROOT / "tests"
 
 # Folder or module -> row. A module that stands here by itself leaves its folder's row.
 ROWS = {
@@ -61,6 +62,25 @@ HOST_ONLY = (
     "rollout.local_calls",
     "rollout.worker",
 )
+# Modules without a test file of their own name -> the file that tests them.
+TESTED_IN = {
+    "models.block": "models/test_decoder.py",
+    "models.cache": "models/test_attention.py",
+    "models.hf_config": "models/test_config.py",
+    "models.protocol": "training/test_own_model.py",
+    "models.routing": "models/test_experts.py",
+    "parallel.agreement": "training/test_preemption.py",
+    "parallel.gathering": "training/test_programs.py",
+    "presets": "test_config.py",
+    "reporting.logs": "reporting/test_console.py",
+    "reporting.panels": "reporting/test_plots.py",
+    "rollout.local_calls": "rollout/test_rewards.py",
+    "training.inventory": "training/test_checkpoint.py",
+    "training.judging": "training/test_evaluate.py",
+    "training.references": "training/test_lora.py",
+    "training.state": "training/test_step.py",
+    "trl_names": "test_flags.py",
+}
 # Deprecated, private, or not to be mixed with Linen.
 BANNED = (
     "jax._src",
@@ -176,6 +196,22 @@ def public_definitions(module: str) -> list[ast.FunctionDef | ast.ClassDef]:
 def test_every_module_has_a_row():
     rowless = [m for m in FILES if m and m not in ROWS and folder(m) not in ROWS]
     assert not rowless, "give them a row here and in CONTRIBUTING.md"
+
+
+def test_every_module_has_its_tests():
+    """In the file of its name, training/test_loop.py for training.loop, or above."""
+    untested, needless = [], set(TESTED_IN)
+    for module, path in FILES.items():
+        if path.stem in ("__init__", "__main__"):
+            continue
+        own = path.relative_to(PACKAGE).with_name(f"test_{path.name}")
+        if (TESTS / own).is_file():
+            continue
+        needless.discard(module)
+        if not (module in TESTED_IN and (TESTS / TESTED_IN[module]).is_file()):
+            untested.append(f"{module}: write tests/{own}")
+    assert not untested, "or name the file that tests it in TESTED_IN"
+    assert not needless, "these have a test file of their own name, or are gone"
 
 
 def test_the_rows_are_those_of_the_contributors_page():
