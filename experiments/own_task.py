@@ -3,7 +3,7 @@
     python experiments/own_task.py
 
 Hardware: 2 CPU cores. Time: a minute or two.
-Result: reward on 500 held-out rows 0.020 -> 0.998 (seed 0), after 40 steps.
+Result: reward on 500 held-out rows 0.020 -> 0.998 (seeds 0 and 1), after 40 steps.
 
 The model that comes with the package forgets the minus sign of `12-57=` more often than
 not. It is right at times, and that is what GRPO needs: what is sampled and rewarded

@@ -66,6 +66,8 @@ HOST_ONLY = (
 TESTED_IN = {
     "models.block": "models/test_decoder.py",
     "models.cache": "models/test_attention.py",
+    "models.foreign_keys": "models/test_config.py",
+    "models.hf_checks": "models/test_config.py",
     "models.hf_config": "models/test_config.py",
     "models.protocol": "training/test_own_model.py",
     "models.routing": "models/test_experts.py",
@@ -74,7 +76,7 @@ TESTED_IN = {
     "presets": "test_config.py",
     "reporting.logs": "reporting/test_console.py",
     "reporting.panels": "reporting/test_plots.py",
-    "rollout.local_calls": "rollout/test_rewards.py",
+    "rollout.reward_metrics": "rollout/test_rewards.py",
     "training.inventory": "training/test_checkpoint.py",
     "training.judging": "training/test_evaluate.py",
     "training.references": "training/test_lora.py",
