@@ -1,6 +1,7 @@
 # Each target sets up what it needs, once: a virtual environment, the packages, the run.
 #   make train    the embedded model learns arithmetic (a few minutes on a CPU)
 #   make test     format, lint, types and tests
+#   make test-lowest  the tests with the oldest packages that pyproject.toml allows
 #   make torture  runs that are killed 50 times end in the same bits (minutes)
 #   make docs     the pages as a site, in docs/_build/html
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= auto
 
-.PHONY: train test unit torture check lint format types docs clean
+.PHONY: train test unit test-lowest torture check lint format types docs clean
 
 train: $(VENV)/.train
 	$(BIN)/grpo-jax train --run-dir runs/arithmetic $(ARGS)
@@ -20,6 +21,14 @@ test: $(VENV)/.test
 
 unit: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# Direct dependencies only: what those need in turn is theirs to bound.
+test-lowest:
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python \
+		--resolution lowest-direct --editable '.[test]'
+	.venv-lowest/bin/python -m pytest -n $(JOBS) $(ARGS)
 
 torture: $(VENV)/.test
 	$(BIN)/python tests/training/torture.py --kills 50 $(ARGS)
@@ -43,7 +52,7 @@ docs: $(VENV)/.docs
 	@echo "docs/_build/html/docs/index.html"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info docs/_build
+	rm -rf $(VENV) .venv-* build dist *.egg-info docs/_build
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -56,6 +65,8 @@ $(VENV)/.train: $(BIN)/python pyproject.toml
 
 $(VENV)/.test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@$(BIN)/python -m pip install --quiet --editable '.[tasks]' >/dev/null 2>&1 \
+		|| echo "reasoning-gym could not be installed (pycosat needs a C compiler); its tests are skipped"
 	touch $@ $(VENV)/.train
 
 $(VENV)/.docs: $(BIN)/python pyproject.toml
