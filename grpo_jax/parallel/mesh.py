@@ -178,6 +178,16 @@ def gather_rows(rows: PyTree) -> PyTree:
     )
 
 
+def own_share(count: int) -> slice:
+    """Which of `count` things are this process's, so that each has its part of them.
+
+    Shares differ by one at most, and may be empty; together, in the order of the
+    processes, they are all.
+    """
+    number, processes = jax.process_index(), jax.process_count()
+    return slice(count * number // processes, count * (number + 1) // processes)
+
+
 def gather_lists(values: list[Any]) -> list[Any]:
     """Every process's list of JSON values, joined in the order of the processes."""
     if jax.process_count() == 1:

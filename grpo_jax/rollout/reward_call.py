@@ -115,14 +115,14 @@ class RewardCall:
     required: frozenset[str]
     is_async: bool
 
-    def check_columns(self, columns: Iterable[str]) -> None:
-        """Raises `ValueError` when the function needs a column that is not there."""
+    def check_columns(self, columns: Iterable[str], *, of: str = "the rows") -> None:
+        """Raises `ValueError` when it needs a column that is not there, `of` whom."""
         offered = (set(columns) - _HIDDEN_COLUMNS) | _KEYWORDS
         missing = sorted(self.required - offered)
         if missing:
             raise ValueError(
-                f"reward function {self.name!r} needs {', '.join(missing)}, which the "
-                f"rows do not have; it can be given {', '.join(sorted(offered))}."
+                f"reward function {self.name!r} needs {', '.join(missing)}, which {of} "
+                f"do not have; it can be given {', '.join(sorted(offered))}."
             )
 
     def run(self, batch: Batch) -> Outcome | Failure:

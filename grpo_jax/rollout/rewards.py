@@ -149,11 +149,14 @@ class RewardRunner:
             for call in self._calls
         )
 
-    def check_columns(self, columns: Iterable[str]) -> None:
-        """Raises `ValueError` naming a function that needs a column not among these."""
+    def check_columns(self, columns: Iterable[str], *, of: str = "the rows") -> None:
+        """Raises `ValueError` naming a function that needs a column not among these.
+
+        `of` says whose columns they are.
+        """
         columns = tuple(columns)
         for call in self._calls:
-            call.check_columns(columns)
+            call.check_columns(columns, of=of)
 
     def score(
         self,

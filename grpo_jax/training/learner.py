@@ -183,8 +183,11 @@ class Learner:
             name: float(np.mean([values[name] for values in fetched]))
             for name in fetched[0]
         }
-        # Later updates differ from the sampler because they have moved away from it.
-        metrics["sampler_logp_diff/max"] = float(fetched[0]["sampler_logp_diff/max"])
+        if batch.old_logp is not None:
+            # Later updates differ from the sampler because they moved away from it, and
+            # the first one may see a part: what counts is the policy before them all.
+            largest = largest_difference(batch.old_logp, batch.sampler_logp, batch.mask)
+            metrics["sampler_logp_diff/max"] = float(largest)
         metrics["learning_rate"] = float(
             np.asarray(self._schedule(int(state.step) - 1))
         )
@@ -254,6 +257,16 @@ def score_batch(
         return score(jax.tree.map(lambda leaf: leaf[0], parts))
     logp = lax.map(score, parts)
     return jnp.moveaxis(logp, 0, 1).reshape(batch.completions.shape)
+
+
+@jax.jit
+def largest_difference(
+    logp: Float[Array, "N G T"],
+    sampler_logp: Float[Array, "N G T"],
+    mask: Bool[Array, "N G T"],
+) -> Float[Array, ""]:
+    """The largest |logp - sampler_logp|, nats, of tokens under the mask; 0 of none."""
+    return jnp.max(jnp.where(mask, jnp.abs(logp - sampler_logp), 0.0))
 
 
 @functools.partial(jax.jit, static_argnames="kl_coef")

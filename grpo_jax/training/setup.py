@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from grpo_jax.config import EMBEDDED, TrainConfig
+from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.reporting import metrics as names
 from grpo_jax.rollout.collect import score_rows
@@ -35,6 +37,7 @@ from grpo_jax.tasks.base import (
 from grpo_jax.training.best import best_mode
 from grpo_jax.training.evaluate import Evaluator
 from grpo_jax.training.judging import Completed, is_judged, judge
+from grpo_jax.training.judging import Evaluation as Judged
 from grpo_jax.training.policy import Policy
 
 Evaluation = Callable[[PyTree], dict[str, float]]
@@ -174,6 +177,8 @@ def make_runner(config: TrainConfig, task: Task) -> RewardRunner:
     )
     runner = RewardRunner(task.rewards, chosen, max_steps=config.steps)
     runner.check_columns(task.train[0])
+    if _held_out(config, task) and not is_judged(task):
+        runner.check_columns(task.test[0], of="the held-out rows")
     _check_best(config.checkpoint.keep_best, task, runner)
     best_mode(config.checkpoint)  # which must be known before anything is saved
     return runner
@@ -212,8 +217,7 @@ def make_evaluation(
     Greedy accuracy where the task can tell right from wrong, else the mean reward.
     `announce` is told what begins.
     """
-    count = min(config.eval_prompts, len(task.test)) if config.eval_every else 0
-    rows = first_rows(task.test, count)
+    rows = first_rows(task.test, _held_out(config, task))
     if not rows:
         return lambda variables: {}
     evaluator = Evaluator(
@@ -232,24 +236,41 @@ def make_evaluation(
         start = time.perf_counter()
         announce(f"compiling, then evaluating {len(rows):,} held-out prompts")
         completed = evaluator.complete(variables)
+        # Every process has all completions; each judges a part of them.
+        share = meshes.own_share(len(rows))
+        own = Completed(texts=completed.texts[share], ids=completed.ids[share])
         with agreement.phase("evaluation"):
-            if is_judged(task):
-                result = judge(completed, rows, task, lenient=False)
-                metrics = {
-                    names.ACCURACY: result.accuracy,
-                    "eval/standard_error": result.standard_error,
-                }
-            else:
-                metrics = {names.EVAL_REWARD: _mean_reward(runner, rows, completed)}
+            verdicts = _verdicts(own, rows[share], task, runner)
+        values = np.array(meshes.gather_lists(verdicts), np.float64)
+        if is_judged(task):
+            result = Judged(correct=values[:, None] == 1.0, completions=completed.texts)
+            metrics = {
+                names.ACCURACY: result.accuracy,
+                "eval/standard_error": result.standard_error,
+            }
+        else:
+            given = values[~np.isnan(values)]
+            mean = float(given.mean()) if given.size else math.nan
+            metrics = {names.EVAL_REWARD: mean}
         return metrics | {"time/eval": time.perf_counter() - start}
 
     return evaluate
 
 
-def _mean_reward(
-    runner: RewardRunner, rows: Sequence[Row], completed: Completed
-) -> float:
-    first_texts = [group[0] for group in completed.texts]
-    first_ids = [group[0] for group in completed.ids]
-    scores = score_rows(runner, rows, first_texts, first_ids, step=0)
-    return float(np.nanmean(scores.total))
+def _held_out(config: TrainConfig, task: Task) -> int:
+    """How many rows the run measures itself on."""
+    return min(config.eval_prompts, len(task.test)) if config.eval_every else 0
+
+
+def _verdicts(
+    completed: Completed, rows: Sequence[Row], task: Task, runner: RewardRunner
+) -> list[float]:
+    """1 for right and 0 for wrong, or the reward, of one completion per row."""
+    if not rows:
+        return []
+    if is_judged(task):
+        judged = judge(completed, rows, task, lenient=False)
+        return judged.correct[:, 0].astype(float).tolist()
+    texts = [group[0] for group in completed.texts]
+    ids = [group[0] for group in completed.ids]
+    return score_rows(runner, rows, texts, ids, step=0).total.tolist()

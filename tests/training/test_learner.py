@@ -161,6 +161,22 @@ def test_the_difference_to_the_sampler_is_that_of_the_first_update(
     assert metrics["sampler_logp_diff/max"] < 1e-5
 
 
+@pytest.mark.parametrize(("updates", "minibatches"), [(2, 1), (1, 2)])
+def test_the_difference_to_the_sampler_is_seen_wherever_it_is(
+    updates, minibatches, make_learner, rollout, bigram
+):
+    model, params = bigram
+    learner = make_learner(updates_per_rollout=updates, minibatches=minibatches)
+    config = learner._config
+    scored = score_batch(model, config, {"params": params()}, learner.score(rollout))
+    for prompt in range(2):  # each in a minibatch of its own, if there are two
+        logp = np.array(scored)
+        logp[prompt, 1, 0] -= 5.0
+        learner = make_learner(updates_per_rollout=updates, minibatches=minibatches)
+        _, metrics = one_step(learner, dataclasses.replace(rollout, logp=logp))
+        assert metrics["sampler_logp_diff/max"] == pytest.approx(5.0, rel=1e-4)
+
+
 @pytest.mark.parametrize("size", [16, 8, 4, 2])
 def test_scores_do_not_depend_on_the_microbatch(size, bigram, tools):
     model, params = bigram

@@ -525,6 +525,10 @@ def test_rewards_of_a_wrong_length_are_refused_and_nothing_is_lost(
         ({"rewards": share, "dataset": []}, "are empty"),
         ({"rewards": share, "dataset": [{"prompt": "x"}]}, "needs wanted"),
         (
+            {"rewards": share, "dataset": ROWS, "eval_dataset": [{"prompt": "x"}]},
+            "'share' needs wanted, which the held-out rows do not have",
+        ),
+        (
             {"rewards": share, "dataset": [{"prompt": "x" * 17, "wanted": "a"}]},
             "row 0 has 17 tokens",
         ),

@@ -1,15 +1,11 @@
 """A step's numbers are of all it sampled, however that was spread over processes."""
 
-import threading
-
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.config import ObjectiveConfig, TrainConfig
-from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout.groups import Rollout, join, refill
 from grpo_jax.training import utilization
 from grpo_jax.training.measures import Measures, slowest
@@ -57,39 +53,6 @@ def share(rollout, number, count):
     )
 
 
-def on_processes(act, count):
-    """What each of several threads gives, which gather as processes do."""
-    meeting, parts, results = threading.Barrier(count), [None] * count, [None] * count
-    number = threading.local()
-
-    def gathered(values, merge):
-        meeting.wait(60.0)
-        parts[number.value] = values
-        meeting.wait(60.0)
-        return merge(parts)
-
-    def rows(values):
-        stack = lambda parts: jax.tree.map(lambda *x: np.concatenate(x), *parts)  # noqa: E731
-        return gathered(values, stack)
-
-    def lists(values):
-        return gathered(values, lambda parts: [x for part in parts for x in part])
-
-    def run(index):
-        number.value = index
-        results[index] = act(index)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meshes, "gather_rows", rows)
-        patch.setattr(meshes, "gather_lists", lists)
-        threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return results
-
-
 @pytest.fixture(scope="module")
 def measures(tiny_policy, meshes_of):
     made = {}
@@ -111,7 +74,9 @@ def known_peak():
 
 @settings(max_examples=25)
 @given(st.integers(0, 10**6), st.sampled_from([2, 4]), st.sampled_from([1, 3]))
-def test_several_processes_say_what_one_says(measures, seed, count, rounds):
+def test_several_processes_say_what_one_says(
+    measures, on_processes, seed, count, rounds
+):
     rng = np.random.default_rng(seed)
     taken = [make_rollout(rng, 8) for _ in range(rounds)]
     sampled = join(taken)
@@ -157,7 +122,7 @@ def test_without_dynamic_sampling_nothing_is_kept_apart(measures):
     assert not [name for name in metrics if name.startswith("kept/")]
 
 
-def test_times_are_those_of_the_slowest_process():
+def test_times_are_those_of_the_slowest_process(on_processes):
     times = [{"time/rollout": 1.0, "time/step": 5.0}, {"time/rollout": 2.0}]
     times[1]["time/step"] = 3.0
     seen = on_processes(lambda number: slowest(times[number]), 2)

@@ -1,15 +1,27 @@
 """What a run is told, and says of itself, before it begins."""
 
+import dataclasses
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from grpo_jax.config import TrainConfig
+from grpo_jax.config import RewardsConfig, TrainConfig
+from grpo_jax.parallel.agreement import Agreement
+from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.base import Task
+from grpo_jax.training import setup
 from grpo_jax.training.evaluate import one_device
-from grpo_jax.training.setup import describe_run, file_name, warnings
+from grpo_jax.training.judging import Completed
+from grpo_jax.training.setup import (
+    describe_run,
+    file_name,
+    make_evaluation,
+    make_runner,
+    warnings,
+)
 
 ROW = {"prompt": "a", "answer": "b"}
 
@@ -81,3 +93,86 @@ def test_a_run_always_says_what_is_held_out(test, source, said):
     policy = types.SimpleNamespace(config=TrainConfig(), base={}, trained={})
     line = describe_run(policy, task, one_device(), Path("runs/a"))
     assert said in line
+
+
+def lengths(completions, prompts, **_):
+    """Rewards that differ, and none for the empty text."""
+    return [len(text) / 7 if text else None for text in completions]
+
+
+def needs_answer(completions, answer, **_):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"), [({}, True), ({"eval_every": 0}, False)]
+)
+def test_held_out_rows_have_the_columns_that_rewards_need(changes, refused):
+    rows = [{"prompt": "a", "answer": "b"}]
+    task = task_from_rows(rows, needs_answer, eval_rows=[{"prompt": "a", "Answer": 1}])
+    config = TrainConfig(model="tiny", **changes)
+    if not refused:
+        make_runner(config, task).close()
+        return
+    with pytest.raises(ValueError, match="needs answer, which the held-out rows do"):
+        make_runner(config, task)
+
+
+def test_held_out_rows_that_are_judged_by_comparing_need_no_columns_of_rewards():
+    task = dataclasses.replace(load_task("arithmetic"), rewards=(lengths,))
+    make_runner(TrainConfig(), task).close()
+
+
+@pytest.fixture
+def evaluation(tiny_policy, monkeypatch):
+    """What measures a policy whose completion of the row of a number is as long."""
+    texts = ["x" * (number % 4) for number in range(7)]
+    completed = Completed(texts=[[t] for t in texts], ids=[[[1]]] * len(texts))
+    evaluator = types.SimpleNamespace(complete=lambda variables: completed)
+    monkeypatch.setattr(setup, "Evaluator", lambda *_, **__: evaluator)
+    policy = types.SimpleNamespace(
+        model=tiny_policy.model, tokenizer=tiny_policy.tokenizer
+    )
+    rows = [{"prompt": str(number)} for number in range(7)]
+
+    def measure(seen, prompts, judged):
+        def scores(completions, prompts, **_):
+            seen.extend(prompts)
+            return lengths(completions, prompts)
+
+        def is_right(text, row):
+            seen.append(row["prompt"])
+            return len(text) == 2
+
+        task = task_from_rows(rows, scores, eval_rows=rows[:prompts])
+        if judged:
+            task = dataclasses.replace(task, is_correct=is_right)
+        completed.texts[prompts:], completed.ids[prompts:] = [], []
+        with RewardRunner(task.rewards, RewardsConfig()) as runner:
+            return make_evaluation(
+                policy,
+                task,
+                runner,
+                TrainConfig(model="tiny"),
+                None,
+                agreement=Agreement(),
+                announce=lambda text: None,
+            )({})
+
+    return measure
+
+
+@pytest.mark.parametrize("judged", [False, True])
+@pytest.mark.parametrize(("prompts", "count"), [(7, 3), (2, 4), (1, 2)])
+def test_processes_score_each_held_out_row_once_and_agree(
+    prompts, count, judged, evaluation, on_processes
+):
+    seen = []
+    alone = evaluation(seen, prompts, judged)
+    assert sorted(seen) == [str(number) for number in range(prompts)]
+    seen.clear()
+    together = on_processes(lambda _: evaluation(seen, prompts, judged), count)
+    assert sorted(seen) == [str(number) for number in range(prompts)]
+    for metrics in together:
+        for name in metrics.keys() - {"time/eval"}:
+            np.testing.assert_array_equal(metrics[name], alone[name])
