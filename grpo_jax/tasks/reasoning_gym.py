@@ -4,13 +4,18 @@ Stojanovski et al. 2025, https://arxiv.org/abs/2505.24760; needs the extra `task
 scorers evaluate what the model wrote, so they run in the isolated worker process only.
 """
 
+import contextlib
 import difflib
 import functools
-from collections.abc import Mapping, Sequence
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
-from grpo_jax.tasks.answers import last_answer, tagged_answer
+from grpo_jax.tasks.answers import last_answer, parse_number, tagged_answer
 from grpo_jax.tasks.base import Task, completion_text
+from grpo_jax.tasks.numbers import number_text
 
 TRAIN_ROWS = 2000
 TEST_ROWS = 200
@@ -21,6 +26,10 @@ INSTRUCTION = "Give the final answer between <answer> and </answer>."
 _DISTINCT_SEEDS = 1_000_000
 # Scores are floats between 0 and 1; this much below 1 is rounding.
 _FULL_SCORE = 0.999
+# Problems whose scorer is tried out when a task is loaded, and what is right for none.
+_PROBED = 3
+_NONSENSE = "certainly nothing"
+_LOG = logging.getLogger(__name__)
 
 
 def reasoning_gym_task(dataset: str, *, seed: int) -> Task:
@@ -41,6 +50,7 @@ def reasoning_gym_task(dataset: str, *, seed: int) -> Task:
         )
     compares = _compares(dataset)
     train_seed = (seed % _DISTINCT_SEEDS + 1) * TRAIN_ROWS
+    _probe(dataset, train_seed)
     return Task(
         name=f"reasoning_gym:{dataset}",
         train=_GeneratedRows(dataset, train_seed, TRAIN_ROWS),
@@ -113,6 +123,70 @@ def _is_right(scorer: Any, answer: str, entry: dict[str, Any]) -> bool:
         return False
 
 
+def _probe(dataset: str, seed: int) -> None:
+    """Tries the scorer on right and wrong answers to the first problems.
+
+    Raises:
+      ValueError: if the problems cannot be made, if nonsense is right, or if the right
+        answer is not: nothing could be learned. What is wrong and yet right for every
+        problem is a warning.
+    """
+    library = f"reasoning_gym {version('reasoning_gym')}"
+    try:
+        scorer = _dataset(dataset, seed)
+        entries = [_entry(dataset, seed, index) for index in range(_PROBED)]
+    except Exception as error:
+        raise ValueError(
+            f"{library} cannot make problems of {dataset!r} without options: {error}."
+        ) from error
+    with _prints_aside():
+        fault = next(filter(None, (_fault(scorer, entry) for entry in entries)), None)
+        taken = _taken(scorer, entries)
+    if fault is not None:
+        raise ValueError(
+            f"the scorer of {dataset!r} in {library} takes {fault}: nothing can be "
+            "learned from it; choose another data set."
+        )
+    for kind in taken:
+        _LOG.warning(
+            "the scorer of %r in %s takes %s for right: a policy may learn that",
+            *(dataset, library, kind),
+        )
+
+
+def _fault(scorer: Any, entry: dict[str, Any]) -> str | None:
+    """What is wrong with the verdict on nonsense or on the right answer, or None."""
+    if _is_right(scorer, _NONSENSE, entry):
+        return f"{_NONSENSE!r} for right"
+    gold = entry["answer"]
+    if gold is not None and not _is_right(scorer, str(gold), entry):
+        return f"its own answer {str(gold)[:80]!r} for wrong"
+    return None
+
+
+def _taken(scorer: Any, entries: Sequence[dict[str, Any]]) -> list[str]:
+    """The kinds of wrong answers that are right for every problem."""
+    verdicts: dict[str, list[bool]] = {}
+    for entry in entries:
+        for kind, wrong in _wrong_answers(entry, entries):
+            verdicts.setdefault(kind, []).append(_is_right(scorer, wrong, entry))
+    return [kind for kind, right in verdicts.items() if all(right)]
+
+
+def _wrong_answers(
+    entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    """Answers to a problem that should be wrong, with their kinds."""
+    gold = str(entry["answer"])
+    number = parse_number(gold)
+    if number:
+        yield "a number with the wrong sign", number_text(-number)
+        yield "0 where the answer is another number", "0"
+    others = {str(e["answer"]) for e in entries if e["answer"] is not None} - {gold}
+    for other in sorted(others):
+        yield "the answers of other problems", other
+
+
 class _GeneratedRows(Sequence[Mapping[str, Any]]):
     """Rows that the library makes on demand; row i is always the same."""
 
@@ -160,7 +234,13 @@ def _dataset(name: str, seed: int) -> Any:
 # The completions of a group share their problem, and some take a second to make.
 @functools.lru_cache(maxsize=4096)
 def _entry(name: str, seed: int, index: int) -> dict[str, Any]:
-    return _dataset(name, seed)[index]
+    with _prints_aside():
+        return _dataset(name, seed)[index]
+
+
+def _prints_aside() -> contextlib.redirect_stdout:
+    # Some data sets print as they make or score problems, and `eval` writes JSON there.
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _library() -> Any:

@@ -1,6 +1,7 @@
 """Problems are reproducible, and scored fully or not at all, in the worker only."""
 
 import sys
+import types
 
 import pytest
 
@@ -93,4 +94,52 @@ def test_unknown_data_sets_and_a_missing_library_are_explained(monkeypatch):
         load_task("reasoning_gym:chainsum")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ValueError, match=r"grpo-jax\[tasks\]"):
+        load_task("reasoning_gym:chain_sum")
+
+
+def test_scorers_are_tried_with_right_and_wrong_answers(caplog):
+    with pytest.raises(
+        ValueError, match="'game_of_life_halting' in reasoning_gym 0.* "
+    ):
+        load_task("reasoning_gym:game_of_life_halting")
+    with pytest.raises(ValueError, match="cannot make problems of 'composite'"):
+        load_task("reasoning_gym:composite")
+    assert not caplog.records
+    for name, kind in [
+        ("gsm_symbolic", "a number with the wrong sign"),
+        ("coin_flip", "0 where the answer is another number"),
+        ("puzzle24", "the answers of other problems"),
+    ]:
+        caplog.clear()
+        load_task(f"reasoning_gym:{name}")
+        (record,) = caplog.records
+        assert name in record.getMessage() and f"takes {kind}" in record.getMessage()
+    caplog.clear()
+    for name in ("chain_sum", "leg_counting", "countdown", "propositional_logic"):
+        load_task(f"reasoning_gym:{name}")
+    assert not caplog.records
+
+
+def test_what_the_library_prints_does_not_reach_the_output_of_a_command(capsys):
+    assert load_task("reasoning_gym:bf").test[0]["dataset"] == "bf"
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith(".")
+
+
+@pytest.mark.parametrize(
+    ("score", "problem"),
+    [
+        (lambda answer, entry: 1.0, "'certainly nothing' for right"),
+        (lambda answer, entry: 0.0, "its own answer '7' for wrong"),
+    ],
+)
+def test_a_scorer_that_does_not_tell_right_from_wrong_is_refused(
+    monkeypatch, score, problem
+):
+    from grpo_jax.tasks import reasoning_gym
+
+    scorer = types.SimpleNamespace(score_answer=score)
+    monkeypatch.setattr(reasoning_gym, "_dataset", lambda name, seed: scorer)
+    monkeypatch.setattr(reasoning_gym, "_entry", lambda *_: {"answer": "7"})
+    with pytest.raises(ValueError, match=problem):
         load_task("reasoning_gym:chain_sum")
