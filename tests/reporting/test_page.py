@@ -222,7 +222,7 @@ def test_page_in_a_browser_draws_filters_and_runs_nothing_hostile(tmp_path, synt
     options += " --disable-background-networking --disable-component-update"
     options += f" --disable-sync --user-data-dir={tmp_path / 'browser'}"
     command = ["chromium", *options.split(), "--dump-dom", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, timeout=600, check=True)
     dom = done.stdout.decode("utf-8")
     title = re.search("<title>(.*?)</title>", dom)[1]
     assert title.startswith("checked "), title

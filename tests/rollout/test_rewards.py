@@ -320,7 +320,7 @@ def test_lengths_of_the_batch_are_checked():
 
 
 @pytest.mark.parametrize("bad", ["raise", "sys.exit"])
-@pytest.mark.parametrize("timeout", [None, 20.0])
+@pytest.mark.parametrize("timeout", [None, fns.PATIENCE])
 def test_an_exception_is_raised_on_with_the_name_and_the_cause(bad, timeout):
     with pytest.raises(RuntimeError, match="'misbehave' failed") as caught:
         score([fns.misbehave], ["good", bad], timeout_seconds=timeout)
@@ -334,10 +334,10 @@ def test_an_exception_in_an_async_function_is_raised_on():
 
     # The function's own TimeoutError is an error, not a time limit of ours.
     with pytest.raises(RuntimeError, match="the judge did not answer"):
-        score([broken], ["a"], timeout_seconds=20.0)
+        score([broken], ["a"], timeout_seconds=fns.PATIENCE)
 
 
-@pytest.mark.parametrize("timeout", [None, 20.0])
+@pytest.mark.parametrize("timeout", [None, fns.PATIENCE])
 def test_drop_costs_only_the_offenders_their_reward(timeout, caplog):
     completions = ["good", "raise", "good", "raise"]
     with RewardRunner(
@@ -383,7 +383,7 @@ async def on_the_main_thread_async(completions, **_):
 @pytest.mark.parametrize("on_error", ["raise", "drop"])
 @pytest.mark.parametrize(
     ("function", "timeout"),
-    [(on_the_main_thread, 20.0), (on_the_main_thread_async, None)],
+    [(on_the_main_thread, fns.PATIENCE), (on_the_main_thread_async, None)],
 )
 def test_what_needs_the_main_thread_is_shown_the_way(
     function, timeout, on_error, caplog
@@ -405,20 +405,22 @@ def test_a_plain_function_over_time_is_raised_or_dropped():
     release = threading.Event()
 
     def stuck(completions, **kwargs):
-        release.wait(20.0)
+        release.wait(fns.PATIENCE)
         return [1.0, 1.0]
+
+    def drops_the_stuck_alone(limit):
+        config = {"timeout_seconds": limit, "on_error": "drop"}
+        scores = score([stuck, fns.length], ["a", "b"], **config)
+        np.testing.assert_array_equal(scores.rewards, [[np.nan, np.nan], [1.0, 1.0]])
+        assert scores.metrics["rewards/stuck/timeout_rate"] == 1.0
+        assert scores.metrics["rewards/stuck/error_rate"] == 0.0
 
     try:
         with pytest.raises(RuntimeError, match="'stuck' failed: No answer within 0.1"):
             score([stuck], ["a", "b"], timeout_seconds=0.1)
-        scores = score(
-            [stuck, fns.length], ["a", "b"], timeout_seconds=0.1, on_error="drop"
-        )
+        fns.at_some_limit(drops_the_stuck_alone, 0.1)
     finally:
         release.set()
-    np.testing.assert_array_equal(scores.rewards, [[np.nan, np.nan], [1.0, 1.0]])
-    assert scores.metrics["rewards/stuck/timeout_rate"] == 1.0
-    assert scores.metrics["rewards/stuck/error_rate"] == 0.0
 
 
 def test_an_async_function_over_time_is_cancelled():
@@ -426,14 +428,14 @@ def test_an_async_function_over_time_is_cancelled():
 
     async def stuck(completions, **kwargs):
         try:
-            await asyncio.sleep(60.0)
+            await asyncio.sleep(fns.PATIENCE)
         except asyncio.CancelledError:
             cancelled.set()
             raise
 
     with pytest.raises(RuntimeError, match="'stuck' failed: No answer within 0.1"):
         score([stuck], ["a"], timeout_seconds=0.1)
-    assert cancelled.wait(5.0)
+    assert cancelled.wait(fns.PATIENCE)
 
 
 def test_an_async_function_that_blocks_the_loop_does_not_block_the_next_batch():
@@ -441,11 +443,16 @@ def test_an_async_function_that_blocks_the_loop_does_not_block_the_next_batch():
 
     async def sometimes(completions, **kwargs):
         if completions == ["block"]:
-            release.wait(20.0)
+            release.wait(fns.PATIENCE)
         return [1.0]
 
-    config = RewardsConfig(timeout_seconds=0.5, on_error="drop")
-    with RewardRunner([sometimes], config) as runner:
-        assert np.isnan(run(runner, ["block"]).total[0])
-        assert run(runner, ["fine"]).total.tolist() == [1.0]
+    def scores_the_next(limit):
+        config = RewardsConfig(timeout_seconds=limit, on_error="drop")
+        with RewardRunner([sometimes], config) as runner:
+            assert np.isnan(run(runner, ["block"]).total[0])
+            assert run(runner, ["fine"]).total.tolist() == [1.0]
+
+    try:
+        fns.at_some_limit(scores_the_next, 0.5)
+    finally:
         release.set()

@@ -55,7 +55,7 @@ def test_only_a_full_score_in_tags_earns_the_reward_in_the_worker():
         "",
     ]
     columns = {name: [value] * len(texts) for name, value in row.items()}
-    config = RewardsConfig(isolate=True, timeout_seconds=30.0)
+    config = RewardsConfig(isolate=True, timeout_seconds=600.0)
     with RewardRunner(task.rewards, config) as runner:
         scores = runner.score(
             [row["prompt"]] * len(texts),

@@ -79,7 +79,7 @@ class Cloud:
             input=answer,
             text=True,
             capture_output=True,
-            timeout=60,
+            timeout=600,
         )
 
     def calls(self, verb: str | None = None) -> list[list[str]]:

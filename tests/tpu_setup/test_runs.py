@@ -39,7 +39,7 @@ def states(cloud) -> list[str]:
 
 
 def wait_for(cloud, state: str) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while states(cloud) != [state, state]:
         assert time.monotonic() < deadline, (states(cloud), state)
 

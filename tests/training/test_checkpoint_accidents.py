@@ -77,7 +77,7 @@ def child(code: str, *arguments: object) -> subprocess.Popen:
 
 def test_a_full_disk_costs_the_save_and_nothing_else(tmp_path):
     process = child(DISK_FULL, tmp_path)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-3000:]
 
 
@@ -87,7 +87,7 @@ def test_a_process_killed_while_it_saves_leaves_a_good_checkpoint(tmp_path):
         for line in process.stdout:
             if int(line) == 3:
                 break
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not list(tmp_path.glob("*orbax-checkpoint-tmp*")):
             assert time.monotonic() < deadline and process.poll() is None
     finally:
@@ -176,7 +176,7 @@ def test_two_processes_agree_on_damage_and_on_saves_that_fail_on_one(tmp_path):
         port = probe.getsockname()[1]
     processes = [child(TWO_PROCESSES, tmp_path, port, i) for i in (0, 1)]
     try:
-        results = [process.communicate(timeout=120) for process in processes]
+        results = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()

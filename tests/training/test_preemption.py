@@ -30,7 +30,7 @@ def test_the_first_signal_is_a_request_and_the_second_ends_the_process(
             pass
         assert agreement.stop
         signal.raise_signal(number)
-        assert ended.wait(timeout=30)
+        assert ended.wait(timeout=600)
     assert codes == [128 + number]
 
 
