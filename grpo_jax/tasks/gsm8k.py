@@ -4,6 +4,7 @@ Cobbe et al. 2021, https://arxiv.org/abs/2110.14168: 7,473 training and 1,319 te
 problems. Rows come from local files, or from the Hugging Face hub.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -100,13 +101,14 @@ def _rows(items: Sequence[Row]) -> Sequence[Row]:
 
 
 def _row(item: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    question, solution = item.get("question"), item.get("answer")
-    if not isinstance(question, str) or not isinstance(solution, str) or not question:
-        columns = ", ".join(sorted(item))
-        raise ValueError(
-            f"{where} must have the strings 'question' and 'answer'; "
-            f"its columns are {columns}."
-        )
+    for name in ("question", "answer"):
+        if not isinstance(item.get(name), str) or not item[name]:
+            found = reprlib.repr(item[name]) if name in item else "none"
+            raise ValueError(
+                f"{where} must have the strings 'question' and 'answer', but has "
+                f"{found} for {name!r}; its columns are {', '.join(sorted(item))}."
+            )
+    question, solution = item["question"], item["answer"]
     gold = marked_number(solution)
     if gold is None:
         _, mark, end = solution.rpartition("####")

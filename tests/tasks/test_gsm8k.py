@@ -106,6 +106,9 @@ def test_rows_of_another_shape_are_named(tmp_path):
         ValueError, match=r"train\.jsonl, line 2 .*'question'.*are label, prompt"
     ):
         load_task("gsm8k", data=str(file))
+    file = write(tmp_path / "train.jsonl", [{"question": "q", "answer": 7}])
+    with pytest.raises(ValueError, match="line 1 must .*has 7 for 'answer'"):
+        load_task("gsm8k", data=str(file))
     file = write(tmp_path / "train.jsonl", [{"question": "q", "answer": "seven"}])
     with pytest.raises(ValueError, match=r"line 1 .*no number after '####'"):
         load_task("gsm8k", data=str(file))

@@ -88,6 +88,7 @@ WHOLE = {
     "unit with a digit": lambda v: f"{v} m2",
     "unit with a raised digit": lambda v: f"{v} cm\u00b2",
     "unit in LaTeX": lambda v: f"{v}\\text{{ m/s}}",
+    "unit in LaTeX with a power": lambda v: f"{v}\\,\\text{{ cm}}^{{2}}",
     "degrees": lambda v: f"{v}^\\circ",
 }
 # What need not be read, but never as another number.

@@ -137,6 +137,63 @@ def test_strict_and_lenient_readings_are_judged_apart():
     }
 
 
+TEXTS = [
+    "Nf3",
+    "Bf3",
+    "3",
+    "3.0",
+    " 3",
+    "so 3",
+    "#### 3",
+    "#### 3.",
+    "#### 4",
+    "",
+    "\n",
+]
+TEXTS += [
+    "<answer>3</answer>",
+    "<answer> 3 </answer> 4",
+    "answer: Nf3",
+    "nf3.",
+    "(1,2)",
+]
+
+
+@pytest.mark.parametrize("gold", ["3", "Nf3", "-3"])
+@pytest.mark.parametrize("kind", ["arithmetic", "gsm8k", "rows", "reasoning_gym"])
+def test_equal_votes_are_both_right_or_both_wrong(kind, gold, tmp_path):
+    if kind == "reasoning_gym":
+        pytest.importorskip("reasoning_gym")
+    if kind in ("arithmetic", "reasoning_gym"):
+        task = load_task("arithmetic" if kind == "arithmetic" else f"{kind}:chain_sum")
+    else:
+        line = {"prompt": "a", "question": "a", "answer": f"#### {gold}"}
+        if kind == "rows":
+            line["answer"] = gold
+        elif gold == "Nf3":
+            pytest.skip("its answers are numbers")
+        file = tmp_path / "rows.jsonl"
+        file.write_text(json.dumps(line))
+        name, data = ("gsm8k", str(file)) if kind == "gsm8k" else (str(file), None)
+        task = load_task(name, data=data)
+    row = dict(task.train[0], answer=gold)
+    judged = judge(completed(TEXTS), [row], task)
+    for reading in (judged, judged.lenient):
+        verdicts = {}
+        for vote, right in zip(reading.answers[0], reading.correct[0], strict=True):
+            assert verdicts.setdefault(vote, right) == right
+        assert not verdicts.get(None, False)
+
+
+def test_a_majority_does_not_merge_texts_that_hold_the_same_number(tmp_path):
+    file = tmp_path / "moves.jsonl"
+    file.write_text('{"prompt": "Your move?", "answer": "Nf3"}')
+    task = load_task(str(file))
+    judged = judge(completed(["Bf3", "Nf3", "nf3."]), task.train, task)
+    assert judged.correct.tolist() == [[False, True, True]]
+    assert judged.majority() == 1.0 == judged.lenient.majority()
+
+
 def in_worker_of_evens(prompts, completions, answer, **columns):
     """1.0 for even numbers; a stand-in for a scorer that no comparison replaces."""
     return [float(int(text) % 2 == 0) for text in completions]
