@@ -70,6 +70,7 @@ class Console:
         self._clock = _Clock(total_steps)
         self._latest: dict[str, Any] = {}
         self._step = 0
+        self._phases: set[str] = set()
         self._sample: Panel | None = None
         self._sample_time = -math.inf
         self._live: rich.live.Live | None = None
@@ -121,8 +122,9 @@ class Console:
             logs.LOGGER.info(text)
 
     def phase(self, text: str) -> None:
-        """Show what begins; after the first step nothing takes long without a line."""
-        if self._step == 0:
+        """Show what begins, once: only the first time it has to be compiled."""
+        if text not in self._phases:
+            self._phases.add(text)
             self.note(text)
 
     def warning(self, text: str) -> None:

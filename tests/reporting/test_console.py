@@ -52,17 +52,17 @@ def test_outside_a_terminal_output_is_one_plain_line_every_few_steps():
     assert all(line.isprintable() and line.isascii() for line in lines)
 
 
-def test_phases_are_told_until_the_first_step_has_ended(tmp_path):
+def test_each_phase_is_told_when_it_begins_for_the_first_time(tmp_path):
     stream = io.StringIO()
     with attach_log_file(tmp_path), Console(9, ReportConfig(), stream=stream) as shown:
         shown.phase("loading")
-        shown.step(0, {})
-        shown.phase("sampling")
-        shown.step(5, METRICS)  # the first of a run that was resumed
-        shown.phase("sampling again")
+        for step in (5, 6):  # of a run that was resumed
+            shown.phase("sampling")
+            shown.step(step, METRICS)
+        shown.phase("evaluating")
     for text in (stream.getvalue(), (tmp_path / "log.txt").read_text()):
-        told = re.findall(r"loading|step \d|sampling.*", text)
-        assert told == ["loading", "step 0", "sampling", "step 5"]
+        told = re.findall(r"loading|step \d|sampling|evaluating", text)
+        assert told == ["loading", "sampling", "step 5", "step 6", "evaluating"]
 
 
 def test_a_run_goes_on_when_nobody_reads_its_output_any_more(tmp_path):
