@@ -11,13 +11,16 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from grpo_jax.compile_cache import use_compile_cache
 from grpo_jax.config import EMBEDDED, TrainConfig
 from grpo_jax.flags import all_plan_flags, all_train_flags, plan_flags, train_config
+
+if TYPE_CHECKING:
+    from grpo_jax.training.policy import Restored
 
 _HELP = """GRPO post-training of language models in JAX.
 
@@ -169,6 +172,7 @@ def evaluate(
         task, data = config.task, data or config.data
     sampling = policy.sampling(samples=samples, temperature=temperature)
     loaded = load_task(task, data=data, seed=config.seed)
+    _warn_of_strange(policy, [row["prompt"] for row in loaded.test])
     result = measure(
         policy.model,
         policy.params,
@@ -198,6 +202,15 @@ def evaluate(
         records = result.records(loaded.test)
         lines = (json.dumps(record, allow_nan=False) for record in records)
         _write(completions, "".join(line + "\n" for line in lines))
+
+
+def _warn_of_strange(policy: "Restored", prompts: Sequence[Any]) -> None:
+    """Tell what the embedded model, unless trained by a run, cannot know."""
+    from grpo_jax.tasks.arithmetic import unknown_to_embedded
+
+    if policy.step is None and policy.config.model == EMBEDDED:
+        if text := unknown_to_embedded(prompts):
+            print(f"warning: {text}", file=sys.stderr)
 
 
 def _check_task_is_known(run_dir: Path, config: TrainConfig) -> None:
@@ -250,6 +263,7 @@ def sample(
     if model is None and run_dir is None:
         model = EMBEDDED
     policy = open_policy(run_dir=run_dir, model=model, step=step)
+    _warn_of_strange(policy, [prompt])
     texts = complete(
         policy.model,
         policy.params,

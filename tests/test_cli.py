@@ -406,6 +406,18 @@ def test_sample_prints_one_line_per_completion(capsys, tiny_policy):
     assert out_of(capsys, *drawn, "--seed", 1) != text
 
 
+@pytest.mark.parametrize(("prompt", "told"), [("37+48=", False), ("Hello", True)])
+def test_the_embedded_model_warns_of_a_prompt_that_it_cannot_know(
+    monkeypatch, capsys, prompt, told
+):
+    said = lambda *args, **options: [["85"]]  # noqa: E731
+    monkeypatch.setattr("grpo_jax.training.evaluate.complete", said)
+    run_main(monkeypatch, "sample", "--prompt", prompt)
+    shown = capsys.readouterr()
+    assert shown.out == "85\n"
+    assert ("1 of 1 prompts are others, with 'H' 'e'" in shown.err) == told
+
+
 def test_sample_uses_the_policy_of_a_run(capsys, run, tiny_policy):
     short = ("--prompt", "1+1=", "--max-new-tokens", 4)
     by_run = out_of(capsys, "sample", "--run-dir", run, *short)

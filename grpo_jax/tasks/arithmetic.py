@@ -6,7 +6,7 @@ Prompts look like `37+48=`, answers like `85`; a difference may be negative.
 import itertools
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo_jax.tasks.answers import answer_like, same_answer
@@ -53,9 +53,21 @@ def arithmetic_task() -> Task:
     )
 
 
-def is_problem(prompt: Any) -> bool:
-    """Whether a prompt is such a problem; the embedded model knows no others."""
-    return isinstance(prompt, str) and _PROBLEM.fullmatch(prompt) is not None
+def unknown_to_embedded(prompts: Sequence[Any]) -> str | None:
+    """A warning of prompts that are no such problems, which the embedded model knows
+    alone; None where all of them are.
+    """
+    strange = [p for p in prompts if not (isinstance(p, str) and _PROBLEM.fullmatch(p))]
+    if not strange:
+        return None
+    characters = sorted(set("".join(map(str, strange))) - set("0123456789+-="))
+    never = f"with {' '.join(map(repr, characters[:20]))}, which it has never seen, "
+    return (
+        "the embedded model knows prompts like '37+48=' and '52-19=' and nothing else; "
+        f"{len(strange):,} of {len(prompts):,} prompts are others, "
+        f"{never if characters else ''}as {strange[0]!r:.100}. --model names a model "
+        "of language"
+    )
 
 
 def correct(

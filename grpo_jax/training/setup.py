@@ -26,7 +26,7 @@ from grpo_jax.rollout.reward_call import reward_names
 from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.rollout.sampling import policy_sampling
 from grpo_jax.tasks import load_task, task_from_rows
-from grpo_jax.tasks.arithmetic import is_problem
+from grpo_jax.tasks.arithmetic import unknown_to_embedded
 from grpo_jax.tasks.base import (
     RewardFunction,
     Row,
@@ -141,21 +141,9 @@ def warnings(policy: Policy, task: Task) -> Iterator[str]:
     """What the user should hear before the first step, a line each."""
     if policy.warning is not None:
         yield policy.warning
-    if policy.config.model != EMBEDDED:
-        return
     prompts = [row["prompt"] for row in task.train]
-    strange = [prompt for prompt in prompts if not is_problem(prompt)]
-    if strange:
-        unknown = sorted(set("".join(map(str, strange))) - set("0123456789+-="))
-        never = (
-            f", with {' '.join(map(repr, unknown[:20]))}, never seen" if unknown else ""
-        )
-        yield (
-            "the embedded model has learned prompts like '37+48=' and '52-19=' and "
-            f"nothing else; {len(strange):,} of {len(prompts):,} prompts are others"
-            f"{never}: {strange[0]!r:.100}. Only what it samples already can be "
-            "learned; a model of language is given by --model."
-        )
+    if policy.config.model == EMBEDDED and (text := unknown_to_embedded(prompts)):
+        yield f"{text}; only what a model samples by itself can be learned"
 
 
 def _millions(count: int) -> str:

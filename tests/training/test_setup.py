@@ -53,7 +53,7 @@ def test_the_embedded_model_knows_its_own_task():
 def test_the_embedded_model_warns_of_what_it_has_never_seen(prompt, unknown):
     (text,) = told(["37+48=", prompt, prompt])
     assert "2 of 3 prompts are others" in text and repr(prompt) in text
-    assert (f"with {unknown}, never seen" in text) == (unknown is not None)
+    assert (f"others, with {unknown}, which" in text) == (unknown is not None)
 
 
 def test_other_models_know_language_and_are_warned_of_memory_alone():
