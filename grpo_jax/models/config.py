@@ -91,8 +91,10 @@ class ModelConfig:
         or `rope_parameters` (5). Absent keys mean what the transformers class assumes.
         `dtype` is left at float32: the file's is that of storage, not of compute.
 
-        A key that is not known may change the model. It is refused unless its value is
-        null, false, zero or empty, which by custom means "not in use".
+        A key by which some architecture changes what it computes is honored or refused,
+        unless its value is null, false, zero or empty, which by custom means "not in
+        use". One that no architecture has is ignored, with a line in the log; not
+        so if the file names code of its own (`auto_map`), which may read any key.
 
         Raises:
             ValueError: unknown architecture, missing keys, or an unsupported option.

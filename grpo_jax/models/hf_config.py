@@ -53,6 +53,12 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
     """
     architecture = _architecture(hf)
     family = FAMILIES[architecture]
+    for alias, name in family.aliases.items():
+        if hf.get(alias, hf.get(name)) != hf.get(name, hf.get(alias)):
+            raise ValueError(
+                f"config.json: {alias}={hf[alias]!r} and {name}={hf[name]!r} are two "
+                "names of one key and differ"
+            )
     hf = {family.aliases.get(key, key): value for key, value in hf.items()}
     check_keys(hf, family)
     values = {**family.defaults, **hf}

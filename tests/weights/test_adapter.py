@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from importlib import resources
 
 import jax
 import numpy as np
@@ -124,6 +125,23 @@ def test_an_adapter_comes_back_with_its_bits(reference, adapter, tmp_path):
         ("r", 0),
     ],
 )
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("some/base", "some/base"),
+        ("embedded", str(resources.files("grpo_jax") / "assets" / "arithmetic-1m")),
+        (".", str(pathlib.Path.cwd())),
+        (None, None),
+    ],
+)
+def test_the_base_is_named_so_that_others_find_it(
+    reference, adapter, tmp_path, name, written
+):
+    named = dataclasses.replace(adapter, base_name=name)
+    save_adapter(tmp_path, named, reference.config)
+    assert load_adapter(tmp_path, reference.config).base_name == written
+
+
 def test_options_that_change_the_adapters_are_refused(
     reference, tmp_path, option, value
 ):
