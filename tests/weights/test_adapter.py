@@ -112,20 +112,6 @@ def test_an_adapter_comes_back_with_its_bits(reference, adapter, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("use_dora", True),
-        ("use_rslora", True),
-        ("bias", "all"),
-        ("rank_pattern", {"q_proj": 4}),
-        ("modules_to_save", ["lm_head"]),
-        ("init_lora_weights", "pissa"),
-        ("peft_type", "LOHA"),
-        ("some_new_option", 1),
-        ("r", 0),
-    ],
-)
-@pytest.mark.parametrize(
     ("name", "written"),
     [
         ("some/base", "some/base"),
@@ -142,6 +128,20 @@ def test_the_base_is_named_so_that_others_find_it(
     assert load_adapter(tmp_path, reference.config).base_name == written
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("use_dora", True),
+        ("use_rslora", True),
+        ("bias", "all"),
+        ("rank_pattern", {"q_proj": 4}),
+        ("modules_to_save", ["lm_head"]),
+        ("init_lora_weights", "pissa"),
+        ("peft_type", "LOHA"),
+        ("some_new_option", 1),
+        ("r", 0),
+    ],
+)
 def test_options_that_change_the_adapters_are_refused(
     reference, tmp_path, option, value
 ):
