@@ -132,7 +132,9 @@ def test_checkpoints_hold_adapters_alone(run):
     assert not [name for name in names if "kernel" in name or "embed" in name]
 
 
-def test_what_is_exported_restored_and_returned_is_the_merged_model(run, meshes_of):
+def test_what_is_exported_restored_and_returned_is_the_merged_model(
+    run, meshes_of, tiny_policy
+):
     config, result = run
     exported = load_pretrained(result.run_dir / "export")
     assert_same_bits(exported.params, result.params)
@@ -140,8 +142,13 @@ def test_what_is_exported_restored_and_returned_is_the_merged_model(run, meshes_
     for mesh in (None, meshes_of(1, 4, 2)):
         restored = restore(result.run_dir, mesh=mesh)
         assert_same_bits(restored.params, result.params)
-        assert restored.model.config == exported.config
-    assert restored.model == Decoder(exported.config)
+        assert restored.model.config == tiny_policy.model.config
+    # The export's texts end where the run let them end, too.
+    ends = exported.config.eos_token_ids
+    assert ends == exported.tokenizer.stop_ids
+    assert {*config.sampling.stop_ids} < {*ends}
+    plain = dataclasses.replace(exported.config, eos_token_ids=ends[-1:])
+    assert restored.model == Decoder(plain)
 
 
 def test_base_and_exported_adapters_compute_what_the_merged_model_does(
