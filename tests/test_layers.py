@@ -66,8 +66,7 @@ HOST_ONLY = (
 TESTED_IN = {
     "models.block": "models/test_decoder.py",
     "models.cache": "models/test_attention.py",
-    "models.foreign_keys": "models/test_config.py",
-    "models.hf_checks": "models/test_config.py",
+    "models.foreign_keys": "models/test_hf_checks.py",
     "models.hf_config": "models/test_config.py",
     "models.protocol": "training/test_own_model.py",
     "models.routing": "models/test_experts.py",
