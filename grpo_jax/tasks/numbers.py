@@ -81,6 +81,8 @@ _LATEX = [
         ),
         " ",
     ),
+    # What parts an operator from its number stays in sight; two columns stay two.
+    (re.compile(r"[ \t]{3,}"), "  "),
 ]
 _ENTITY = re.compile(r"&[A-Za-z][A-Za-z0-9]{1,7};")
 

@@ -252,6 +252,12 @@ def test_any_text_is_read_without_an_exception(text):
     assert plain(plain(text)) == plain(text)
 
 
+def test_an_operator_far_away_counts_and_columns_stay_apart():
+    for text in ("x -{}5", "x = -{}5", "minus{}5", "5{}million", "5{}000", "3 +{}5"):
+        assert last_number(text.format(" " * 200)) is None, text
+    assert last_number("5" + " " * 200 + "apples") == 5
+
+
 def test_superscripts_and_vulgar_fractions_do_not_fuse_with_digits():
     assert plain("10\u207b\u00b3 x\u00b2") == "10^{-3} x^{2}"
     assert last_number("10\u207b\u00b3") == Fraction(1, 1000)
