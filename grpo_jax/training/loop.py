@@ -38,6 +38,7 @@ from grpo_jax.training.policy import load_policy
 from grpo_jax.training.preemption import GraceCheck, stop_requests
 from grpo_jax.training.progress import Progress, TrainResult
 from grpo_jax.training.references import References
+from grpo_jax.training.reward_code import changed_rewards
 from grpo_jax.training.state import Batch
 from grpo_jax.weights.folder import remove_unfinished
 from grpo_jax.weights.pretrained import save_pretrained
@@ -201,8 +202,10 @@ class _Run:
         # A run that was stopped before its first step measures the policy again.
         self.tracker.truncate_after(step or -1)
         self.console.note(setup.describe_resumed(step, self.config.steps))
-        for text in setup.changed_rewards(self.task, directories.read_data(self.path)):
-            self.console.warning(text)
+        before = directories.read_data(self.path).get("rewards")
+        if before is not None:
+            for text in changed_rewards(self.task.rewards, before):
+                self.console.warning(text)
 
     def _begin(self) -> None:
         metrics = self._measured()

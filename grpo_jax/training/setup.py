@@ -3,12 +3,11 @@
 import dataclasses
 import difflib
 import hashlib
-import inspect
 import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.reporting import metrics as names
 from grpo_jax.rollout.collect import score_rows
-from grpo_jax.rollout.reward_call import reward_names
 from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.rollout.sampling import policy_sampling
 from grpo_jax.tasks import load_task, task_from_rows
@@ -39,6 +37,7 @@ from grpo_jax.training.evaluate import Evaluator
 from grpo_jax.training.judging import Completed, is_judged, judge
 from grpo_jax.training.judging import Evaluation as Judged
 from grpo_jax.training.policy import Policy
+from grpo_jax.training.reward_code import describe_rewards
 
 Evaluation = Callable[[PyTree], dict[str, float]]
 
@@ -80,7 +79,7 @@ def describe_data(task: Task) -> dict[str, Any]:
         "task": task.name,
         "rows": len(task.train),
         "rows_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "rewards": _reward_digests(task),
+        "rewards": describe_rewards(task.rewards),
     }
 
 
@@ -88,36 +87,6 @@ def describe_resumed(step: int, steps: int) -> str:
     """Where a run goes on, or that it does not."""
     done = "; nothing is left to train, another run_dir starts anew"
     return f"resumed from step {step} of {steps}{done if step >= steps else ''}"
-
-
-def changed_rewards(task: Task, before: Mapping[str, Any]) -> list[str]:
-    """A warning where reward functions are not those of the run so far, by their code.
-
-    They may change, so that one that fails can be mended.
-
-    Args:
-      before: what `describe_data` said when the run was last at work.
-    """
-    now = _reward_digests(task)
-    old = before.get("rewards", now)
-    differing = [n for n in {**old, **now} if old.get(n, "") != now.get(n, "")]
-    if not differing:
-        return []
-    return [f"other reward functions than before: {', '.join(differing)}"]
-
-
-def _reward_digests(task: Task) -> dict[str, str | None]:
-    """A digest of the code of each reward function, by its name."""
-    names = reward_names(task.rewards)
-    return dict(zip(names, map(_code_digest, task.rewards), strict=True))
-
-
-def _code_digest(function: RewardFunction) -> str | None:
-    try:
-        source = inspect.getsource(inspect.unwrap(function))
-    except (OSError, TypeError):
-        return None  # a partial, an object, or typed at a prompt
-    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def describe_run(policy: Policy, task: Task, mesh: Mesh, path: Path) -> str:
