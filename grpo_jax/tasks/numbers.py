@@ -107,17 +107,18 @@ _ATOM = rf"""(?:
 )"""
 # Between two atoms of one expression: punctuation without spaces, spaces alone, or an
 # operator between spaces. Relations, bars and marks of headings part expressions.
-_JOIN = r"""(?:
-    [^\w\s=<>|#\u2190-\u21ff\u2248\u2260\u2264\u2265]{1,8}
-  | '|_
+_GLUE = r"(?:[^\w\s=<>|#\u2190-\u21ff\u2248\u2260\u2264\u2265]{1,8}|_)"
+_JOIN = rf"""(?:
+    {_GLUE}
   | [ \t]++
-  | [)}\]$]{0,3}[ \t]*+[-+*/^xX\u00b1]{1,2}[ \t]*+[({[$]{0,3}[-+]?
+  | [)}}\]$]{{0,3}}[ \t]*+[-+*/^xX\u00b1]{{1,2}}[ \t]*+[({{[$]{{0,3}}[-+]?
   | [ \t]++:[ \t]++
   | [ \t]++and[ \t]++(?=\d++/\d|\\[dtc]?frac)
   | (?=\\[dtc]?frac)
 )"""
 _UNIT = rf"""[ \t]*+\{{?[ \t]*+(?:[{_L}]++[/*])*+
-    (?:(?:[ms]|[{_L}]{{2,12}})\}}?\^\{{?-?\d++\}}?|(?:m|[{_L}]{{2,12}})[23](?![{_L}\d]))"""
+    (?: (?:[ms]|[{_L}]{{2,12}})\}}?\^\{{?-?\d\}}? | (?:m|[{_L}]{{2,12}})[23] )
+    (?![{_L}\d_]|[.,*/^-]\d)"""
 _EXPRESSION = re.compile(
     rf"""
     (?<![{_L}\d])(?<![{_L}\d]_)
@@ -125,7 +126,7 @@ _EXPRESSION = re.compile(
     (?P<wrap>(?:[{_CURRENCY}][ ]?|[*_({{}}`]|{_CODE}){{0,6}})
     (?P<body>{_ATOM}(?:{_JOIN}{_ATOM})*+)
     (?:{_UNIT})?+
-    | [{_L}]_?\d[\d.,]*+
+    | [{_L}]_?\d++(?:{_GLUE}\d++|[ ]\d{{3}}(?!\d))*+  # CO2, x_1: a name
     """,
     re.VERBOSE,
 )

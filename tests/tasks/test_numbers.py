@@ -252,6 +252,28 @@ def test_any_text_is_read_without_an_exception(text):
     assert plain(plain(text)) == plain(text)
 
 
+PARTED = [
+    ", ",
+    " and ",
+    "; ",
+    "\n",
+    " = ",
+    "=",
+    " \u2192 ",
+    " is ",
+    ". ",
+    " or ",
+    "|",
+    " (",
+]
+
+
+@settings(deadline=None, max_examples=300)
+@given(numbers, among(WHOLE), numbers, among(WHOLE), st.sampled_from(PARTED))
+def test_of_two_numbers_the_last_is_read_or_none(one, first, two, second, between):
+    assert last_number(first(one) + between + second(two)) in (None, two)
+
+
 def test_an_operator_far_away_counts_and_columns_stay_apart():
     for text in ("x -{}5", "x = -{}5", "minus{}5", "5{}million", "5{}000", "3 +{}5"):
         assert last_number(text.format(" " * 200)) is None, text
