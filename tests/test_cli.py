@@ -213,6 +213,31 @@ def test_bad_input_ends_with_status_2_and_one_line(
     assert told in message
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train --task {rows} --run-dir {tmp}/run --prompts-per-step 8 --group-size 2",
+        "eval --task {rows}",
+        "sample --prompt hi",
+    ],
+)
+def test_a_template_that_refuses_ends_with_status_2_and_the_row(
+    monkeypatch, capsys, tmp_path, tiny_policy, arguments
+):
+    shutil.copytree(tiny_policy.folder, tmp_path / "model")
+    template = "{{ raise_exception('System role not supported') }}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    rows = [{"prompt": f"{n}+0=", "answer": n} for n in range(12)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text)
+    filled = arguments.format(rows=tmp_path / "rows.jsonl", tmp=tmp_path)
+    command = [*filled.split(), "--model", tmp_path / "model", "--max-new-tokens", 8]
+    assert run_main(monkeypatch, *command) == 2
+    (last,) = capsys.readouterr().err.splitlines()[-1:]
+    assert last.startswith("error: the prompt of row 0")
+    assert "the chat template refuses the messages: System role not supp" in last
+
+
 def test_a_run_that_diverged_ends_with_status_1(monkeypatch, capsys):
     def diverge(arguments):
         raise FloatingPointError("step 3: 5 updates in a row were not finite")

@@ -275,31 +275,57 @@ def test_an_export_of_a_gguf_model_is_the_same_model(gguf_path, tmp_path, tools)
     assert again.tokenizer.stop_ids == loaded.tokenizer.stop_ids
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    "GRPO_JAX_GGUF" not in os.environ,
-    reason="GRPO_JAX_GGUF names no SmolLM2-135M-Instruct file",
-)
-def test_smollm2_knows_the_capital_of_france():
-    loaded = load_pretrained(os.environ["GRPO_JAX_GGUF"])
-    model, tokenizer = loaded.model, loaded.tokenizer
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.encode_prompt(question)
+def greedy(loaded, ids, *, length=64):
+    """The ids of a text and of its likeliest continuation, up to a stop token."""
+    model = loaded.model
 
     @jax.jit
-    def next_token(params, tokens, length):
+    def next_token(params, tokens, count):
         variables = {"params": params}
-        hidden = model.apply(variables, tokens, length, method=model.forward)
+        hidden = model.apply(variables, tokens, count, method=model.forward)
         head = model.apply(variables, method=model.head)
-        return (hidden[0, length[0] - 1] @ head).argmax()
+        return (hidden[0, count[0] - 1] @ head).argmax()
 
-    tokens, length = np.zeros((1, 64), np.int32), len(ids)
-    tokens[0, :length] = ids
-    while length < 64:
-        token = int(next_token(loaded.params, tokens, np.array([length])))
-        if token in tokenizer.stop_ids:
+    tokens, count = np.zeros((1, length), np.int32), len(ids)
+    tokens[0, :count] = ids
+    while count < length:
+        token = int(next_token(loaded.params, tokens, np.array([count])))
+        if token in loaded.tokenizer.stop_ids:
             break
-        tokens[0, length] = token
-        length += 1
-    answer = tokenizer.decode(tokens[0, len(ids) : length])
-    assert answer == "The capital of France is Paris."
+        tokens[0, count] = token
+        count += 1
+    return loaded.tokenizer.decode(tokens[0, len(ids) : count])
+
+
+def from_file(variable, model):
+    return [
+        pytest.mark.slow,
+        pytest.mark.skipif(
+            variable not in os.environ, reason=f"{variable} names no {model} file"
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variable", "prompt", "length", "answer"),
+    [
+        pytest.param(
+            "GRPO_JAX_GGUF",
+            [{"role": "user", "content": "What is the capital of France?"}],
+            64,
+            "The capital of France is Paris.",
+            marks=from_file("GRPO_JAX_GGUF", "SmolLM2-135M-Instruct"),
+        ),
+        pytest.param(
+            "GRPO_JAX_GEMMA_GGUF",
+            "The capital of France is",
+            14,
+            " the capital of the country of France.",
+            marks=from_file("GRPO_JAX_GEMMA_GGUF", "gemma-3-270m (Q4_K_M)"),
+        ),
+    ],
+)
+def test_a_published_file_knows_the_capital_of_france(variable, prompt, length, answer):
+    loaded = load_pretrained(os.environ[variable])
+    ids = loaded.tokenizer.encode_prompt(prompt)
+    assert greedy(loaded, ids, length=length) == answer
