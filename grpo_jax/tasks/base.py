@@ -117,13 +117,23 @@ def task_from_rows(
     check_rows(rows, name="dataset rows")
     if eval_rows is not None:
         check_rows(eval_rows, name="held-out dataset rows")
-    functions = (rewards,) if callable(rewards) else tuple(rewards)
     return Task(
         name=CALLERS_ROWS,
         train=rows,
         test=() if eval_rows is None else eval_rows,
-        rewards=functions,
+        rewards=reward_functions(rewards),
     )
+
+
+def reward_functions(given: Any) -> tuple[RewardFunction, ...]:
+    """Returns one function or several as a tuple; `Task` checks what is in it."""
+    if callable(given):
+        return (given,)
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(
+            f"rewards must be a function or a list of functions, got {given!r:.100}."
+        )
+    return tuple(given)
 
 
 def describe_held_out(task: Task) -> str:

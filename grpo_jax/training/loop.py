@@ -72,7 +72,12 @@ def train(
         good checkpoint stays.
       RuntimeError: where another process failed.
     """
-    config = config or TrainConfig()
+    config = TrainConfig() if config is None else config
+    if not isinstance(config, TrainConfig):
+        raise ValueError(
+            f"config must be a TrainConfig, got {config!r:.100}; as in "
+            'train(TrainConfig(model="...", steps=100)).'
+        )
     initialize_processes(config.mesh)
     with contextlib.ExitStack() as stack:
         agreement = Agreement()

@@ -31,6 +31,7 @@ from grpo_jax.tasks.base import (
     Task,
     describe_held_out,
     first_rows,
+    reward_functions,
 )
 from grpo_jax.training.best import best_mode
 from grpo_jax.training.evaluate import Evaluator
@@ -59,7 +60,7 @@ def choose_task(
         task = load_task(config.task, data=config.data, seed=config.seed)
         if rewards is None:
             return task
-        functions = (rewards,) if callable(rewards) else tuple(rewards)
+        functions = reward_functions(rewards)
         return dataclasses.replace(task, rewards=functions, reward_weights=None)
     if rewards is None:
         raise ValueError("a dataset needs rewards: functions that score completions.")

@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grpo_jax import train
 from grpo_jax.config import RewardsConfig, TrainConfig
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.tasks import load_task, task_from_rows
+from grpo_jax.tasks.arithmetic import correct
 from grpo_jax.tasks.base import Task
 from grpo_jax.training import setup
 from grpo_jax.training.evaluate import one_device
 from grpo_jax.training.judging import Completed
 from grpo_jax.training.setup import (
+    choose_task,
     describe_run,
     file_name,
     make_evaluation,
@@ -59,6 +62,25 @@ def test_the_embedded_model_warns_of_what_it_has_never_seen(prompt, unknown):
 def test_other_models_know_language_and_are_warned_of_memory_alone():
     assert told(["What?"], model="folder") == []
     assert told(["What?"], model="folder", warning="too large") == ["too large"]
+
+
+@pytest.mark.parametrize("wrong", ["accuracy", b"", {"a": len}, 3, ["a"], [None], []])
+@pytest.mark.parametrize("dataset", [None, [{"prompt": "37+48="}]])
+def test_rewards_that_are_no_functions_are_refused(wrong, dataset):
+    with pytest.raises(ValueError, match="must be (a )?functions?|no reward function"):
+        choose_task(TrainConfig(), dataset, wrong, None)
+
+
+def test_functions_come_alone_or_in_any_list_and_those_of_the_task_by_default():
+    for given in (len, [len], (len,), iter([len])):
+        assert choose_task(TrainConfig(), None, given, None).rewards == (len,)
+    assert choose_task(TrainConfig(), None, None, None).rewards == (correct,)
+
+
+@pytest.mark.parametrize("config", ["embedded", {"steps": 1}, {}, 3, TrainConfig])
+def test_a_run_is_described_by_a_configuration(config):
+    with pytest.raises(ValueError, match="config must be a TrainConfig, got "):
+        train(config)
 
 
 @pytest.mark.parametrize(
