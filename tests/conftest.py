@@ -35,6 +35,27 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgets_programs():
+    """Gives the memory of compiled programs back, where there are many.
+
+    JAX keeps each program of each test for ever; what modules share comes back from
+    the cache on disk.
+    """
+    yield
+    if resident_bytes() > 2**30:
+        jax.clear_caches()
+
+
+def resident_bytes():
+    """The memory of this process; 0 where the system does not say."""
+    try:
+        pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
 @dataclasses.dataclass(frozen=True)
 class TinyPolicy:
     """A language model of two layers over bytes, none of its parameters trivial."""
