@@ -21,6 +21,7 @@ COMPLETIONS_DIR = "completions"
 # Metrics that people look at, and that console, plots and page therefore name.
 REWARD = "reward"
 REWARD_STD = "reward_std"
+EQUAL_GROUPS = "frac_reward_zero_std"
 ACCURACY = "eval/accuracy"
 EVAL_REWARD = "eval/reward"  # where a task cannot tell right from wrong
 KL = "kl"
@@ -103,7 +104,7 @@ def reward_metrics(rewards: Float[np.ndarray, "N G"]) -> dict[str, float]:
     return {
         REWARD: _mean(np.concatenate(groups)),
         REWARD_STD: _mean(spreads),
-        "frac_reward_zero_std": _mean(flat),
+        EQUAL_GROUPS: _mean(flat),
     }
 
 

@@ -22,6 +22,7 @@ from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.parallel.processes import initialize_processes
 from grpo_jax.reporting import metrics as names
 from grpo_jax.reporting.console import Console
+from grpo_jax.reporting.equal_groups import EqualGroups, taught_nothing
 from grpo_jax.reporting.logs import attach_log_file
 from grpo_jax.reporting.plots import plot_runs
 from grpo_jax.reporting.trackers import make_tracker
@@ -167,6 +168,7 @@ class _Run:
         self.grace = GraceCheck(
             config.checkpoint.grace_seconds, report=self.console.warning
         )
+        self.equal_groups = EqualGroups(report=self.console.warning)
         self.measures = Measures(model.config, config, mesh)
         self.progress = Progress()
         self.began = 0.0  # on the clock of `perf_counter`, less the starts before
@@ -264,6 +266,7 @@ class _Run:
                 self.tracker.log_completions(rows, step)
             self._log(step, metrics)
             self.grace.check(metrics)
+            self.equal_groups.check(step, metrics)
             shown = rows[step % len(rows)]
             self.console.sample(shown["prompt"], shown["completion"], shown["rewards"])
 
@@ -351,6 +354,8 @@ class _Run:
                 plot_runs([self.path], self.path / "plots" / "metrics.png")
             self._set_status("finished")
         self.console.summary(result.summary)
+        if text := taught_nothing(result.history):
+            self.console.warning(text)
         return result
 
     def _result(self, status: directories.Status) -> TrainResult:

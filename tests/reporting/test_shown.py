@@ -23,6 +23,10 @@ NAMES = {
 LEFT_OUT = {
     ("console", metrics.REWARD_STD),
     ("console", metrics.ENTROPY),
+    # A warning tells of it, where it is 1 for long.
+    ("console", metrics.EQUAL_GROUPS),
+    ("plot", metrics.EQUAL_GROUPS),
+    ("page", metrics.EQUAL_GROUPS),
 }
 
 

@@ -577,6 +577,14 @@ def test_updates_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch)
     assert params_sha256(params) == two.summary["params_sha256"]
 
 
+def test_a_run_whose_rewards_never_differ_ends_by_saying_so(config, undisturbed):
+    config = dataclasses.replace(without_evaluation(config), steps=1)
+    result = run(config, lambda completions, **_: [0.25] * len(completions))
+    last = (result.run_dir / "log.txt").read_text().splitlines()[-1]
+    assert "in none of the 1 steps did rewards differ" in last and "0.25" in last
+    assert "did rewards differ" not in (undisturbed[1].run_dir / "log.txt").read_text()
+
+
 def test_dynamic_sampling_advances_by_what_it_drew(config, tmp_path):
     def sometimes(completions, wanted, **_):
         """Only prompts of the letters a and e tell completions apart."""
