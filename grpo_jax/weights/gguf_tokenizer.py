@@ -100,7 +100,7 @@ def build_tokenizer(fields: Mapping[str, Any], *, file: str) -> Tokenizer:
                 file,
             )
         rules = _BY_NAME[fields.get(_PRE, "default")]
-        backend, adds_bos = _byte_level_bpe(fields, rules), rules.adds_bos
+        backend, adds_bos = _byte_level_bpe(fields, rules, file=file), rules.adds_bos
     else:
         backend, adds_bos = _sentencepiece_bpe(fields), True
     _add_special_tokens(backend, fields)
@@ -137,6 +137,24 @@ def check_tokenizer(fields: Mapping[str, Any], *, file: str) -> None:
     missing = [name for name in _NEEDS[kind] if f"tokenizer.ggml.{name}" not in fields]
     if missing:
         raise _unsupported(f"tokenizer without {' and '.join(missing)}", file=file)
+    _check_counts(fields, file=file)
+
+
+def _check_counts(fields: Mapping[str, Any], *, file: str) -> None:
+    tokens = fields["tokenizer.ggml.tokens"]
+    problems = [
+        f"{len(fields[key])} {key} for {len(tokens)} tokens"
+        for key in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores")
+        if len(fields.get(key, tokens)) != len(tokens)
+    ]
+    for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+        index = _token_id(fields, name)
+        if index is not None and not 0 <= index < len(tokens):
+            problems.append(f"{name}_token_id {index} of {len(tokens)} tokens")
+    if len(set(tokens)) != len(tokens):
+        problems.append("a token that has two ids")
+    if problems:
+        raise _unsupported(f"tokenizer with {'; '.join(problems)}", file=file)
 
 
 def names_its_rules(fields: Mapping[str, Any]) -> bool:
@@ -177,19 +195,28 @@ def _unsupported(what: str, *, file: str) -> ValueError:
     )
 
 
-def _byte_level_bpe(fields: Mapping[str, Any], rules: _PreTokenizer) -> Any:
+def _byte_level_bpe(
+    fields: Mapping[str, Any], rules: _PreTokenizer, *, file: str
+) -> Any:
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
     tokens = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    backend = Backend(
-        models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=merges,
-            ignore_merges=rules.whole_first,
+    merges = [
+        (left, right)
+        for left, _, right in (
+            m.partition(" ") for m in fields["tokenizer.ggml.merges"]
         )
-    )
+    ]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    try:
+        model = models.BPE(vocabulary, merges, ignore_merges=rules.whole_first)
+    except Exception as error:
+        # The Rust library raises bare Exception.
+        raise _unsupported(
+            f"tokenizer whose merges fail ({error})", file=file
+        ) from error
+    backend = Backend(model)
     if rules.composes:
         backend.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(s), "isolated") for s in rules.splits]

@@ -245,6 +245,16 @@ def test_gemma_is_cut_as_sentencepiece_cuts_it(parts):
         ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken'"),
         ({"tokenizer.ggml.model": "t5"}, "tokenizer of kind 't5'"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer without scores"),
+        ({"tokenizer.ggml.token_type": [1]}, "tokenizer with 1 .*token_type for 98"),
+        ({"tokenizer.ggml.eos_token_id": 98}, "tokenizer with eos_token_id 98 of 98"),
+        ({"tokenizer.ggml.padding_token_id": 2**32 - 1}, "tokenizer with padding_tok"),
+        (
+            {
+                "tokenizer.ggml.tokens": ["a", "b", "a"],
+                "tokenizer.ggml.token_type": [1] * 3,
+            },
+            "tokenizer with a token that has two ids",
+        ),
     ],
 )
 @pytest.mark.parametrize("read", [build_tokenizer, check_tokenizer])
@@ -252,6 +262,13 @@ def test_other_tokenizers_are_refused_with_the_way_out(changes, problem, read):
     fields = gpt2_fields("smollm") | changes
     with pytest.raises(ValueError, match=f"x.gguf: {problem}.*tokenizer.json"):
         read(fields, file="x.gguf")
+
+
+@pytest.mark.parametrize("merge", ["ab", "a b", " b", "a "])
+def test_merges_of_no_tokens_are_refused(merge):
+    fields = gpt2_fields("smollm") | {"tokenizer.ggml.merges": [merge]}
+    with pytest.raises(ValueError, match="x.gguf: tokenizer whose merges fail"):
+        build_tokenizer(fields, file="x.gguf")
 
 
 def test_a_file_without_tokenizer_is_refused():
