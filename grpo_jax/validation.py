@@ -69,10 +69,12 @@ class Section:
     # Before the constructor of the dataclass, which knows no better than TypeError.
     def __new__(cls, *_: Any, **fields: Any) -> Self:
         """Raise ValueError for what is no field, naming the one that is meant."""
+        section: type = cls
+        known = {field.name for field in dataclasses.fields(section)}
         found = [
             f"{name} is not a field of {cls.__name__}; {_field_meant(cls, name)}"
             for name in fields
-            if name not in cls.__dataclass_fields__
+            if name not in known
         ]
         if found:
             raise ValueError("; ".join(found) + ".")
