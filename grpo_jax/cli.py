@@ -132,6 +132,7 @@ def evaluate(
     samples: int = 1,
     temperature: float | None = None,
     max_new_tokens: int | None = None,
+    batch_size: int | None = None,
     seed: int = 0,
     out: Path | None = None,
     completions: Path | None = None,
@@ -154,13 +155,21 @@ def evaluate(
         1 for a model.
       max_new_tokens: completions are cut at this length; by default the run's, or what
         suits the model.
+      batch_size: completions sampled at once; by default the run's eval_batch_size, or
+        128. Fewer need less memory; those of one prompt are never parted.
       seed: of the sampling.
       out: also write the JSON to this file.
       completions: write every completion with its verdict to this .jsonl file.
     """
-    _check_counts(prompts=prompts, samples=samples, max_new_tokens=max_new_tokens)
+    _check_counts(
+        prompts=prompts,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
     from grpo_jax.tasks import load_task
     from grpo_jax.tasks.base import describe_held_out
+    from grpo_jax.training.evaluate import BATCH
     from grpo_jax.training.evaluate import evaluate as measure
     from grpo_jax.training.policy import open_policy
 
@@ -184,6 +193,7 @@ def evaluate(
         max_prompt_tokens=config.max_prompt_tokens,
         max_new_tokens=max_new_tokens or config.max_new_tokens,
         seed=seed,
+        batch_size=batch_size or config.eval_batch_size or BATCH,
     )
     asked = {
         "model": config.model if run_dir is None else str(run_dir),

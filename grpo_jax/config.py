@@ -262,6 +262,9 @@ class TrainConfig(Section):
     # last; 0: none at all.
     eval_every: Size = UNSET
     eval_prompts: Size = UNSET  # held-out prompts of an evaluation; 0: none at all
+    # Held-out prompts that are completed at once; None: as many as a rollout has
+    # sequences, or fewer, so that they need no more memory than training.
+    eval_batch_size: Count | None = None
     # Number type of the matrix products; auto: float32 on CPU, elsewhere bfloat16.
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # What the backward pass computes again to save memory: nothing, all but the matrix

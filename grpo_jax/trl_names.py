@@ -6,6 +6,7 @@ TRL_NAMES = {
     "output_dir": "run_dir",
     "max_steps": "steps",
     "per_device_train_batch_size": "prompts_per_step",
+    "per_device_eval_batch_size": "eval_batch_size",
     "num_generations": "group_size",
     "num_iterations": "updates_per_rollout",
     "max_prompt_length": "max_prompt_tokens",

@@ -20,6 +20,8 @@ from grpo_jax.training.judging import Completed, Evaluation, is_judged, judge
 from grpo_jax.weights.tokenizer import Tokenizer
 
 GREEDY = SamplingConfig(temperature=0.0)
+# Completions sampled at once where nothing else is said.
+BATCH = 128
 
 
 def evaluate(
@@ -34,6 +36,7 @@ def evaluate(
     max_prompt_tokens: int = 512,
     max_new_tokens: int = 256,
     seed: int = 0,
+    batch_size: int = BATCH,
     mesh: Mesh | None = None,
 ) -> Evaluation:
     """How often a model is right on a task's held-out prompts.
@@ -43,6 +46,7 @@ def evaluate(
       samples: completions per prompt.
       sampling: how tokens are drawn; greedy by default. `Restored.sampling` gives that
         of a run.
+      batch_size: completions sampled at once; those of one prompt are never parted.
       mesh: over which the prompts are split; one device by default.
 
     Raises:
@@ -64,6 +68,7 @@ def evaluate(
         samples=samples,
         sampling=sampling,
         seed=seed,
+        batch_size=batch_size,
     )
     completed = evaluator.complete({"params": params})
     return judge(completed, rows, task)
@@ -101,7 +106,10 @@ def one_device() -> Mesh:
 
 
 class Evaluator:
-    """Completes the same held-out prompts again and again; compiles once."""
+    """Completes the same held-out prompts again and again; compiles once.
+
+    `batch_size` completions at once, or all those of one prompt.
+    """
 
     def __init__(
         self,
@@ -115,7 +123,7 @@ class Evaluator:
         samples: int = 1,
         sampling: SamplingConfig = GREEDY,
         seed: int = 0,
-        batch_size: int = 128,
+        batch_size: int = BATCH,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
@@ -135,7 +143,8 @@ class Evaluator:
         longest = max(len(ids) for ids in self._encoded)
         self._length = texts.bucket(longest, limit=limit)
         parts = meshes.batch_shards(mesh)
-        self._batch = -(-min(batch_size, len(rows)) // parts) * parts
+        prompts = min(max(batch_size // samples, 1), len(rows))
+        self._batch = -(-prompts // parts) * parts
 
     def complete(self, variables: PyTree) -> Completed:
         """The completions of every row, on every process."""

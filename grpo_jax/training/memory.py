@@ -24,6 +24,12 @@ from grpo_jax.models.lora import init_lora, lora_axes
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.gathering import moves_head, whole_over_fsdp
 from grpo_jax.rollout.generate import in_compute_dtype
+from grpo_jax.training.programs import (
+    Program,
+    evaluation_program,
+    is_evaluated,
+    training_programs,
+)
 
 # Tokens whose logits are held at once, of `objective.chunked_logprobs`.
 _CHUNK = 1024
@@ -38,12 +44,13 @@ _SAMPLER_ARRAYS = 3
 class Estimate:
     """Bytes on one device, by what they are for.
 
-    A step has three phases, which follow one another. Within a factor of two a phase is
-    what XLA asks for when it compiles the program for CPU; updates come closer.
+    The phases of a step follow one another: rollout, score and update; an evaluation
+    comes now and then. Within a factor of two a phase is what XLA asks for when it
+    compiles the program for CPU; updates come closer.
 
     Attributes:
       always: held all the time.
-      phases: what rollout, score and update hold besides.
+      phases: what each phase that the run has holds besides.
     """
 
     always: Mapping[str, int]
@@ -71,30 +78,53 @@ def estimate(
       ValueError: if the model does not divide over the mesh, or adapters do not fit it.
     """
     run = _Run(model, config, mesh)
+    made = _training(run)
+    if not is_evaluated(config):
+        return made
+    program = evaluation_program(evaluation_batch(model, config, mesh))
+    sizes = _positive(run.holds(program))
+    return Estimate(made.always, {**made.phases, program.phase: sizes})
+
+
+def evaluation_batch(
+    model: ModelConfig, config: TrainConfig, mesh: Mesh | AbstractMesh
+) -> int:
+    """How many held-out prompts an evaluation completes at once, over all devices.
+
+    By default as many as a rollout has sequences, or half of them, and so on, until
+    the evaluation needs no more memory than the rest of the run.
+    """
+    if config.eval_batch_size is not None:
+        return min(config.eval_batch_size, config.eval_prompts)
+    run = _Run(model, config, mesh)
+    most = sum(run.holds(next(training_programs(config))).values())
+    batch = min(config.prompts_per_step * config.group_size, config.eval_prompts)
+    peak = functools.cache(lambda: _training(run))
+
+    def fits() -> bool:
+        size = sum(run.holds(evaluation_program(batch)).values())
+        # The peak takes time to find, and a rollout is often enough.
+        return size <= most or size + sum(peak().always.values()) <= peak().peak
+
+    while batch > meshes.batch_shards(mesh) and not fits():
+        batch = -(-batch // 2)
+    return batch
+
+
+def _training(run: "_Run") -> Estimate:
+    """The memory of the steps of a run."""
     always = {"parameters": run.parameters}
     moments, reference = 2 * run.trained, run.reference
-    on_host = config.mesh.offload
+    on_host = run.config.mesh.offload
     if "optimizer" not in on_host:
         always["optimizer moments"] = moments
     if "reference" not in on_host:
         always["reference"] = reference
-    score = {
-        # Without a gradient an array is gone as soon as the next one is made.
-        "activations": run.layer // 4,
-        "log-prob chunks": run.chunks(1),
-        "moved over fsdp": run.moved(gradient=False),
-    }
-    update = {
-        "gradients": run.trained * (2 if run.microbatches > 1 else 1),
-        "activations": run.kept(model.remat) + run.layer,
-        "log-prob chunks": run.chunks(_CHUNK_ARRAYS),
-        "moved over fsdp": run.moved(gradient=True),
-    }
+    phases = {one.phase: run.holds(one) for one in training_programs(run.config)}
     if "optimizer" in on_host:
-        update["optimizer moments"] = moments
+        phases["update"]["optimizer moments"] = moments
     if "reference" in on_host:
-        score["reference"] = reference
-    phases = {"rollout": run.rollout(), "score": score, "update": update}
+        phases["score"]["reference"] = reference
     return Estimate(_positive(always), {k: _positive(v) for k, v in phases.items()})
 
 
@@ -159,11 +189,6 @@ class _Run:
             return self._compute
         renewed = self.config.objective.reference_every is not None
         return _bytes(*self._adapters, dtype=self.model.dtype) if renewed else 0
-
-    @property
-    def _prompts(self) -> int:
-        """Prompts of a rollout on one device."""
-        return -(-self.config.prompts_per_step // meshes.batch_shards(self.mesh))
 
     @property
     def microbatches(self) -> int:
@@ -253,7 +278,25 @@ class _Run:
             return self._one_layer + self._head + more
         return self._one_layer + self.item * self.model.hidden_size * tokens
 
-    def rollout(self) -> dict[str, int]:
+    def holds(self, program: Program) -> dict[str, int]:
+        """What a program holds besides what is always there."""
+        if program.function == "_generate":
+            return self._sampling(program)
+        if program.phase == "score":
+            return {
+                # Without a gradient an array is gone as soon as the next one is made.
+                "activations": self.layer // 4,
+                "log-prob chunks": self.chunks(1),
+                "moved over fsdp": self.moved(gradient=False),
+            }
+        return {
+            "gradients": self.trained * (2 if self.microbatches > 1 else 1),
+            "activations": self.kept(self.model.remat) + self.layer,
+            "log-prob chunks": self.chunks(_CHUNK_ARRAYS),
+            "moved over fsdp": self.moved(gradient=True),
+        }
+
+    def _sampling(self, program: Program) -> dict[str, int]:
         """What sampling holds, from the prompts to the last token."""
         model, config, mesh = self.model, self.config, self.mesh
         fsdp = mesh.shape["fsdp"] > 1
@@ -261,7 +304,8 @@ class _Run:
         cast = 0 if model.dtype == "float32" or self._adapters else self._compute
         heads = -(-model.num_kv_heads // mesh.shape["tensor"])
         entry = 2 * self.item * model.num_layers * heads * model.head_dim
-        prompts, sequences = self._prompts, self._prompts * config.group_size
+        prompts = -(-program.prompts // meshes.batch_shards(mesh))
+        sequences = prompts * program.completions
         vocabulary = -(-model.vocab_size // mesh.shape["tensor"])
         # A split sampler gathers embedding and head before the loop, layers within.
         moved = self._one_layer + 2 * self._head if split else 0
@@ -276,7 +320,7 @@ class _Run:
             "prompts' keys and values": prompts * config.max_prompt_tokens * entry,
             "own keys and values": sequences * config.max_new_tokens * entry,
             "logits": 4 * _SAMPLER_ARRAYS * sequences * vocabulary,
-            "activations": self._prefill,
+            "activations": self._prefill(prompts),
         }
 
     @property
@@ -287,16 +331,15 @@ class _Run:
             return whole
         return whole + _whole_bytes(*self._adapters, dtype=self.model.dtype)
 
-    @property
-    def _prefill(self) -> int:
-        """Attention scores and MLP of one layer over all prompts of the rollout."""
+    def _prefill(self, prompts: int) -> int:
+        """Attention scores and MLP of one layer over prompts of full length."""
         model, tensor = self.model, self.mesh.shape["tensor"]
         length = self.config.max_prompt_tokens
         heads = -(-model.num_heads // tensor)
         inner = -(-model.intermediate_size // tensor)
         scores = 2 * 4 * heads * length  # float32, with their softmax
         wide = self.item * (2 * inner + 4 * model.hidden_size)
-        return self._prompts * length * (scores + wide)
+        return prompts * length * (scores + wide)
 
 
 @functools.lru_cache(maxsize=8)

@@ -15,7 +15,7 @@ from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.devices import find_device
 from grpo_jax.rollout.prompts import longest_prompt
 from grpo_jax.rollout.sampling import check_stop_ids
-from grpo_jax.training.memory import activation_bytes, estimate
+from grpo_jax.training.memory import activation_bytes, estimate, evaluation_batch
 from grpo_jax.weights.pretrained import load_config
 
 GIB = 2**30
@@ -238,6 +238,9 @@ def _settings(
         lora = dataclasses.replace(config.lora, rank=16)
         bare = dataclasses.replace(config.mesh, offload=())
         yield "--lora.rank 16", replaced(lora=lora, mesh=bare)
+    if config.eval_batch_size is not None:
+        batch = evaluation_batch(model, replaced(eval_batch_size=None), mesh)
+        yield f"--eval-batch-size {batch}", replaced(eval_batch_size=batch)
     if config.max_new_tokens > 1:
         half = config.max_new_tokens // 2
         yield f"--max-new-tokens {half}", replaced(max_new_tokens=half)

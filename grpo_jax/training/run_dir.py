@@ -34,7 +34,7 @@ Status = Literal["running", "preempted", "failed", "finished"]
 # What does not make another run of it: where it is kept, what is kept of it, and how
 # work is spread over time and devices.
 _FREE_FIELDS = (
-    *("run_dir", "mesh", "report", "microbatch_size", "remat"),
+    *("run_dir", "mesh", "report", "microbatch_size", "eval_batch_size", "remat"),
     *(f"checkpoint.{n}" for n in ("every", "keep", "keep_every", "grace_seconds")),
 )
 _PACKAGES = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

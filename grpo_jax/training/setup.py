@@ -37,7 +37,9 @@ from grpo_jax.training.best import best_mode
 from grpo_jax.training.evaluate import Evaluator
 from grpo_jax.training.judging import Completed, is_judged, judge
 from grpo_jax.training.judging import Evaluation as Judged
+from grpo_jax.training.memory import evaluation_batch
 from grpo_jax.training.policy import Policy
+from grpo_jax.training.programs import is_evaluated
 from grpo_jax.training.reward_code import describe_rewards
 
 Evaluation = Callable[[PyTree], dict[str, float]]
@@ -188,6 +190,7 @@ def make_evaluation(
         sampling=policy_sampling(
             policy.model, policy.tokenizer, config.sampling, temperature=0.0
         ),
+        batch_size=evaluation_batch(policy.model.config, policy.config, mesh),
     )
 
     def evaluate(variables: PyTree) -> dict[str, float]:
@@ -217,7 +220,7 @@ def make_evaluation(
 
 def _held_out(config: TrainConfig, task: Task) -> int:
     """How many rows the run measures itself on."""
-    return min(config.eval_prompts, len(task.test)) if config.eval_every else 0
+    return min(config.eval_prompts, len(task.test)) if is_evaluated(config) else 0
 
 
 def _verdicts(

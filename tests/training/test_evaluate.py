@@ -271,9 +271,10 @@ def test_the_size_of_batches_changes_no_completion(tiny_policy):
         return evaluator.complete({"params": tiny_policy.params})
 
     whole = texts(128)
-    # Three batches of two, the last of which is filled up.
-    parts = texts(2)
-    assert parts.ids == whole.ids and parts.texts == whole.texts
+    # Three batches of two prompts, the last of which is filled up; then one by one.
+    for size in (4, 1):
+        parts = texts(size)
+        assert parts.ids == whole.ids and parts.texts == whole.texts
     assert len(whole.ids) == 5 and all(len(group) == 2 for group in whole.ids)
     assert len({tuple(one) for group in whole.ids for one in group}) == 10
 

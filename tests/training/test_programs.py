@@ -17,7 +17,7 @@ from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.gathering import whole_over_fsdp
 from grpo_jax.rollout import generate as sampler
 from grpo_jax.training.learner import score_batch
-from grpo_jax.training.memory import estimate
+from grpo_jax.training.memory import estimate, evaluation_batch
 from grpo_jax.training.optimizer import make_optimizer
 from grpo_jax.training.state import Batch, TrainState
 from grpo_jax.training.step import make_train_step
@@ -110,16 +110,16 @@ class Programs:
         scored = jax.jit(score, out_shardings=rows)
         return self._compile(scored, {"params": self.params}, self._batch())
 
-    def generate(self, params, *, apart):
+    def generate(self, params, *, apart, prompts=PROMPTS, group=GROUP):
         return self._compile(
             sampler._generate,
             self.model,
             {"params": params},
-            self._rows(PROMPT_TOKENS),
-            self._rows(),
+            self._rows(PROMPT_TOKENS, prompts=prompts),
+            self._rows(prompts=prompts),
             jax.eval_shape(lambda: jax.random.key(0)),
-            self._rows(dtype=jnp.uint32),
-            group_size=GROUP,
+            self._rows(dtype=jnp.uint32, prompts=prompts),
+            group_size=group,
             max_new_tokens=NEW_TOKENS,
             sampling=SamplingConfig(),
             stop_ids=(1,),
@@ -142,8 +142,8 @@ class Programs:
             ref_logp=self._rows(*tokens, dtype=jnp.float32),
         )
 
-    def _rows(self, *shape, dtype=jnp.int32):
-        row = jax.ShapeDtypeStruct((PROMPTS, *shape), dtype)
+    def _rows(self, *shape, dtype=jnp.int32, prompts=PROMPTS):
+        row = jax.ShapeDtypeStruct((prompts, *shape), dtype)
         return self._placed(row, meshes.batch_sharding(self.mesh))
 
     @staticmethod
@@ -292,3 +292,10 @@ def test_the_estimate_is_what_xla_asks_for(programs, step, score, generate):
 def test_the_estimate_holds_on_one_device_with_layers_computed_again(meshes_of):
     programs = Programs(meshes_of(1, 1, 1), remat="layer")
     within_a_factor_of_two(programs.step(), programs.estimate, "update")
+
+
+def test_the_estimate_of_an_evaluation_is_what_xla_asks_for(programs):
+    batch = evaluation_batch(MODEL, programs.config, programs.mesh)
+    program = programs.generate(programs.gathered, apart=True, prompts=batch, group=1)
+    copy = programs.estimate.phases["evaluation"]["sampler's parameters"]
+    within_a_factor_of_two(program, programs.estimate, "evaluation", less=copy)

@@ -1,0 +1,44 @@
+"""The programs of a run in which parameters meet tokens: all that it compiles of them.
+
+What else is compiled copies or adds up arrays that these hold, or smaller ones.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from grpo_jax.config import TrainConfig
+
+
+class Program(NamedTuple):
+    """A compiled function, and the batch for which it is compiled, over all devices.
+
+    Attributes:
+      function: its name, as JAX tells it.
+      phase: of the run, as in an estimate of memory.
+      prompts: in its arrays.
+      completions: of each prompt.
+    """
+
+    function: str
+    phase: str
+    prompts: int
+    completions: int
+
+
+def training_programs(config: TrainConfig) -> Iterator[Program]:
+    """The programs of a step, in the order in which it runs them."""
+    prompts, group = config.prompts_per_step, config.group_size
+    yield Program("_generate", "rollout", prompts, group)
+    if config.objective.kl_coef or config.updates_per_step > 1:
+        yield Program("score_batch", "score", prompts, group)
+    yield Program("apart", "update", prompts // config.minibatches, group)
+
+
+def evaluation_program(prompts: int) -> Program:
+    """The program that completes so many held-out prompts at once."""
+    return Program("_generate", "evaluation", prompts, 1)
+
+
+def is_evaluated(config: TrainConfig) -> bool:
+    """Whether a run measures its policy, given that there are held-out rows."""
+    return bool(config.eval_every and config.eval_prompts)
