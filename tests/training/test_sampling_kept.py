@@ -67,7 +67,13 @@ def drawn(tiny_policy, monkeypatch):
                 small = dataclasses.replace(task, test=[task.test[0]])
                 with RewardRunner(task.rewards, config.rewards) as runner:
                     setup.make_evaluation(
-                        policy, small, runner, config, mesh, agreement=Agreement()
+                        policy,
+                        small,
+                        runner,
+                        config,
+                        mesh,
+                        agreement=Agreement(),
+                        announce=lambda text: None,
                     )(tiny_policy.variables)
             else:
                 asked = {"sample": ["--prompt", "1+1="], "eval": ["--prompts", "1"]}

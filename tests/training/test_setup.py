@@ -153,7 +153,9 @@ def evaluation(tiny_policy, monkeypatch):
     evaluator = types.SimpleNamespace(complete=lambda variables: completed)
     monkeypatch.setattr(setup, "Evaluator", lambda *_, **__: evaluator)
     policy = types.SimpleNamespace(
-        model=tiny_policy.model, tokenizer=tiny_policy.tokenizer
+        model=tiny_policy.model,
+        tokenizer=tiny_policy.tokenizer,
+        config=TrainConfig(model="tiny", eval_batch_size=8),
     )
     rows = [{"prompt": str(number)} for number in range(7)]
 
