@@ -162,3 +162,32 @@ def test_an_imagined_mesh_is_that_of_devices_which_are_not_here():
     assert sharding.shard_shape((64, 64)) == (8, 4)
     with pytest.raises(ValueError, match="does not fit 12 devices"):
         meshes.imagined_mesh(MeshConfig(data=8), 12)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64", "float32", "int8", "bool"])
+@pytest.mark.parametrize("shape", [(3,), (2, 2)])
+def test_rows_of_other_processes_arrive_to_the_last_bit(dtype, shape, monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = {"a": (rng.normal(size=shape) * 1e9).astype(dtype)}
+
+    def allgather(values, tiled):
+        """Of two processes with the same rows, which JAX rounds on the way."""
+        return jax.tree.map(lambda x: np.concatenate([jnp.asarray(x)] * 2), values)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(meshes.multihost_utils, "process_allgather", allgather)
+    gathered = meshes.gather_rows(rows)["a"]
+    assert gathered.dtype == dtype
+    np.testing.assert_array_equal(gathered, np.concatenate([rows["a"]] * 2))
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 8])
+@pytest.mark.parametrize("processes", [1, 3, 8])
+def test_shares_are_even_and_together_everything(count, processes, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    shares = []
+    for number in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        shares.append(list(range(count))[meshes.own_share(count)])
+    assert sum(shares, []) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
