@@ -79,7 +79,9 @@ class Console:
     def __enter__(self) -> Self:
         if self._enabled:
             if is_terminal(self._stream):
-                self._live = rich.live.Live(console=self._screen, transient=False)
+                self._live = rich.live.Live(
+                    console=self._screen, get_renderable=self._shown
+                )
                 self._live.__enter__()
                 self._open.push(self._live)
             self._open.enter_context(logs.attached(_ScreenHandler(self)))
@@ -99,11 +101,11 @@ class Console:
             return
         self._step = step
         # An evaluation stays on display until the next one.
-        self._latest.update(names.plain(metrics))
+        # Replaced, not changed: the thread that redraws may be reading it.
+        self._latest = self._latest | names.plain(metrics)
         self._clock.tick(step)
         if step % self._every == 0 or step in (1, self._total):
             _PROGRESS.info(self._line(metrics))
-        self._redraw()
 
     def sample(
         self, prompt: Prompt, completion: str, rewards: Mapping[str, float | None]
@@ -114,7 +116,6 @@ class Console:
             return
         self._sample_time = now
         self._sample = _sample_panel(prompt_text(prompt), completion, rewards)
-        self._redraw()
 
     def note(self, text: str) -> None:
         """Show a line of information."""
@@ -184,11 +185,11 @@ class Console:
         ending = [f"left {duration_text(left)}"] if left is not None else []
         return "  ".join([f"step {self._step}/{self._total}", *values, *ending])
 
-    def _redraw(self) -> None:
-        if self._live is None:
-            return
+    def _shown(self) -> rich.console.Group:
+        """The live display; drawn again several times a second, so that time passes."""
+        table = [self._table()] if self._latest else []
         sample = [] if self._sample is None else [self._sample]
-        self._live.update(rich.console.Group(self._bar(), self._table(), *sample))
+        return rich.console.Group(self._bar(), *table, *sample)
 
     def _bar(self) -> Table:
         bar = Table.grid(padding=(0, 1))

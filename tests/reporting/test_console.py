@@ -2,6 +2,7 @@ import io
 import logging
 import os
 import re
+import types
 
 import pytest
 
@@ -63,6 +64,18 @@ def test_each_phase_is_told_when_it_begins_for_the_first_time(tmp_path):
     for text in (stream.getvalue(), (tmp_path / "log.txt").read_text()):
         told = re.findall(r"loading|step \d|sampling|evaluating", text)
         assert told == ["loading", "sampling", "step 5", "step 6", "evaluating"]
+
+
+def test_time_passes_in_a_terminal_before_anything_is_known(terminal, monkeypatch):
+    now = [1000.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("grpo_jax.reporting.console.time", clock)
+    with Console(3, ReportConfig(), stream=terminal) as console:
+        console.phase("loading")
+        now[0] += 125.0  # while nothing is told to the console
+    shown = _without_codes(terminal.getvalue())
+    assert "loading" in shown
+    assert re.search(r"step 0/3 .* 2m05s so far", shown)
 
 
 def test_a_run_goes_on_when_nobody_reads_its_output_any_more(tmp_path):
