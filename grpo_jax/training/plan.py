@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from grpo_jax.parallel.devices import find_device
 from grpo_jax.rollout.prompts import longest_prompt
 from grpo_jax.rollout.sampling import check_stop_ids
 from grpo_jax.training.memory import activation_bytes, estimate, evaluation_batch
-from grpo_jax.weights.pretrained import load_config
+from grpo_jax.weights.pretrained import load_config, load_without_weights
 
 GIB = 2**30
 # The share of a device's memory that arrays may fill; the rest is the runtime's or lost
@@ -128,7 +129,8 @@ def make_plan(
 ) -> dict[str, Any]:
     """What a run needs on each device, as plain values; sizes in bytes.
 
-    The model's configuration is read, and nothing else.
+    The model's configuration is read, and no tensor. Where its other files are here,
+    they are checked as a run checks them.
 
     Args:
       devices: how many; by default those of the slice that `device` names, else the
@@ -154,7 +156,7 @@ def make_plan(
     mesh = meshes.imagined_mesh(config.mesh, devices or _count(config))
     meshes.check_batch(mesh, config)
     accelerator = None if device is None else True
-    model = for_run(load_config(config.model), config, accelerator=accelerator)
+    model = for_run(_read_model(config.model), config, accelerator=accelerator)
     model, config = settled(model, config, mesh, limit=limit)
     made = estimate(model, config, mesh)
     return {
@@ -172,6 +174,16 @@ def make_plan(
         "knobs": knobs(model, config, mesh),
         "refused": _refused(model, config),
     }
+
+
+def _read_model(name: str) -> ModelConfig:
+    """A model's configuration; what loading would refuse without its weights is told.
+
+    A folder with a config.json alone, and a name on the hub, can be planned too.
+    """
+    path = Path(name).expanduser()
+    is_whole = path.is_file() or any(path.glob("*.safetensors"))
+    return load_without_weights(name)[0] if is_whole else load_config(name)
 
 
 def _refused(model: ModelConfig, config: TrainConfig) -> str | None:

@@ -9,7 +9,7 @@ import pytest
 from grpo_jax import cli
 from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
 from grpo_jax.training.plan import GIB, USABLE, _refused, make_plan
-from grpo_jax.weights.pretrained import load_config
+from grpo_jax.weights.pretrained import load_config, load_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +102,37 @@ def test_what_cannot_be_planned_is_told(capsys, folder, flags, message):
     prompts = ["--prompts-per-step", "64"] if "64" in flags else []
     with pytest.raises(ValueError, match=message):
         planned(capsys, "--model", folder, *prompts, *flags)
+
+
+def edited(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+DAMAGES = {
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "a damaged tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{"),
+    "a layer too many": lambda folder: edited(
+        folder / "config.json", num_hidden_layers=3
+    ),
+    "another vocabulary": lambda folder: edited(folder / "config.json", vocab_size=99),
+    "ends that are no ids": lambda folder: edited(
+        folder / "generation_config.json", eos_token_id=["<end>"]
+    ),
+    "no option that is known": lambda folder: edited(
+        folder / "config.json", hidden_act="tanh"
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_plan_refuses_what_loading_refuses_in_the_same_words(
+    tiny_policy, tmp_path, damage
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_policy.folder, folder)
+    damage(folder)
+    with pytest.raises(ValueError) as loading:
+        load_pretrained(folder)
+    with pytest.raises(ValueError) as planning:
+        make_plan(TrainConfig(model=str(folder), mesh=MeshConfig(fsdp=1)))
+    assert str(planning.value) == str(loading.value)
