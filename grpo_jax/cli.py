@@ -225,7 +225,7 @@ def _warn_of_strange(policy: "Restored", prompts: Sequence[Any]) -> None:
 
 def _check_task_is_known(run_dir: Path, config: TrainConfig) -> None:
     from grpo_jax.tasks.base import CALLERS_ROWS
-    from grpo_jax.training.run_dir import read_data
+    from grpo_jax.training.manifest import read_data
 
     came_from = read_data(run_dir).get("task")
     if came_from == CALLERS_ROWS and Path(config.task).stem != CALLERS_ROWS:

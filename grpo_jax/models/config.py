@@ -27,7 +27,7 @@ _CHOICES = {
     "remat": ("none", "layer", "dots"),
 }
 # Fields about how the model is run, not what it is; config.json has none of them.
-_RUN_FIELDS = ("dtype", "remat", "lora_scale")
+RUN_FIELDS = ("dtype", "remat", "lora_scale")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class ModelConfig:
         values = {field.name: getattr(self, field.name) for field in fields}
         hf = hf_config.write(values)
         restored = ModelConfig.from_hf(hf)
-        kept = {name: values[name] for name in _RUN_FIELDS}
+        kept = {name: values[name] for name in RUN_FIELDS}
         restored = dataclasses.replace(restored, **kept)
         if restored != self:
             lost = [n for n, v in values.items() if getattr(restored, n) != v]

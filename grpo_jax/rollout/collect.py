@@ -60,6 +60,10 @@ class Collector:
             vocab_size=model.config.vocab_size,
         )
 
+    def prompts_sha256(self) -> str:
+        """The digest of all prompts as the model sees them."""
+        return texts.prompts_sha256(self._encoded)
+
     def sample(self, variables: PyTree, *, step: int, position: int) -> Rollout:
         """The completions of the prompts from `position` on, without rewards yet.
 

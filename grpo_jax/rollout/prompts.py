@@ -1,7 +1,9 @@
 """Prompts as right-padded token ids, checked before anything is compiled."""
 
 import contextlib
+import hashlib
 import logging
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,6 +65,14 @@ def encode_rows(
             _also(quoting),
         )
     return encoded
+
+
+def prompts_sha256(encoded: Sequence[Sequence[int]]) -> str:
+    """SHA-256, in hexadecimal, of the token ids of all prompts."""
+    digest = hashlib.sha256()
+    for ids in encoded:
+        digest.update(array("q", [len(ids), *ids]).tobytes())
+    return digest.hexdigest()
 
 
 def longest_prompt(max_prompt_tokens: int, *, new_tokens: int, context: int) -> int:

@@ -14,6 +14,11 @@ __all__ = ["RewardFunction", "Task", "load_task", "task_from_rows"]
 _CHOICES = ("arithmetic", "gsm8k", "reasoning_gym:NAME", "FILE.jsonl")
 
 
+def names_file(task: str) -> bool:
+    """Whether a task's name is the path of its rows, and not that of a task."""
+    return task.partition(":")[0] not in [c.partition(":")[0] for c in _CHOICES]
+
+
 def load_task(name: str, *, data: str | None = None, seed: int = 0) -> Task:
     """Returns the task of that name.
 

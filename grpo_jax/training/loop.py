@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from grpo_jax.config import TrainConfig
@@ -23,17 +22,17 @@ from grpo_jax.parallel.processes import initialize_processes
 from grpo_jax.reporting import metrics as names
 from grpo_jax.reporting.console import Console
 from grpo_jax.reporting.equal_groups import EqualGroups, taught_nothing
-from grpo_jax.reporting.logs import attach_log_file
 from grpo_jax.reporting.plots import plot_runs
 from grpo_jax.reporting.trackers import make_tracker
 from grpo_jax.rollout.collect import Collector
 from grpo_jax.rollout.groups import Rollout
 from grpo_jax.tasks.base import RewardFunction, Row, Task
-from grpo_jax.training import run_dir as directories
 from grpo_jax.training import setup
 from grpo_jax.training.checkpoint import Checkpoints
 from grpo_jax.training.digest import params_sha256
+from grpo_jax.training.files import write_json
 from grpo_jax.training.learner import Learner
+from grpo_jax.training.manifest import Origin, Record, Status, read_data
 from grpo_jax.training.measures import Measures, slowest
 from grpo_jax.training.policy import load_policy
 from grpo_jax.training.preemption import GraceCheck, stop_requests
@@ -41,7 +40,6 @@ from grpo_jax.training.progress import Progress, TrainResult
 from grpo_jax.training.references import References
 from grpo_jax.training.reward_code import changed_rewards
 from grpo_jax.training.state import Batch
-from grpo_jax.weights.folder import remove_unfinished
 from grpo_jax.weights.pretrained import save_pretrained
 
 # Updates in a row that may be skipped before the run stops.
@@ -86,26 +84,14 @@ def train(
         stack.enter_context(stop_requests(agreement))
         with agreement.phase("start"):
             task = setup.choose_task(config, dataset, rewards, eval_dataset)
-            run = _open_run(config, task, agreement, stack)
+            mesh, path, origin = setup.open_directory(config, task, stack)
+        # Dates and commits are those of the first process.
+        origin = Origin.read(meshes.gather_lists([origin.plain()])[0])
+        with agreement.phase("load"):
+            run = _Run(
+                config, task, mesh, path, origin, agreement=agreement, stack=stack
+            )
         return run.to_the_end()
-
-
-def _open_run(
-    config: TrainConfig, task: Task, agreement: Agreement, stack: contextlib.ExitStack
-) -> "_Run":
-    mesh = meshes.make_mesh(config.mesh)
-    meshes.check_processes(mesh, config.mesh.mode)
-    meshes.check_batch(mesh, config)
-    path = Path(config.run_dir or Path("runs") / setup.file_name(task.name))
-    path = path.expanduser()
-    if jax.process_index() == 0:
-        stack.enter_context(directories.claim(path))
-        remove_unfinished(path)
-        directories.check_config(path, config, setup.describe_data(task))
-        stack.enter_context(attach_log_file(path))
-    stack.enter_context(jax.set_mesh(mesh))
-    stack.enter_context(nn.logical_axis_rules(meshes.RULES))
-    return _Run(config, task, mesh, path, agreement, stack)
 
 
 class _Run:
@@ -117,6 +103,8 @@ class _Run:
         task: Task,
         mesh: Mesh,
         path: Path,
+        origin: Origin,
+        *,
         agreement: Agreement,
         stack: contextlib.ExitStack,
     ) -> None:
@@ -132,7 +120,9 @@ class _Run:
             Console(config.steps, config.report, enabled=self.first)
         )
         self.console.phase(f"loading {config.model}")
-        self.policy = load_policy(config, mesh)
+        self.policy = load_policy(config, mesh, origin)
+        origin = dataclasses.replace(origin, commit=self.policy.commit)
+        self.record = Record(path, config, mesh, origin, enabled=self.first)
         model, tokenizer = self.policy.model, self.policy.tokenizer
         self.collector = Collector(
             model,
@@ -176,6 +166,7 @@ class _Run:
 
     def to_the_end(self) -> TrainResult:
         """Resume, train what is left, write what stays."""
+        self._check_data()
         self._resume()
         if self.first and self.progress.step < self.config.steps:
             # A run that was extended is not finished any more.
@@ -196,6 +187,13 @@ class _Run:
             self._set_status("failed")
             raise
 
+    def _check_data(self) -> None:
+        inputs = setup.describe_inputs(
+            self.policy, self.task, self.config, self.collector
+        )
+        with self.agreement.phase("data"):
+            self.record.check(setup.describe_data(self.task, self.config) | inputs)
+
     def _resume(self) -> None:
         there = self.checkpoints.steps()
         like = self.learner.give_up() if there else self.learner.state
@@ -209,10 +207,11 @@ class _Run:
         # A run that was stopped before its first step measures the policy again.
         self.tracker.truncate_after(step or -1)
         self.console.note(setup.describe_resumed(step, self.config.steps))
-        before = directories.read_data(self.path).get("rewards")
-        if before is not None:
-            for text in changed_rewards(self.task.rewards, before):
-                self.console.warning(text)
+        told = self.record.changed_machine()
+        if (before := read_data(self.path).get("rewards")) is not None:
+            told += changed_rewards(self.task.rewards, before)
+        for text in told:
+            self.console.warning(text)
 
     def _begin(self) -> None:
         metrics = self._measured()
@@ -345,7 +344,7 @@ class _Run:
         params = meshes.to_first(result.params)
         with self.agreement.phase("results"):
             if self.first:
-                directories.write_json(self.path / "summary.json", result.summary)
+                write_json(self.path / "summary.json", result.summary)
                 save_pretrained(
                     self.path / "export",
                     self.policy.pretrained(params),
@@ -358,7 +357,7 @@ class _Run:
             self.console.warning(text)
         return result
 
-    def _result(self, status: directories.Status) -> TrainResult:
+    def _result(self, status: Status) -> TrainResult:
         params = self.policy.merged(self.learner.state.params)
         summary = {
             "status": status,
@@ -393,7 +392,5 @@ class _Run:
     def _due(self, every: int | None) -> bool:
         return bool(every) and self.progress.step % every == 0
 
-    def _set_status(self, status: directories.Status) -> None:
-        if self.first:
-            data = setup.describe_data(self.task)
-            directories.write_manifest(self.path, self.config, self.mesh, status, data)
+    def _set_status(self, status: Status) -> None:
+        self.record.write(status, step=self.progress.step)

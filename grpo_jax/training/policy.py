@@ -19,6 +19,8 @@ from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout.sampling import policy_sampling
 from grpo_jax.training import run_dir as directories
 from grpo_jax.training.checkpoint import Checkpoints, Step
+from grpo_jax.training.fingerprint import describe_architecture, describe_weights
+from grpo_jax.training.manifest import Origin, check_data, read_manifest
 from grpo_jax.training.plan import (
     advice,
     compute_dtype,
@@ -47,6 +49,7 @@ class Policy:
       warning: what to change where the memory of the devices will not do; else None.
       base: the frozen parameters under adapters, in the compute dtype, which needs no
         more of them; None without adapters.
+      commit: of the model on the hub; None for one that is local.
     """
 
     model: Decoder
@@ -55,6 +58,7 @@ class Policy:
     config: TrainConfig
     warning: str | None = None
     base: PyTree | None = None
+    commit: str | None = None
 
     def merged(self, trained: PyTree) -> PyTree:
         """Float32 parameters of the plain model that acts like the trained one."""
@@ -66,6 +70,16 @@ class Policy:
     def sampling(self) -> SamplingConfig:
         """How the run draws completions."""
         return policy_sampling(self.model, self.tokenizer, self.config.sampling)
+
+    def description(self) -> dict[str, Any]:
+        """What the model is before any step; all processes must call it, then."""
+        frozen = self.base is not None
+        return {
+            "model_config": describe_architecture(self.model.config),
+            "weights": describe_weights(
+                self.base if frozen else self.trained, frozen=frozen
+            ),
+        }
 
     def pretrained(self, params: PyTree) -> Pretrained:
         """The plain model with parameters that `merged` gave, ready to be exported."""
@@ -99,17 +113,23 @@ class Restored:
         )
 
 
-def load_policy(config: TrainConfig, mesh: Mesh) -> Policy:
+def load_policy(
+    config: TrainConfig, mesh: Mesh, origin: Origin | None = None
+) -> Policy:
     """The model that `config` names, each parameter born where the mesh wants it.
 
     With `config.lora` fresh adapters are trained, and the model's parameters are their
     frozen base.
 
+    Args:
+      origin: of the run that goes on with the model: its commit and its date.
+
     Raises:
       ValueError: if the model cannot be read or does not divide over the mesh, or if
         the adapters do not fit it.
     """
-    loaded = _load(config, mesh)
+    origin = origin or Origin()
+    loaded = _load(config, mesh, commit=origin.commit)
     limit = device_memory(mesh)
     chosen = for_run(loaded.config, config)
     chosen, config = settled(chosen, config, mesh, limit=limit)
@@ -120,11 +140,12 @@ def load_policy(config: TrainConfig, mesh: Mesh) -> Policy:
         base = loaded.params
     return Policy(
         model=model,
-        tokenizer=loaded.tokenizer,
+        tokenizer=loaded.tokenizer.dated(origin.started),
         trained=trained,
         config=config,
         warning=None if limit is None else advice(chosen, config, mesh, limit=limit),
         base=base,
+        commit=loaded.commit,
     )
 
 
@@ -136,21 +157,27 @@ def restore(
     The step "best" is the one that `checkpoint.keep_best` of the run keeps.
 
     Adapters are merged into their base, which is read again from the run's model in
-    the compute dtype of this machine.
+    the compute dtype of this machine. What the run names by a relative path is looked
+    for where it was started. The run's directory is left as it is.
 
     Args:
       mesh: where the parameters go; None is the default device, whatever mesh the run
         was saved on.
 
     Raises:
-      ValueError: if the directory holds no run or no such step.
+      ValueError: if the directory holds no run or no such step, or if the model is not
+        that from which the run began.
     """
-    config, found, params = _read_trained(Path(run_dir), step)
+    path = Path(run_dir)
+    origin = Origin.read(read_manifest(path))
+    config, found, params = _read_trained(path, step)
+    model_config, tokenizer = load_without_weights(config.model, revision=origin.commit)
+    check_data(path, {"model_config": describe_architecture(model_config)})
     if config.lora.rank is not None:
-        base = _load(config, mesh)
+        base = _load(config, mesh, commit=origin.commit)
+        check_data(path, {"weights": describe_weights(base.params, frozen=True)})
         scaled = dataclasses.replace(base.config, lora_scale=config.lora.scale)
         params = _merge(base.params, params, scaled)
-    model_config, tokenizer = load_without_weights(config.model)
     model = Decoder(for_run(model_config, config))
     if mesh is None:
         place: Any = SingleDeviceSharding(jax.local_devices()[0])
@@ -160,7 +187,7 @@ def restore(
         params=jax.device_put(params, place),
         model=model,
         config=config,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer.dated(origin.started),
         step=found,
     )
 
@@ -173,6 +200,7 @@ def restore_adapter(
     Raises:
       ValueError: as `restore`, and if the run trained all weights.
     """
+    origin = Origin.read(read_manifest(Path(run_dir)))
     config, found, params = _read_trained(Path(run_dir), step)
     if config.lora.rank is None:
         raise ValueError(
@@ -180,7 +208,7 @@ def restore_adapter(
             "is null). Export the whole model."
         )
     adapter = Adapter(params=params, alpha=config.lora.alpha, base_name=config.model)
-    return found, adapter, load_without_weights(config.model)[0]
+    return found, adapter, load_without_weights(config.model, revision=origin.commit)[0]
 
 
 def open_policy(
@@ -208,14 +236,14 @@ def open_policy(
 
 def _read_trained(path: Path, step: Step) -> tuple[TrainConfig, int, PyTree]:
     """The configuration of a run, and the newest or another step, on the host."""
-    config = directories.read_config(path)
+    config = directories.read_located_config(path)
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint, read_only=True)
     found, params, _ = checkpoints.restore_params(step)
     checkpoints.close()
     return config, found, params
 
 
-def _load(config: TrainConfig, mesh: Mesh | None) -> Pretrained:
+def _load(config: TrainConfig, mesh: Mesh | None, *, commit: str | None) -> Pretrained:
     """The model of a run: master parameters, or a base that stays as it is."""
 
     def dtype(path: str) -> str:
@@ -223,14 +251,14 @@ def _load(config: TrainConfig, mesh: Mesh | None) -> Pretrained:
         return "float32" if whole else compute_dtype(config)
 
     if mesh is None:
-        return load_pretrained(config.model, dtype=dtype)
+        return load_pretrained(config.model, revision=commit, dtype=dtype)
 
     def place(model: Decoder) -> PyTree:
         return meshes.parameter_shardings(
             param_axes(model), abstract_params(model), mesh
         )
 
-    return load_pretrained(config.model, dtype=dtype, sharding=place)
+    return load_pretrained(config.model, revision=commit, dtype=dtype, sharding=place)
 
 
 def _fresh_adapters(

@@ -1,35 +1,30 @@
-"""The directory of a run: who owns it, what it was asked to do, how it stands.
+"""The directory of a run: who owns it, and what it was asked to do.
 
-A lock keeps two runs apart; `config.yaml` says what the run is and refuses another one;
-`manifest.json` says where it ran and how it stands.
+A lock keeps two runs apart; `config.yaml` says what the run is and refuses another one.
 """
 
 import contextlib
 import dataclasses
-import datetime
 import fcntl
-import importlib.metadata
-import json
-import os
-import platform
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import jax
 import yaml
-from jax.sharding import Mesh
 
 from grpo_jax import validation
 from grpo_jax.config import EMBEDDED, ObjectiveConfig, TrainConfig
-from grpo_jax.reporting.metrics import METRICS_FILE, plain
+from grpo_jax.tasks import names_file
 from grpo_jax.training.best import best_mode
+from grpo_jax.training.files import write_atomically
+from grpo_jax.training.manifest import (
+    changes,
+    has_begun,
+    read_data,
+    read_manifest,
+)
 from grpo_jax.training.step_folders import StepFolders
-
-Status = Literal["running", "preempted", "failed", "finished"]
 
 # What does not make another run of it: where it is kept, what is kept of it, and how
 # work is spread over time and devices.
@@ -37,9 +32,6 @@ _FREE_FIELDS = (
     *("run_dir", "mesh", "report", "microbatch_size", "eval_batch_size", "remat"),
     *(f"checkpoint.{n}" for n in ("every", "keep", "keep_every", "grace_seconds")),
 )
-_PACKAGES = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# Settings that can change speed or bits. Only these: an environment holds secrets.
-_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64")
 
 
 class _Reader(yaml.SafeLoader):
@@ -99,27 +91,20 @@ def check_config(
       ValueError: if the directory holds a run of another configuration or on other
         rows, with the fields in which they differ. Other rewards are not refused.
     """
-    if not (path / "config.yaml").exists() or not _has_begun(path):
+    if not (path / "config.yaml").exists() or not has_begun(path):
         _write_config(path, config)
         return
     before = read_config(path)
-    steps, done = (
-        config.steps,
-        max(StepFolders(path / "checkpoints").steps(), default=0),
-    )
+    steps = config.steps
+    done = max(StepFolders(path / "checkpoints").steps(), default=0)
     moved = steps != before.steps and config.optimizer.schedule == "constant"
     if moved and steps >= done:
         before = dataclasses.replace(before, steps=steps)
-    known, data = read_data(path), data or {}
     differing = [
         *validation.differences(
             _with_best_mode(before), _with_best_mode(config), ignore=_FREE_FIELDS
         ),
-        *(
-            f"{name}: {known[name]!r} and {data[name]!r}"
-            for name in sorted(known.keys() & data.keys() - {"rewards"})
-            if known[name] != data[name]
-        ),
+        *changes(read_data(path), data or {}),
     ]
     if differing:
         few = f" {done} steps are done: steps may be {done} or more." if moved else ""
@@ -139,18 +124,6 @@ def _with_best_mode(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, checkpoint=checkpoint)
 
 
-def read_data(path: Path) -> dict[str, Any]:
-    """What the rows and rewards of a run were, as its manifest says.
-
-    Nothing where that is unknown: a manifest that is missing, damaged or older.
-    """
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        return dict(manifest["data"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
 def _write_config(path: Path, config: TrainConfig) -> None:
     text = yaml.dump(validation.to_dict(config), Dumper=_Writer, sort_keys=False)
     write_atomically(path / "config.yaml", text)
@@ -166,6 +139,43 @@ def read_config(path: Path) -> TrainConfig:
     if not file.is_file():
         raise ValueError(f"{path} holds no run: it has no config.yaml.")
     return load_config(file)
+
+
+def read_located_config(path: Path) -> TrainConfig:
+    """The configuration of a run, to be used from any folder.
+
+    What it names by a relative path is that of the folder in which the run was started
+    last, or, where it is not there any more, that of the current one.
+
+    Raises:
+      ValueError: as `read_config`, and if its model, which was no model of the hub, is
+        in neither.
+    """
+    config, manifest = read_config(path), read_manifest(path)
+    if "directory" not in manifest:
+        return config
+    start = Path(manifest["directory"])
+
+    def located(name: str) -> str:
+        there = start / Path(name).expanduser()
+        return str(there) if there.exists() else name
+
+    task, data = config.task, config.data
+    found = dataclasses.replace(
+        config,
+        task=located(task) if names_file(task) else task,
+        data=None if data is None else located(data),
+    )
+    if config.model == EMBEDDED or manifest.get("model_commit") is not None:
+        return found
+    model = located(config.model)
+    if not Path(model).expanduser().exists():
+        raise ValueError(
+            f"the model of the run in {path} was {model!r}, a file or folder that is "
+            f"neither in {start}, where the run was started, nor here. Bring it back, "
+            "or change its path in config.yaml."
+        )
+    return dataclasses.replace(found, model=model)
 
 
 def load_config(file: Path, *, model: str | None = None) -> TrainConfig:
@@ -200,86 +210,3 @@ def _with_preset(values: Mapping[str, Any]) -> Mapping[str, Any]:
     others = {name: value for name, value in objective.items() if name != "preset"}
     preset = validation.to_dict(ObjectiveConfig.preset(objective["preset"]))
     return {**values, "objective": preset | others}
-
-
-def write_manifest(
-    path: Path,
-    config: TrainConfig,
-    mesh: Mesh,
-    status: Status,
-    data: Mapping[str, Any] | None = None,
-) -> None:
-    """Record versions, devices, mesh, revision, seed, data and status of the run."""
-    devices = mesh.devices.flat
-    manifest = {
-        "status": status,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "backend": jax.default_backend(),
-        "devices": [f"{device.platform}:{device.device_kind}" for device in devices],
-        "processes": jax.process_count(),
-        "mesh": dict(mesh.shape),
-        "git_revision": _git_revision(),
-        "seed": config.seed,
-        "data": dict(data or {}),
-        "environment": {v: os.environ[v] for v in _VARIABLES if v in os.environ},
-    }
-    write_json(path / "manifest.json", manifest)
-
-
-def set_status(path: Path, status: Status) -> None:
-    """Change the status in the manifest of a run."""
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    write_json(path / "manifest.json", manifest | {"status": status})
-
-
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Write strict JSON, for people to read as well."""
-    write_atomically(file, json.dumps(plain(values), indent=2, allow_nan=False) + "\n")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
-
-
-def _has_begun(path: Path) -> bool:
-    metrics = path / METRICS_FILE
-    return (path / "checkpoints").exists() or (
-        metrics.exists() and metrics.stat().st_size > 0
-    )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    """The commit of the code, with a mark if files differ from it; None if unknown.
-
-    Code that was copied without its history has it in a file `REVISION`.
-    """
-    here = Path(__file__).parent
-    copied = here.parent.parent / "REVISION"
-    if copied.is_file():
-        return copied.read_text(encoding="utf-8").strip()
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return described.stdout.strip() or None

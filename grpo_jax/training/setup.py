@@ -1,5 +1,6 @@
 """What a run is made of: its task, its rewards and how it measures a policy."""
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -20,7 +22,9 @@ from grpo_jax.config import EMBEDDED, TrainConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.reporting import metrics as names
-from grpo_jax.rollout.collect import score_rows
+from grpo_jax.reporting.logs import attach_log_file
+from grpo_jax.rollout.collect import Collector, score_rows
+from grpo_jax.rollout.prompts import encode_prompt, prompts_sha256
 from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.rollout.sampling import policy_sampling
 from grpo_jax.tasks import load_task, task_from_rows
@@ -33,14 +37,17 @@ from grpo_jax.tasks.base import (
     first_rows,
     reward_functions,
 )
+from grpo_jax.training import run_dir as directories
 from grpo_jax.training.best import best_mode
 from grpo_jax.training.evaluate import Evaluator
 from grpo_jax.training.judging import Completed, is_judged, judge
 from grpo_jax.training.judging import Evaluation as Judged
+from grpo_jax.training.manifest import Origin, read_manifest
 from grpo_jax.training.memory import evaluation_batch
 from grpo_jax.training.policy import Policy
 from grpo_jax.training.programs import is_evaluated
 from grpo_jax.training.reward_code import describe_rewards
+from grpo_jax.weights.folder import remove_unfinished
 
 Evaluation = Callable[[PyTree], dict[str, float]]
 
@@ -69,21 +76,75 @@ def choose_task(
     return task_from_rows(dataset, rewards, eval_rows=eval_dataset)
 
 
-def describe_data(task: Task) -> dict[str, Any]:
-    """What a run learns from: enough to see that another one learns from other data.
+def open_directory(
+    config: TrainConfig, task: Task, stack: contextlib.ExitStack
+) -> tuple[Mesh, Path, Origin]:
+    """The mesh of a run, its directory, which is now its own, and where it began.
 
-    The digest is that of up to 1,000 rows to train on, evenly chosen, or of 3 where
-    rows are made or read on demand; values that JSON does not know count by their type.
+    On processes other than the first nothing is claimed, and it begins now.
+
+    Raises:
+      ValueError: for a mesh that does not fit, or the directory of another run.
     """
-    count = min(len(task.train), 1000 if isinstance(task.train, list | tuple) else 3)
-    rows = [dict(task.train[i * len(task.train) // count]) for i in range(count)]
-    text = json.dumps(rows, skipkeys=True, default=lambda value: str(type(value)))
+    mesh = meshes.make_mesh(config.mesh)
+    meshes.check_processes(mesh, config.mesh.mode)
+    meshes.check_batch(mesh, config)
+    path = Path(config.run_dir or Path("runs") / file_name(task.name))
+    path = path.expanduser()
+    origin = Origin()
+    if jax.process_index() == 0:
+        stack.enter_context(directories.claim(path))
+        remove_unfinished(path)
+        directories.check_config(path, config, describe_data(task, config))
+        origin = Origin.read(read_manifest(path))
+        stack.enter_context(attach_log_file(path))
+    stack.enter_context(jax.set_mesh(mesh))
+    stack.enter_context(nn.logical_axis_rules(meshes.RULES))
+    return mesh, path, origin
+
+
+def describe_data(task: Task, config: TrainConfig) -> dict[str, Any]:
+    """What a run learns from and is measured on, as far as no model is needed for it.
+
+    Digests are those of up to 1,000 rows, evenly chosen, or of 3 where rows are made or
+    read on demand; values that JSON does not know count by their type.
+    """
+    held_out = held_out_rows(task, config)
     return {
         "task": task.name,
         "rows": len(task.train),
-        "rows_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "rows_sha256": _rows_sha256(task.train),
+        "test_rows": len(held_out),
+        "test_rows_sha256": _rows_sha256(held_out),
         "rewards": describe_rewards(task.rewards),
     }
+
+
+def describe_inputs(
+    policy: Policy, task: Task, config: TrainConfig, collector: Collector
+) -> dict[str, Any]:
+    """What the model sees, and what it is at first; all processes must call it."""
+    encoded = [
+        encode_prompt(policy.tokenizer, row["prompt"])
+        for row in held_out_rows(task, config)
+    ]
+    return {
+        "prompts_sha256": collector.prompts_sha256(),
+        "test_prompts_sha256": prompts_sha256(encoded),
+        **policy.description(),
+    }
+
+
+def held_out_rows(task: Task, config: TrainConfig) -> Sequence[Row]:
+    """The rows of each evaluation of a run; none if it has none."""
+    return first_rows(task.test, _held_out(config, task))
+
+
+def _rows_sha256(rows: Sequence[Row]) -> str:
+    count = min(len(rows), 1000 if isinstance(rows, list | tuple) else 3)
+    chosen = [dict(rows[i * len(rows) // count]) for i in range(count)]
+    text = json.dumps(chosen, skipkeys=True, default=lambda value: str(type(value)))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def describe_resumed(step: int, steps: int) -> str:
@@ -177,7 +238,7 @@ def make_evaluation(
     Greedy accuracy where the task can tell right from wrong, else the mean reward.
     `announce` is told what begins.
     """
-    rows = first_rows(task.test, _held_out(config, task))
+    rows = held_out_rows(task, config)
     if not rows:
         return lambda variables: {}
     evaluator = Evaluator(

@@ -57,12 +57,16 @@ _ROWS = 4096  # of a matrix, compared at a time
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A language model: module, parameters, tokenizer and configuration."""
+    """A language model: module, parameters, tokenizer and configuration.
+
+    `commit` is that of the hub, of a model that came from there.
+    """
 
     model: Decoder
     params: PyTree
     tokenizer: Tokenizer
     config: ModelConfig
+    commit: str | None = None
 
 
 def load_pretrained(
@@ -92,7 +96,10 @@ def load_pretrained(
         raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
     source = _open(str(name_or_path), revision)
     params = _read_params(source.config, source.tensors, dtype, sharding)
-    return Pretrained(Decoder(source.config), params, source.tokenizer, source.config)
+    model = Decoder(source.config)
+    return Pretrained(
+        model, params, source.tokenizer, source.config, commit=source.commit
+    )
 
 
 def load_without_weights(
@@ -184,6 +191,7 @@ class _Source:
     config: ModelConfig
     tensors: Mapping[str, Tensor]
     tokenizer: Tokenizer
+    commit: str | None
 
 
 def _open(name: str, revision: str | None) -> _Source:
@@ -206,7 +214,9 @@ def _open(name: str, revision: str | None) -> _Source:
         )
     # Whoever samples by the configuration alone stops where the tokenizer does.
     config = dataclasses.replace(config, eos_token_ids=tokenizer.stop_ids)
-    return _Source(config, tensors, tokenizer)
+    # The cache of the hub has a folder for each commit.
+    commit = path.name if path.parent.name == "snapshots" else None
+    return _Source(config, tensors, tokenizer, commit)
 
 
 def _check_head(

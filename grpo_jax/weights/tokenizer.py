@@ -3,6 +3,8 @@
 A thin wrapper over a `transformers` fast tokenizer, which is imported on first use.
 """
 
+import copy
+import datetime
 import functools
 import json
 import os
@@ -11,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.weights.template_date import with_date
 
 Message = Mapping[str, Any]
 
@@ -41,6 +44,7 @@ class Tokenizer:
         pads = (fast.pad_token_id, fast.eos_token_id, *self.stop_ids, 0)
         self.pad_id: int = next(index for index in pads if index is not None)
         self.has_chat_template: bool = bool(fast.chat_template)
+        self._template: str | None = None  # in place of the tokenizer's own
 
     @classmethod
     def from_folder(cls, folder: pathlib.Path, config: ModelConfig) -> "Tokenizer":
@@ -67,6 +71,17 @@ class Tokenizer:
             raise ValueError(f"cannot read the tokenizer {path}: {error}") from error
         stops = [*_generation_stops(folder), *config.eos_token_ids]
         return cls(fast, stop_ids=stops)
+
+    def dated(self, moment: datetime.datetime) -> "Tokenizer":
+        """This tokenizer, for whose chat template it is always that moment.
+
+        Some templates write today's date: prompts would change with the day.
+        """
+        if not self.has_chat_template:
+            return self
+        copied = copy.copy(self)
+        copied._template = with_date(self._fast.get_chat_template(), moment)
+        return copied
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
         """The token ids of a prompt, which a completion is to continue.
@@ -202,6 +217,7 @@ class Tokenizer:
             return self._fast.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=tokenize,
+                chat_template=self._template,
                 add_generation_prompt=not continued,
                 continue_final_message=continued,
                 return_dict=False,

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import datetime
 import gc
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 
 import jax
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from grpo_jax import train
+from grpo_jax import restore, train
 from grpo_jax.config import (
     CheckpointConfig,
     ObjectiveConfig,
@@ -33,8 +35,9 @@ from grpo_jax.training.checkpoint import Checkpoints
 from grpo_jax.training.digest import params_sha256
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.run_dir import claim, read_config
-from grpo_jax.weights.pretrained import load_pretrained
+from grpo_jax.weights.pretrained import load_pretrained, save_pretrained
 
+PROMPT = [{"role": "user", "content": "hi"}]
 ROWS = [{"prompt": f"say {i}", "wanted": "aeiou"[i % 5]} for i in range(20)]
 STEPS = 4
 
@@ -493,6 +496,87 @@ def test_other_rows_are_refused_too(undisturbed):
     with pytest.raises(ValueError, match=r"configuration: rows_sha256"):
         run(config, dataset=edited)
     assert manifest(result.run_dir)["status"] == "finished"
+
+
+def test_other_held_out_rows_are_refused(undisturbed):
+    config, result = undisturbed
+    with pytest.raises(ValueError, match=r"test_rows: 5 and 6; test_rows_sha256"):
+        run(config, eval_dataset=ROWS[:6])
+    assert manifest(result.run_dir)["status"] == "finished"
+
+
+def copied(tiny_policy, folder):
+    """The tiny model with a chat template, which is read from a file of its own."""
+    shutil.copytree(tiny_policy.folder, folder)
+    (folder / "chat_template.jinja").write_text(
+        '{{ strftime_now("%S %f") }}'
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    return str(folder)
+
+
+def scale_weights(folder):
+    loaded = load_pretrained(folder)
+    changed = loaded.params | {
+        "final_norm": jax.tree.map(lambda w: w * 2, loaded.params["final_norm"])
+    }
+    save_pretrained(folder, dataclasses.replace(loaded, params=changed))
+
+
+def change_file(name, old, new):
+    def change(folder):
+        file = folder / name
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            scale_weights,
+            r"began with another model.*: weights.final_norm/scale: '\w{8}'",
+        ),
+        (
+            change_file("config.json", '"rope_theta": 1000.0', '"rope_theta": 999.0'),
+            "another model.*: model_config.rope: .*1000.0.* and .*999.0",
+        ),
+        (
+            change_file("chat_template.jinja", "{% for", "-{% for"),
+            "other prompts: prompts_sha256: .*test_prompts_sha256: ",
+        ),
+    ],
+)
+def test_another_model_and_other_prompts_are_refused(
+    change, told, config, tiny_policy, tmp_path
+):
+    model = copied(tiny_policy, tmp_path / "model")
+    config = dataclasses.replace(config, model=model)
+    halted = run(config, at_step(1, stop))
+    began = manifest(halted.run_dir)["started"]
+    change(tmp_path / "model")
+    with pytest.raises(ValueError, match=told):
+        run(config)
+    assert manifest(halted.run_dir)["status"] == "preempted"
+    # Another day changes nothing: the date that the template sees is the run's.
+    assert began == manifest(halted.run_dir)["started"]
+
+
+def test_a_template_sees_the_date_of_the_run(config, tiny_policy, tmp_path):
+    model = copied(tiny_policy, tmp_path / "model")
+    config = dataclasses.replace(config, model=model, steps=2)
+    run(config, at_step(2, stop))
+    resumed = run(config)
+    path = resumed.run_dir
+    assert "resumed from step 1" in (path / "log.txt").read_text()
+    started = datetime.datetime.fromisoformat(manifest(path)["started"])
+    text = resumed.tokenizer.decode(resumed.tokenizer.encode_prompt(PROMPT))
+    assert text == f"{started:%S} 000000hi"
+    restored = restore(path).tokenizer
+    assert restored.decode(restored.encode_prompt(PROMPT)) == text
 
 
 def test_two_runs_in_one_directory_are_refused(config, tmp_path):

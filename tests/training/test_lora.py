@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import gc
+import json
 import os
+import shutil
 import signal
 
 import jax
@@ -149,6 +151,17 @@ def test_what_is_exported_restored_and_returned_is_the_merged_model(
     assert {*config.sampling.stop_ids} < {*ends}
     plain = dataclasses.replace(exported.config, eos_token_ids=ends[-1:])
     assert restored.model == Decoder(plain)
+
+
+def test_another_base_than_the_adapters_were_trained_on_is_refused(run, tmp_path):
+    _, result = run
+    copy = shutil.copytree(result.run_dir, tmp_path / "run")
+    file = copy / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["data"]["weights"]["final_norm/scale"] = "0"
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"another model.*weights.final_norm/scale"):
+        restore(copy)
 
 
 def test_base_and_exported_adapters_compute_what_the_merged_model_does(

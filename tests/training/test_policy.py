@@ -16,9 +16,12 @@ from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training import policy as policies
 from grpo_jax.training import run_dir as directories
 from grpo_jax.training.checkpoint import Checkpoints
+from grpo_jax.training.fingerprint import describe_weights
+from grpo_jax.training.manifest import Origin, Record, read_manifest
 from grpo_jax.training.plan import device_memory, for_run
 from grpo_jax.training.policy import load_policy, open_policy, restore
 from grpo_jax.training.state import TrainState
+from grpo_jax.weights import pretrained
 
 
 def assert_same_bits(one, two):
@@ -134,6 +137,52 @@ def test_a_policy_is_opened_from_a_run_or_from_a_model(run, tiny_policy):
     assert opened.step is None
     assert_same_bits(opened.params, tiny_policy.params)
     assert opened.config == TrainConfig(model=str(tiny_policy.folder))
+
+
+def test_a_run_keeps_to_the_commit_of_the_hub_with_which_it_began(
+    tiny_policy, tmp_path, meshes_of, monkeypatch
+):
+    hub, newest = tmp_path / "snapshots", ["first"]
+    shutil.copytree(tiny_policy.folder, hub / "first")
+    monkeypatch.setattr(
+        pretrained, "_download", lambda name, at, files: hub / (at or newest[-1])
+    )
+    config, mesh = TrainConfig(model="someone/model"), meshes_of(1, 1, 1)
+    policy = load_policy(config, mesh)
+    assert policy.commit == "first"
+    path = tmp_path / "run"
+    path.mkdir()
+    directories.check_config(path, config)
+    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint)
+    state = TrainState(step=jnp.int32(1), params=policy.trained, opt_state=())
+    checkpoints.save(1, state, {}, wait=True)
+    Record(path, config, mesh, Origin(commit=policy.commit)).write("preempted")
+    newest.append("second")  # pushed since then; no folder here
+    with pytest.raises(ValueError, match="no config.json"):
+        load_policy(config, mesh)
+    origin = Origin.read(read_manifest(path))
+    assert load_policy(config, mesh, origin).commit == "first"
+    assert_same_bits(restore(path).params, tiny_policy.params)
+
+
+def test_weights_have_the_same_digests_wherever_they_lie_and_others_differ(
+    tiny_policy, meshes_of
+):
+    params = tiny_policy.params
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    spread = load_policy(
+        TrainConfig(model=str(tiny_policy.folder)), meshes_of(1, 4, 2)
+    ).trained
+    whole = describe_weights(params, frozen=False)
+    assert describe_weights(spread, frozen=False) == whole
+    # A base is held in the number type of the machine: both give the same.
+    assert describe_weights(half, frozen=True) == describe_weights(params, frozen=True)
+    for frozen, factor in ((False, 1 + 2**-20), (True, 1 + 2**-6)):
+        norm = params["final_norm"]["scale"]
+        other = params | {"final_norm": {"scale": norm.at[3].multiply(factor)}}
+        before = describe_weights(params, frozen=frozen)
+        after = describe_weights(other, frozen=frozen)
+        assert [n for n in after if after[n] != before[n]] == ["final_norm/scale"]
 
 
 def test_exactly_one_of_run_and_model_is_needed(run, tiny_policy):

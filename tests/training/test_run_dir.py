@@ -23,7 +23,10 @@ from grpo_jax.config import (
     TrainConfig,
 )
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.training import files
+from grpo_jax.training import manifest as manifest_module
 from grpo_jax.training import run_dir as directories
+from grpo_jax.training.manifest import Origin, Record
 from grpo_jax.validation import to_dict
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
@@ -213,7 +216,9 @@ def test_other_data_are_refused_and_unknown_data_are_not(tmp_path):
     directories.check_config(tmp_path, config, data)
     begun(tmp_path)
     directories.check_config(tmp_path, config, data)  # no manifest yet
-    directories.write_manifest(tmp_path, config, mesh, "running", data)
+    record = Record(tmp_path, config, mesh, Origin())
+    record.check(data)
+    record.write("running")
     directories.check_config(tmp_path, config, data)
     directories.check_config(tmp_path, config, data | {"rewards": {"long": "2"}})
     other = data | {"rows": 4}
@@ -347,7 +352,7 @@ def manifest(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["grpo-jax", "train", "--steps", "3"])
     config = TrainConfig(seed=11, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     mesh = meshes.make_mesh(config.mesh)
-    directories.write_manifest(tmp_path, config, mesh, "running")
+    Record(tmp_path, config, mesh, Origin()).write("running")
     return json.loads((tmp_path / "manifest.json").read_text())
 
 
@@ -373,24 +378,17 @@ def test_no_secret_and_no_other_variable_is_kept(tmp_path, manifest):
     assert set(manifest["environment"]) <= allowed
 
 
-@pytest.mark.parametrize("status", ["preempted", "failed", "finished"])
-def test_a_new_status_leaves_the_rest_as_it_was(tmp_path, manifest, status):
-    directories.set_status(tmp_path, status)
-    changed = json.loads((tmp_path / "manifest.json").read_text())
-    assert changed == manifest | {"status": status}
-
-
 # --- Files
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     file = tmp_path / "summary.json"
-    directories.write_json(file, {"steps": 1})
+    files.write_json(file, {"steps": 1})
     before = file.read_bytes()
     with pytest.raises(UnicodeEncodeError):
-        directories.write_atomically(file, "half\ud800")
+        files.write_atomically(file, "half\ud800")
     with pytest.raises(TypeError):
-        directories.write_json(file, {"steps": object()})
+        files.write_json(file, {"steps": object()})
     assert file.read_bytes() == before
 
 
@@ -406,7 +404,7 @@ def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", spy)
-    directories.write_atomically(file, "new and longer")
+    files.write_atomically(file, "new and longer")
     assert seen == [("old", len("new and longer"))]
     assert file.read_text() == "new and longer"
     assert list(tmp_path.iterdir()) == [file]
@@ -414,9 +412,7 @@ def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
 
 def test_json_is_strict_whatever_the_numbers(tmp_path):
     file = tmp_path / "summary.json"
-    directories.write_json(
-        file, {"accuracy": float("nan"), "steps": jax.numpy.int32(4)}
-    )
+    files.write_json(file, {"accuracy": float("nan"), "steps": jax.numpy.int32(4)})
     text = file.read_text()
     assert json.loads(text) == {"accuracy": None, "steps": 4}
     assert text.endswith("}\n")
@@ -430,14 +426,14 @@ def copied(tmp_path, monkeypatch):
     """A copy of the code without its history, which the manifest looks at."""
     module = tmp_path / "copy" / "grpo_jax" / "training" / "run_dir.py"
     module.parent.mkdir(parents=True)
-    monkeypatch.setattr(directories, "__file__", str(module))
+    monkeypatch.setattr(manifest_module, "__file__", str(module))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     return tmp_path / "copy"
 
 
 def revision(tmp_path):
     mesh = meshes.make_mesh(MeshConfig())
-    directories.write_manifest(tmp_path, TrainConfig(), mesh, "running")
+    Record(tmp_path, TrainConfig(), mesh, Origin()).write("running")
     return json.loads((tmp_path / "manifest.json").read_text())["git_revision"]
 
 

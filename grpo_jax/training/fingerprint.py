@@ -1,0 +1,43 @@
+"""What the numbers of a run follow from besides its configuration, in a few digests."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree, UInt32
+
+from grpo_jax.models.config import RUN_FIELDS, ModelConfig
+from grpo_jax.training.digest import array_digests, named_leaves
+
+
+def describe_weights(params: PyTree, *, frozen: bool) -> dict[str, str]:
+    """A digest of each parameter that a run begins with, by its path.
+
+    They are computed on the devices: all parameters are read once there, and nothing
+    from the files. The base under adapters is held in the number type of the machine,
+    so its digests are those of values rounded to bfloat16, which any machine can make.
+    All processes must call it.
+    """
+    leaves = named_leaves(params)
+    digests = np.asarray(_digests(list(leaves.values()), rounded=frozen))
+    return {path: f"{d:08x}" for path, d in zip(leaves, digests.tolist(), strict=True)}
+
+
+def describe_architecture(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a model's configuration that are not at their defaults."""
+    values = dataclasses.asdict(config)
+    for field in dataclasses.fields(config):
+        if field.name in RUN_FIELDS or values[field.name] == field.default:
+            del values[field.name]
+    return values
+
+
+@functools.partial(jax.jit, static_argnames="rounded")
+def _digests(arrays: Sequence[Array], *, rounded: bool) -> UInt32[Array, " arrays"]:
+    if rounded:
+        arrays = [array.astype(jnp.bfloat16) for array in arrays]
+    return array_digests(arrays)

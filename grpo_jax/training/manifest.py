@@ -1,0 +1,254 @@
+"""`manifest.json`: what a run began with, where its parts ran, and how it stands."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from grpo_jax.config import TrainConfig
+from grpo_jax.reporting.metrics import METRICS_FILE, plain
+from grpo_jax.training.files import write_json
+
+Status = Literal["running", "preempted", "failed", "finished"]
+
+_PACKAGES = ("grpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# Settings that can change speed or bits. Only these: an environment holds secrets.
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64")
+_SHOWN = 8  # differences that a message lists
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now().astimezone()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a run takes from its first start, whenever it goes on.
+
+    Attributes:
+      started: when that was; chat templates that ask for the date see it.
+      commit: of the model on the hub; None for one that is local, or not known yet.
+    """
+
+    started: datetime.datetime = field(default_factory=_now)
+    commit: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As in the manifest."""
+        return {
+            "started": self.started.isoformat(timespec="seconds"),
+            "model_commit": self.commit,
+        }
+
+    @classmethod
+    def read(cls, manifest: Mapping[str, Any]) -> "Origin":
+        """From the manifest; a run that began with an older version begins now."""
+        if "started" not in manifest:
+            return cls()
+        started = datetime.datetime.fromisoformat(manifest["started"])
+        return cls(started=started, commit=manifest.get("model_commit"))
+
+
+def has_begun(path: Path) -> bool:
+    """Whether the directory holds more of a run than the wish for one."""
+    metrics = path / METRICS_FILE
+    return (path / "checkpoints").exists() or (
+        metrics.exists() and metrics.stat().st_size > 0
+    )
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a run that has begun; empty if it is missing or damaged."""
+    if not has_begun(path):
+        return {}
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """What the rows, rewards, prompts and weights of a run were, as its manifest says.
+
+    Nothing where that is unknown: a manifest that is missing, damaged or older.
+    """
+    data = read_manifest(path).get("data")
+    return data if isinstance(data, dict) else {}
+
+
+class Record:
+    """The manifest of a run that goes on; `enabled` on the first process alone."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: TrainConfig,
+        mesh: Mesh,
+        origin: Origin,
+        *,
+        enabled: bool = True,
+    ) -> None:
+        self._path, self._seed, self._mesh = path, config.seed, mesh
+        self._origin = origin
+        self._enabled = enabled
+        self._data: Mapping[str, Any] = {}
+
+    def check(self, data: Mapping[str, Any]) -> None:
+        """What the run learns from and with, which is to be as it was at first.
+
+        Raises:
+          ValueError: with what differs.
+        """
+        self._data = data
+        if self._enabled:
+            check_data(self._path, data)
+
+    def changed_machine(self) -> list[str]:
+        """A warning where other software or hardware ran the run so far."""
+        parts = _parts(read_manifest(self._path)) if self._enabled else []
+        found = list(_changes(parts[-1], _machine(self._mesh))) if parts else []
+        if not found:
+            return []
+        return [
+            f"other software or hardware than before: {_shortened(found)} (then and "
+            "now); the numbers may differ from those of a run that was not stopped, in "
+            "their last bits at first"
+        ]
+
+    def write(self, status: Status, *, step: int = 0) -> None:
+        """Record what the run began with, what runs it, and its status.
+
+        `parts` lists what ran it from which step on, anew where that differs.
+        """
+        if not self._enabled:
+            return
+        parts, machine = _parts(read_manifest(self._path)), _machine(self._mesh)
+        time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        if not parts or list(_changes(parts[-1], machine)):
+            parts = [*parts, {"step": step, "time": time, **machine}]
+        manifest = {
+            "status": status,
+            "time": time,
+            **self._origin.plain(),
+            "command": sys.argv,
+            "directory": os.getcwd(),
+            "platform": platform.platform(),
+            **machine,
+            "seed": self._seed,
+            "data": self._data,
+            "parts": parts,
+        }
+        write_json(self._path / "manifest.json", manifest)
+
+
+def check_data(path: Path, data: Mapping[str, Any]) -> None:
+    """Refuse to go on with, or to open a run by, a model or prompts that are not its.
+
+    Raises:
+      ValueError: with what differs from the manifest.
+    """
+    found = list(changes(read_data(path), data))
+    if found:
+        raise ValueError(
+            f"the run in {path} began with another model or other prompts: "
+            f"{_shortened(found)} (there and here). The weights and the model_config "
+            "are those of the model's files; the prompts are digested as its tokenizer "
+            "and chat template encode them. Bring back what it began with, or use "
+            "another run_dir."
+        )
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """A text for each value that differs, of the entries that both have.
+
+    An entry may be a mapping. Reward functions are left out: they may change.
+    """
+    now = plain(now)
+    for name in sorted(then.keys() & now.keys() - {"rewards"}):
+        old, new = then[name], now[name]
+        if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+            old, new = {"": old}, {"": new}
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                path = f"{name}.{key}" if key else name
+                yield f"{path}: {old.get(key)!r} and {new.get(key)!r}"
+
+
+def _shortened(found: list[str]) -> str:
+    more = len(found) - _SHOWN
+    return "; ".join(found[:_SHOWN] + ([f"and {more} more"] if more > 0 else []))
+
+
+def _machine(mesh: Mesh) -> dict[str, Any]:
+    """The software and hardware that numbers depend on."""
+    devices = mesh.devices.flat
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "backend": jax.default_backend(),
+        "devices": [f"{device.platform}:{device.device_kind}" for device in devices],
+        "processes": jax.process_count(),
+        "mesh": dict(mesh.shape),
+        "git_revision": _git_revision(),
+        "environment": {v: os.environ[v] for v in _VARIABLES if v in os.environ},
+    }
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    def counted(machine: Mapping[str, Any]) -> dict[str, Any]:
+        kinds = Counter(machine.get("devices", ()))
+        devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        return {**machine, "devices": devices}
+
+    return changes(counted(then), counted(now))
+
+
+def _parts(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What ran a run so far; of an older version's manifest the newest part alone."""
+    if "parts" in manifest or "versions" not in manifest:
+        return list(manifest.get("parts", []))
+    names = ("python", "versions", "backend", "devices", "processes", "mesh")
+    names += ("git_revision", "environment")
+    return [{name: manifest[name] for name in names if name in manifest}]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The commit of the code, with a mark if files differ from it; None if unknown.
+
+    Code that was copied without its history has it in a file `REVISION`.
+    """
+    here = Path(__file__).parent
+    copied = here.parent.parent / "REVISION"
+    if copied.is_file():
+        return copied.read_text(encoding="utf-8").strip()
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None
