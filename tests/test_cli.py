@@ -486,6 +486,30 @@ def test_report_writes_a_page_into_the_run_by_default(capsys, tmp_path, run):
     assert "<html" in out.read_text() and out.read_text().count("\n") > 5
 
 
+def test_commands_that_read_a_run_leave_it_as_it_is(capsys, tmp_path, run):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    for file in (copy / "checkpoints" / "3" / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    before = everything_in(copy)
+    short = ("--prompt", "1+1=", "--max-new-tokens", 4)
+    out_of(capsys, "sample", "--run-dir", copy, *short)
+    out_of(capsys, "eval", "--run-dir", copy, "--out", tmp_path / "eval.json")
+    assert json.loads((tmp_path / "eval.json").read_text())["step"] == 2
+    out_of(capsys, "export", "--run-dir", copy, "--out", tmp_path / "export")
+    out_of(capsys, "report", copy, "--out", tmp_path / "page.html")
+    out_of(capsys, "plot", copy, "--out", tmp_path / "curves.png")
+    assert everything_in(copy) == before
+
+
+def everything_in(folder):
+    """Contents and times, which tell even of files that came and went."""
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
 def test_train_hands_the_described_run_to_the_loop(monkeypatch):
     from grpo_jax.training import loop
 

@@ -30,13 +30,19 @@ def write_report(run_dir: str | Path, out_html: str | Path | None = None) -> Pat
     """The path of the run's page, `report.html` in its directory by default.
 
     Works for a run that is still going on, has no evaluation or no completions. Raises
-    ValueError when the directory has no metrics.
+    ValueError when the directory has no metrics, or the page cannot be written.
     """
     folder = Path(run_dir).resolve()
     history = metrics.read_metrics(folder)
     path = folder / "report.html" if out_html is None else Path(out_html)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, _page(folder, history))
+    text = _page(folder, history)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}); give another file (--out)"
+        ) from error
     return path
 
 

@@ -71,6 +71,14 @@ def _hostile_run(run_dir, synthetic):
     return run_dir
 
 
+def test_a_page_that_cannot_be_written_is_told_by_its_place(tmp_path, synthetic):
+    run = _hostile_run(tmp_path / "run", synthetic)
+    # A file in the way stops root as well, whom a read-only mount does not.
+    page = run / "config.yaml" / "page.html"
+    with pytest.raises(ValueError, match=f"{page} cannot be written .*--out"):
+        write_report(run, page)
+
+
 def test_hostile_text_stays_text(tmp_path, synthetic):
     page = Page(write_report(_hostile_run(tmp_path / "run", synthetic)))
     assert page.tags.count("script") == 2 and "img" not in page.tags

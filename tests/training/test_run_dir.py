@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from grpo_jax.config import (
     TrainConfig,
 )
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.training import files
 from grpo_jax.training import manifest as manifest_module
 from grpo_jax.training import run_dir as directories
 from grpo_jax.training.manifest import Origin, Record
@@ -376,46 +374,6 @@ def test_no_secret_and_no_other_variable_is_kept(tmp_path, manifest):
     assert not [name for name in SECRETS if name in text]
     allowed = {"XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64"}
     assert set(manifest["environment"]) <= allowed
-
-
-# --- Files
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    file = tmp_path / "summary.json"
-    files.write_json(file, {"steps": 1})
-    before = file.read_bytes()
-    with pytest.raises(UnicodeEncodeError):
-        files.write_atomically(file, "half\ud800")
-    with pytest.raises(TypeError):
-        files.write_json(file, {"steps": object()})
-    assert file.read_bytes() == before
-
-
-def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
-    file = tmp_path / "summary.json"
-    file.write_text("old")
-    seen = []
-    replace = os.replace
-
-    def spy(source, target):
-        # All is written, beside its place, when the name changes hands.
-        seen.append((file.read_text(), os.path.getsize(source)))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", spy)
-    files.write_atomically(file, "new and longer")
-    assert seen == [("old", len("new and longer"))]
-    assert file.read_text() == "new and longer"
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_json_is_strict_whatever_the_numbers(tmp_path):
-    file = tmp_path / "summary.json"
-    files.write_json(file, {"accuracy": float("nan"), "steps": jax.numpy.int32(4)})
-    text = file.read_text()
-    assert json.loads(text) == {"accuracy": None, "steps": 4}
-    assert text.endswith("}\n")
 
 
 # --- The revision of the code
