@@ -117,7 +117,7 @@ def _arguments(partial: functools.partial) -> dict[str, Any]:
         bound = inspect.signature(partial.func).bind_partial(
             *partial.args, **partial.keywords
         )
-    except (TypeError, ValueError):  # no signature
+    except (TypeError, ValueError, NameError):  # no signature, or one of unknown types
         numbered = {f"argument {i}": value for i, value in enumerate(partial.args)}
         return numbered | partial.keywords
     given = dict(bound.arguments)
@@ -142,8 +142,9 @@ def _read_by(function: types.FunctionType) -> dict[str, Any]:
             closure[name] = cell.cell_contents
         except ValueError:  # not assigned yet
             continue
-    parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    code, given = function.__code__, function.__defaults__ or ()
+    last = code.co_varnames[code.co_argcount - len(given) : code.co_argcount]
+    defaults = dict(zip(last, given, strict=True)) | (function.__kwdefaults__ or {})
     return read | closure | defaults
 
 

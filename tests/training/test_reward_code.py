@@ -6,7 +6,7 @@ import inspect
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.training.reward_code import changed_rewards, describe_rewards
@@ -91,6 +91,7 @@ def told(old, new):
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+@settings(max_examples=15)
 @given(old=plain, new=plain)
 def test_another_value_is_told_by_its_name_and_the_same_one_is_not(make, old, new):
     assert told(make(old), make(old)) == []
