@@ -24,6 +24,7 @@ def plan(**changes):
         "peak": 5 * GIB,
         "usable": None,
         "fits": None,
+        "refused": None,
         "knobs": {"--microbatch-size 8": GIB, "--remat none": 2**20},
     } | changes
 
@@ -60,6 +61,7 @@ def test_text_is_shown_letter_by_letter():
         ({"usable": 8 * GIB, "fits": True}, "fits: 5.00 of 8.00 GiB", "would save"),
         ({"usable": 4 * GIB, "fits": False}, "does not fit: 5.00 of 4.00", "nothing"),
         ({"usable": 4 * GIB, "fits": False, "knobs": {}}, "does not fit", "would save"),
+        ({"refused": "the context is short"}, "the context is short", "GiB that are"),
     ],
 )
 def test_the_verdict_and_what_to_turn(changes, told, untold):
