@@ -1,5 +1,6 @@
 """The best step, against a search through all of them; checkpoints as a dict."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,9 +35,15 @@ def test_it_is_the_first_with_the_best_value(saved, mode):
 
 
 def test_steps_that_cannot_be_read_are_passed_over():
-    errors = [DamageError("?"), OSError("away"), ValueError("old"), KeyError("metrics")]
+    gone = FileNotFoundError("gone")
+    errors = [DamageError("?"), gone, ValueError("old"), KeyError("metrics")]
     saved = dict(enumerate(errors)) | {9: 0.5}
     assert best_of(saved).among(list(saved)) == 9
+
+
+def test_a_storage_that_is_away_is_no_answer():
+    with pytest.raises(OSError, match="away"):
+        best_of({1: 0.5, 2: OSError("away")}).among([1, 2])
 
 
 def test_each_inventory_is_read_once_and_again_after_a_new_save():
