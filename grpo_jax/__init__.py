@@ -61,7 +61,9 @@ _HOMES = {
     "train": "grpo_jax.training.loop",
     "Restored": "grpo_jax.training.policy",
     "restore": "grpo_jax.training.policy",
+    "Batch": "grpo_jax.training.state",
     "TrainState": "grpo_jax.training.state",
+    "make_train_state": "grpo_jax.training.state",
     "compile_train_step": "grpo_jax.training.step",
     "make_train_step": "grpo_jax.training.step",
 }
