@@ -148,7 +148,7 @@ class Checkpoints:
         Args:
           like: arrays or `ShapeDtypeStruct` with the wanted shardings, whatever mesh
             the checkpoint was saved on. Arrays without a mesh beside others with one
-            are replicated on it. `base` is passed through.
+            are replicated on it.
           step: exactly this step, or "best"; None takes the newest.
 
         Returns:

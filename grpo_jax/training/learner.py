@@ -15,7 +15,6 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree
 
-from grpo_jax import objective
 from grpo_jax.config import TrainConfig
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.parallel import mesh as meshes
@@ -23,6 +22,7 @@ from grpo_jax.parallel import offload
 from grpo_jax.parallel.gathering import whole_over_fsdp
 from grpo_jax.rollout.generate import in_compute_dtype
 from grpo_jax.rollout.groups import Rollout
+from grpo_jax.training.advantages import advantages_and_mask
 from grpo_jax.training.optimizer import make_optimizer, make_schedule
 from grpo_jax.training.state import (
     Batch,
@@ -33,7 +33,6 @@ from grpo_jax.training.state import (
 )
 from grpo_jax.training.step import (
     Metrics,
-    advantages_from_rewards,
     compile_train_step,
     make_train_step,
     policy_logprobs,
@@ -70,7 +69,12 @@ class Learner:
             functools.partial(score_batch, model, config), out_shardings=rows
         )
         self._advantages = jax.jit(
-            functools.partial(advantages_and_mask, config=config), out_shardings=rows
+            functools.partial(
+                advantages_and_mask,
+                config=config.objective,
+                max_new_tokens=config.max_new_tokens,
+            ),
+            out_shardings=rows,
         )
         self._minibatch = jax.jit(
             functools.partial(_minibatch, count=config.minibatches), out_shardings=rows
@@ -79,7 +83,8 @@ class Learner:
         self._copy_for_sampling: Callable[[PyTree], PyTree] | None = None
         if config.mesh.offload:
             offload.check_offload(mesh)
-        self.state = make_train_state(params, tx, base=base)
+        self.base = base
+        self.state = make_train_state(params, tx)
         self.reference = self._first_reference() if config.objective.kl_coef else None
 
     @property
@@ -111,7 +116,7 @@ class Learner:
     @property
     def variables(self) -> PyTree:
         """Linen variables of the policy."""
-        return self._state.variables
+        return policy_variables(self._state.params, self.base)
 
     def sampler_variables(self) -> PyTree:
         """Linen variables to sample with, for as long as they are needed.
@@ -151,22 +156,15 @@ class Learner:
 
     def with_advantages(self, batch: Batch, rollout: Rollout) -> Batch:
         """The batch with the advantages of the rollout's rewards."""
-        # Groups that do not count must not enter the deviation of a batch either.
-        counted = np.where(rollout.counts[:, None], rollout.rewards, np.nan)
+        # A group that is left out must not enter the deviation of a batch either.
+        kept = np.where(rollout.counts[:, None], rollout.rewards, np.nan)
         rewards, lengths, finished = meshes.to_mesh(
             self._mesh,
-            (counted.astype(np.float32), rollout.lengths, rollout.finished),
+            (kept.astype(np.float32), rollout.lengths, rollout.finished),
         )
-        chosen = self._config.objective
-        if chosen.kl_in == "reward" and batch.ref_logp is not None:
-            rewards = less_kl(
-                rewards,
-                batch.sampler_logp,
-                batch.ref_logp,
-                batch.mask,
-                kl_coef=chosen.kl_coef,
-            )
-        advantages, mask = self._advantages(rewards, lengths, finished, batch.mask)
+        advantages, mask = self._advantages(
+            rewards, batch, lengths=lengths, finished=finished
+        )
         return batch.replace(advantages=advantages, mask=mask)
 
     def update(self, batch: Batch) -> dict[str, float]:
@@ -175,7 +173,7 @@ class Learner:
         state, results = self.state, []
         for _ in range(self._config.updates_per_rollout):
             for part in self._minibatches(batch):
-                state, metrics = self._step(state, part)
+                state, metrics = self._step(state, part, self.base)
                 results.append(metrics)
         self.state = state
         fetched: list[Metrics] = jax.device_get(results)
@@ -212,7 +210,7 @@ class Learner:
     def refresh_reference(self) -> None:
         """Make the policy as it is now the reference."""
         if self._reference is not None:
-            self.reference = policy_variables(self._frozen_policy(), self._state.base)
+            self.reference = policy_variables(self._frozen_policy(), self.base)
 
     def _minibatches(self, batch: Batch) -> list[Batch]:
         count = self._config.minibatches
@@ -221,9 +219,9 @@ class Learner:
         return [self._minibatch(batch, number) for number in range(count)]
 
     def _first_reference(self) -> PyTree:
-        if self._state.base is not None:
+        if self.base is not None:
             # Fresh adapters change nothing, so the base stands for the policy.
-            return {"params": self._state.base}
+            return {"params": self.base}
         return {"params": self._frozen_policy()}
 
     def _frozen_policy(self) -> PyTree:
@@ -267,50 +265,6 @@ def largest_difference(
 ) -> Float[Array, ""]:
     """The largest |logp - sampler_logp|, nats, of tokens under the mask; 0 of none."""
     return jnp.max(jnp.where(mask, jnp.abs(logp - sampler_logp), 0.0))
-
-
-@functools.partial(jax.jit, static_argnames="kl_coef")
-def less_kl(
-    rewards: Float[Array, "N G"],
-    logp: Float[Array, "N G T"],
-    ref_logp: Float[Array, "N G T"],
-    mask: Bool[Array, "N G T"],
-    *,
-    kl_coef: float,
-) -> Float[Array, "N G"]:
-    """Rewards less β log(π(y|x) / π_ref(y|x)), the KL of a sequence in one sample.
-
-    Ahmadian et al. 2024, eq. 2, https://arxiv.org/abs/2402.14740. `logp` is that of the
-    policy that sampled, in nats; masked tokens take no part.
-    """
-    ratios = jnp.where(mask, logp - ref_logp, 0.0)
-    return rewards - kl_coef * jnp.sum(ratios, axis=-1)
-
-
-def advantages_and_mask(
-    rewards: Float[Array, "N G"],
-    lengths: Array,
-    finished: Bool[Array, "N G"],
-    mask: Bool[Array, "N G T"],
-    *,
-    config: TrainConfig,
-) -> tuple[Float[Array, "N G"], Bool[Array, "N G T"]]:
-    """Advantages of rewards (NaN: none), and the mask of the tokens that count.
-
-    Truncated completions do not count under `mask_truncated`; a completion without a
-    reward counts with advantage 0, as in TRL. The overlong penalty is added to the
-    rewards.
-    """
-    chosen = config.objective
-    valid = ~jnp.isnan(rewards)
-    rewards = jnp.where(valid, rewards, 0.0)
-    if chosen.overlong_share is not None:
-        limit = config.max_new_tokens
-        tail = max(1, round(chosen.overlong_share * limit))
-        rewards += objective.overlong_penalty(lengths, max_length=limit, cache=tail)
-    if chosen.mask_truncated:
-        mask = mask & finished[..., None]
-    return advantages_from_rewards(rewards, valid, chosen), mask
 
 
 def _minibatch(batch: Batch, number: Array, *, count: int) -> Batch:

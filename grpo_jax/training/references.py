@@ -73,4 +73,4 @@ class References:
 
 def _renewed(learner: Learner) -> str:
     """The collection of the reference that changes; a frozen base does not."""
-    return "params" if learner.state.base is None else "lora"
+    return "params" if learner.base is None else "lora"

@@ -24,18 +24,11 @@ class TrainState(struct.PyTreeNode):
       step: optimizer updates made; a skipped update does not count.
       params: what is trained: the model's parameters, or its adapters.
       opt_state: the Optax state for `params`.
-      base: the frozen parameters that adapters stand on; None without adapters.
     """
 
     step: Int[Array, ""]
     params: PyTree
     opt_state: optax.OptState
-    base: PyTree | None = None
-
-    @property
-    def variables(self) -> dict[str, PyTree]:
-        """The Linen variables of the policy."""
-        return policy_variables(self.params, self.base)
 
 
 def policy_variables(params: PyTree, base: PyTree | None) -> dict[str, PyTree]:
@@ -45,16 +38,11 @@ def policy_variables(params: PyTree, base: PyTree | None) -> dict[str, PyTree]:
     return {"params": base, "lora": params}
 
 
-def make_train_state(
-    params: PyTree, tx: optax.GradientTransformation, *, base: PyTree | None = None
-) -> TrainState:
+def make_train_state(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
     """A state at step 0; optimizer moments lie on the mesh as their parameters do."""
     # Not jitted: under jit the moments would lose the sharding of their parameters.
     return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=tx.init(params),
-        base=base,
+        step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params)
     )
 
 

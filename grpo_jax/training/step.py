@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from grpo_jax import objective
-from grpo_jax.config import ObjectiveConfig, TrainConfig
+from grpo_jax.config import TrainConfig
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.objective import Mean
 from grpo_jax.parallel import mesh as meshes
@@ -58,51 +58,29 @@ def policy_logprobs(
     )
 
 
-def advantages_from_rewards(
-    rewards: Float[Array, "N G"], valid: Bool[Array, "N G"], config: ObjectiveConfig
-) -> Float[Array, "N G"]:
-    """The advantages that `config` names; 0 where a completion has no reward.
-
-    With the plain likelihood the softmax weights w themselves are taken, times G: the
-    mean over the G completions of -(G w) log π is -Σ w log π.
-    """
-    match config.advantage:
-        case "softmax":
-            options = {"temperature": config.softmax_temperature, "valid": valid}
-            if config.surrogate == "likelihood":
-                weights = objective.group_softmax_weights(rewards, **options)
-                return rewards.shape[-1] * weights
-            return objective.softmax_advantages(rewards, **options)
-        case "standardized":
-            return objective.standardized_advantages(
-                rewards, valid=valid, std_over=config.std_over
-            )
-        case "centered":
-            return objective.centered_advantages(rewards, valid=valid)
-        case "leave_one_out":
-            return objective.leave_one_out_advantages(rewards, valid=valid)
-
-
 def make_train_step(
     model: LanguageModel, tx: optax.GradientTransformation, config: TrainConfig
 ) -> Step:
-    """A pure ``step(state, batch, *, axis_name, places) -> (state, metrics)``.
+    """A pure ``step(state, batch, base, *, axis_name, places) -> (state, metrics)``.
 
-    The state is returned unchanged, with ``update_skipped`` 1, when the loss or the
-    gradient is not finite. `axis_name` names the mapped axis if the step runs under
-    `pmap`; `places` are the shardings of the parameters, which gradients then have
-    too. Metrics are scalars: the loss and those of `objective.grpo_loss`,
-    ``grad_norm`` before clipping, ``sampler_logp_diff/max`` and ``update_skipped``.
+    `base` holds the frozen parameters under adapters; it is None (the default) where
+    all parameters are trained. The state is returned unchanged, with
+    ``update_skipped`` 1, when the loss or the gradient is not finite. `axis_name` names
+    the mapped axis if the step runs under `pmap`; `places` are the shardings of the
+    parameters, which gradients then have too. Metrics are scalars: the loss and those
+    of `objective.grpo_loss`, ``grad_norm`` before clipping, ``sampler_logp_diff/max``
+    and ``update_skipped``.
     """
 
     def step(
         state: TrainState,
         batch: Batch,
+        base: PyTree | None = None,
         *,
         axis_name: str | None = None,
         places: PyTree | None = None,
     ) -> tuple[TrainState, Metrics]:
-        loss = functools.partial(_loss_totals, model, config, state.base)
+        loss = functools.partial(_loss_totals, model, config, base)
         parts = microbatches(batch, config.microbatch_size)
         grads, sums, largest = _accumulate(loss, state.params, parts, places)
         if axis_name is not None:
@@ -126,39 +104,18 @@ def compile_train_step(
 
     "jit" follows the shardings of the state, which the new state keeps. "pmap" runs the
     same step as plain data parallelism: the state is on every device, the batch is
-    split over all of them. A frozen base is not donated: it is the reference's, too.
+    split over all of them. A frozen base is not donated: the reference policy shares
+    its arrays.
 
     Raises:
       ValueError: for another mode; under pmap, when called, for a number of prompts
         that the devices do not divide.
     """
     if mode == "jit":
-        return _with_base(_JitStep(_apart(step)))
+        return _JitStep(step)
     if mode == "pmap":
-        return _with_base(_pmap_step(_apart(step), mesh))
+        return _pmap_step(step, mesh)
     raise ValueError(f"mode must be 'jit' or 'pmap', got {mode!r}.")
-
-
-def _apart(step: Step) -> Step:
-    """The step with the frozen base as an argument of its own, which stays as it is."""
-
-    def apart(
-        state: TrainState, base: PyTree | None, batch: Batch, **options: Any
-    ) -> tuple[TrainState, Metrics]:
-        state, metrics = step(state.replace(base=base), batch, **options)
-        return state.replace(base=None), metrics
-
-    return apart
-
-
-def _with_base(apart: Step) -> Step:
-    """The step that `_apart` took apart, as it was."""
-
-    def call(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        new, metrics = apart(state.replace(base=None), state.base, batch)
-        return new.replace(base=state.base), metrics
-
-    return call
 
 
 class _JitStep:
@@ -169,18 +126,19 @@ class _JitStep:
         self._compiled: Any = None
 
     def __call__(
-        self, state: TrainState, base: PyTree | None, batch: Batch
+        self, state: TrainState, batch: Batch, base: PyTree | None = None
     ) -> tuple[TrainState, Metrics]:
         if self._compiled is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-            # As the state that comes back is: else the second call compiles again.
+            # The first call then has the layout of every later one; otherwise jit
+            # compiles the step twice.
             state = jax.device_put(state, shardings)
             self._compiled = jax.jit(
                 functools.partial(self._step, places=shardings.params),
                 donate_argnums=0,
                 out_shardings=(shardings, None),
             )
-        return self._compiled(state, base, batch)
+        return self._compiled(state, batch, base)
 
 
 def _pmap_step(step: Step, mesh: Mesh) -> Step:
@@ -189,14 +147,14 @@ def _pmap_step(step: Step, mesh: Mesh) -> Step:
     mapped = jax.pmap(
         functools.partial(step, axis_name=_DEVICES),
         axis_name=_DEVICES,
-        in_axes=(None, None, 0),
+        in_axes=(None, 0, None),
         out_axes=(None, None),
         devices=devices,
         donate_argnums=0,
     )
 
     def call(
-        state: TrainState, base: PyTree | None, batch: Batch
+        state: TrainState, batch: Batch, base: PyTree | None = None
     ) -> tuple[TrainState, Metrics]:
         prompts = batch.prompts.shape[0]
         if prompts % len(devices):
@@ -209,7 +167,7 @@ def _pmap_step(step: Step, mesh: Mesh) -> Step:
         state, base = jax.device_put((state, base), everywhere)
         # A map has one axis, its own: the names of the mesh's axes mean nothing in it.
         with jax.set_mesh(own), nn.logical_axis_rules(()):
-            results = mapped(state, base, batch)
+            results = mapped(state, batch, base)
         # The same buffers, as arrays of the mesh that everything else runs on.
         return jax.device_put(results, everywhere)
 
@@ -300,9 +258,5 @@ def _update(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
-        base=None,
     )
-    kept = jax.tree.map(
-        lambda fresh, old: jnp.where(finite, fresh, old), new, state.replace(base=None)
-    )
-    return kept.replace(base=state.base)
+    return jax.tree.map(lambda fresh, old: jnp.where(finite, fresh, old), new, state)

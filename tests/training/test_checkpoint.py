@@ -218,20 +218,6 @@ def test_a_state_may_be_donated_once_save_returns(tmp_path):
         np.testing.assert_array_equal(restored.params["w"], big["w"])
 
 
-def test_adapters_are_saved_without_their_base(tmp_path):
-    base = {"w": jnp.ones((256, 256))}
-    state = make_train_state(
-        {"a": jnp.ones((4, 2)), "b": jnp.zeros((2, 4))}, TX, base=base
-    )
-    checkpoints, _ = open_checkpoints(tmp_path)
-    checkpoints.save(1, state, {}, wait=True)
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 256 * 256
-    _, restored, _ = checkpoints.restore(state)
-    assert restored.base is base
-    assert_same_bits(restored, state)
-
-
 def test_parameters_alone_need_neither_devices_nor_a_target(tmp_path):
     state = spread(make_state(), 2, 2, 2)
     checkpoints, _ = open_checkpoints(tmp_path)

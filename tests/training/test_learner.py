@@ -1,4 +1,4 @@
-"""Several updates per rollout, the reference, and how rewards become advantages."""
+"""Several updates per rollout, and the reference policy."""
 
 import dataclasses
 
@@ -10,12 +10,7 @@ import pytest
 from grpo_jax.config import ObjectiveConfig, OptimizerConfig
 from grpo_jax.objective import standardized_advantages
 from grpo_jax.rollout.groups import Rollout
-from grpo_jax.training.learner import (
-    Learner,
-    advantages_and_mask,
-    less_kl,
-    score_batch,
-)
+from grpo_jax.training.learner import Learner, score_batch
 from grpo_jax.training.step import policy_logprobs
 
 REWARDS = np.array([[0.0, 1, 2, 3], [1, 1, 1, 1], [0, 0, 0, 5], [-1, 1, 0, 0]])
@@ -118,9 +113,9 @@ def test_old_log_probs_are_those_of_the_policy_that_met_the_rollout(
     ratios, taken = [], []
     step = learner._step
 
-    def spy(state, part):
+    def spy(state, part, base):
         taken.append(np.asarray(part.old_logp))
-        state, metrics = step(state, part)
+        state, metrics = step(state, part, base)
         ratios.append(float(metrics["importance_ratio/mean"]))
         return state, metrics
 
@@ -187,56 +182,6 @@ def test_scores_do_not_depend_on_the_microbatch(size, bigram, tools):
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
 
-def advantages(tools, rewards=REWARDS, lengths=None, finished=None, **objective):
-    shape = np.shape(rewards)
-    lengths = np.full(shape, 4) if lengths is None else np.asarray(lengths)
-    config = tools.make_config(objective=ObjectiveConfig(**objective))
-    return advantages_and_mask(
-        jnp.asarray(rewards, jnp.float32),
-        jnp.asarray(lengths),
-        jnp.ones(shape, bool) if finished is None else jnp.asarray(finished),
-        jnp.asarray(np.arange(7) < lengths[..., None]),
-        config=config,
-    )
-
-
-def test_a_completion_without_a_reward_leaves_its_group(tools):
-    given, mask = advantages(tools, [[1.0, 3.0, np.nan, np.nan]], advantage="centered")
-    # The mean of 1 and 3 is 2.
-    np.testing.assert_allclose(given, [[-1, 1, 0, 0]])
-    assert mask.all(axis=-1).sum() == 0 and mask.any(axis=-1).all()
-
-
-def test_truncated_completions_do_not_count_where_they_are_masked(tools):
-    finished = np.array([[True, False, True, False]])
-    rewards = [[0.0, 1.0, 2.0, 3.0]]
-    _, mask = advantages(tools, rewards, finished=finished, mask_truncated=True)
-    np.testing.assert_array_equal(mask.any(axis=-1), finished)
-    _, mask = advantages(tools, rewards, finished=finished)
-    assert mask.any(axis=-1).all()
-
-
-def test_long_completions_are_penalized_toward_the_limit(tools):
-    # The limit is 7 and the tail 4 tokens: lengths 3, 5, 6, 7 lose 0, 1/2, 3/4, 1.
-    given, _ = advantages(
-        tools,
-        [[1.0, 1.0, 1.0, 1.0]],
-        lengths=[[3, 5, 6, 7]],
-        overlong_share=4 / 7,
-        advantage="centered",
-    )
-    # Rewards 1, 0.5, 0.25, 0 have the mean 0.4375.
-    np.testing.assert_allclose(given, [[0.5625, 0.0625, -0.1875, -0.4375]], rtol=1e-6)
-
-
-def test_a_deviation_over_the_batch_is_that_of_all_rewards(tools):
-    given, _ = advantages(tools, advantage="standardized", std_over="batch")
-    expected = (REWARDS - REWARDS.mean(axis=1, keepdims=True)) / (
-        REWARDS.std(ddof=1) + 1e-4
-    )
-    np.testing.assert_allclose(given, expected, rtol=1e-5)
-
-
 def test_groups_that_do_not_count_do_not_enter_the_batch_s_deviation(
     make_learner, rollout
 ):
@@ -249,14 +194,3 @@ def test_groups_that_do_not_count_do_not_enter_the_batch_s_deviation(
     np.testing.assert_allclose(batch.advantages[counts], expected, rtol=1e-5)
     np.testing.assert_array_equal(batch.advantages[1], 0.0)
     assert not batch.mask[1].any()
-
-
-def test_the_kl_of_a_sequence_can_be_taken_from_its_reward():
-    # Two sequences; log-ratios 0.5 and 0.25 count, the third is masked.
-    rewards = jnp.array([[1.0, jnp.nan]])
-    logp = jnp.array([[[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]]])
-    ref_logp = jnp.array([[[-1.5, -2.25, -9.0], [-2.0, -2.0, -2.0]]])
-    mask = jnp.array([[[True, True, False], [True, True, True]]])
-    given = less_kl(rewards, logp, ref_logp, mask, kl_coef=0.1)
-    # 1 - 0.1 (0.5 + 0.25) = 0.925; no reward stays no reward.
-    np.testing.assert_allclose(given, [[0.925, np.nan]], rtol=1e-6)

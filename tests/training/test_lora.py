@@ -269,7 +269,7 @@ def test_the_base_is_in_memory_once(mode, tiny_policy, tools, meshes_of):
     assert base + 3 * adapters <= total < base + 3 * adapters + 4096
     # Policy, state and reference speak of the same arrays, and none was given away.
     for leaf, other, third in zip(
-        *map(jax.tree.leaves, (policy.base, learner.state.base)),
+        *map(jax.tree.leaves, (policy.base, learner.base)),
         jax.tree.leaves(learner.reference["params"]),
         strict=True,
     ):
@@ -374,6 +374,6 @@ def test_a_renewed_reference_is_base_with_adapters_of_then(
         _, another = make_learner(tools, tiny_policy, mesh)
         references.restore_at(3, another)
     assert_same_bits(another.reference["lora"], moved)
-    assert another.reference["params"] is another.state.base
+    assert another.reference["params"] is another.base
     names = [path.name for path in tmp_path.rglob("*")]
     assert not [name for name in names if "kernel" in name or "embed" in name]

@@ -18,9 +18,9 @@ from grpo_jax.objective import (
     weighted_likelihood_loss,
 )
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.training.advantages import advantages_from_rewards
 from grpo_jax.training.state import make_train_state, microbatches
 from grpo_jax.training.step import (
-    advantages_from_rewards,
     compile_train_step,
     make_train_step,
     policy_logprobs,
