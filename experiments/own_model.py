@@ -15,9 +15,15 @@ import optax
 import tyro
 from flax import linen as nn
 
-from grpo_jax import ObjectiveConfig, TrainConfig, generate, make_train_step
-from grpo_jax.objective import softmax_advantages
-from grpo_jax.training.state import Batch, make_train_state
+from grpo_jax import (
+    Batch,
+    ObjectiveConfig,
+    TrainConfig,
+    generate,
+    make_train_state,
+    make_train_step,
+    softmax_advantages,
+)
 
 
 class Recurrent(nn.Module):
@@ -82,14 +88,18 @@ def main(steps: int = 100, seed: int = 0) -> list[float]:
     state = make_train_state(params["params"], tx)
     step, rewards = jax.jit(make_train_step(model, tx, config)), []
     for number in range(steps):
-        chance = jax.random.fold_in(key, number)
-        drawn = generate(model, state.params, prompts, lengths, chance, **sizes)
-        right = jnp.mean(drawn.tokens == prompts[:, -1:, None], axis=-1)
-        advantages = softmax_advantages(right, temperature=0.1)
-        asked = {"prompts": prompts, "prompt_lengths": lengths}
-        said = {"completions": drawn.tokens, "mask": drawn.mask}
-        learned = {"advantages": advantages, "sampler_logp": drawn.logp}
-        state, _ = step(state, Batch(**asked, **said, **learned))
+        rollout_key = jax.random.fold_in(key, number)
+        sampled = generate(model, state.params, prompts, lengths, rollout_key, **sizes)
+        right = jnp.mean(sampled.tokens == prompts[:, -1:, None], axis=-1)
+        batch = Batch(
+            prompts=prompts,
+            prompt_lengths=lengths,
+            completions=sampled.tokens,
+            mask=sampled.mask,
+            advantages=softmax_advantages(right, temperature=0.1),
+            sampler_logp=sampled.logp,
+        )
+        state, _ = step(state, batch)
         rewards.append(float(right.mean()))
         if number % 10 == 0 or number == steps - 1:
             print(f"step {number}  reward {rewards[-1]:.2f}")

@@ -4,9 +4,11 @@ import ast
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -89,3 +91,10 @@ def test_a_recipe_fits_on_a_page(name):
     if not script.is_file():
         pytest.skip(f"{script.name} has not been written")
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 80
+
+
+def test_the_minimal_loop_learns(capsys):
+    loop = runpy.run_path(str(FOLDER / "minimal_loop.py"))
+    rewards = loop["main"](steps=16, prompts_per_step=16)
+    assert np.mean(rewards[:3]) < 0.65 < 0.75 < np.mean(rewards[-3:])
+    assert "step  15  reward" in capsys.readouterr().out

@@ -31,7 +31,7 @@ def training_programs(config: TrainConfig) -> Iterator[Program]:
     yield Program("_generate", "rollout", prompts, group)
     if config.objective.kl_coef or config.updates_per_step > 1:
         yield Program("score_batch", "score", prompts, group)
-    yield Program("apart", "update", prompts // config.minibatches, group)
+    yield Program("step", "update", prompts // config.minibatches, group)
 
 
 def evaluation_program(prompts: int) -> Program:

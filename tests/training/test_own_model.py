@@ -81,7 +81,7 @@ def test_an_update_of_the_learner_favors_what_was_rewarded(sampled, meshes_of):
     metrics = learner.update(batch)
     assert metrics["sampler_logp_diff/max"] < 1e-5 and metrics["update_skipped"] == 0.0
     after = policy_logprobs(
-        model, learner.state.variables, prompts, lengths, drawn.tokens, temperature=1.0
+        model, learner.variables, prompts, lengths, drawn.tokens, temperature=1.0
     )
     change = (after.logp - drawn.logp).sum(axis=-1).mean(axis=0)
     assert change[:4].mean() > change[4:].mean()
