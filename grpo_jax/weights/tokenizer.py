@@ -106,13 +106,14 @@ class Tokenizer:
         self, prompts: Sequence[str | Sequence[Message]]
     ) -> list[list[int]]:
         """The token ids of each prompt, as `encode_prompt`; strings all at once."""
-        if not all(isinstance(prompt, str) for prompt in prompts):
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if len(texts) < len(prompts):
             return [self.encode_prompt(prompt) for prompt in prompts]
-        if not prompts:
+        if not texts:
             return []
-        for prompt in prompts:
-            self._check_text(prompt)
-        encoded = self._fast(list(prompts))["input_ids"]
+        for text in texts:
+            self._check_text(text)
+        encoded = self._fast(texts)["input_ids"]
         return [ids[: len(ids) - self._appended] for ids in encoded]
 
     @functools.cached_property

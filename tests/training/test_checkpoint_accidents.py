@@ -131,7 +131,7 @@ make = jax.jit(
 )
 state = make_train_state({"w": make()}, optax.adamw(1e-3))
 reports = []
-config = CheckpointConfig(keep=2, keep_best="score")
+config = CheckpointConfig(keep=2, keep_best="score", best_mode="max")
 checkpoints = Checkpoints(path, config, report=reports.append)
 for step in (1, 2, 3):
     checkpoints.save(step, state, {"step": step})
