@@ -48,6 +48,7 @@ from grpo_jax.training.policy import Policy
 from grpo_jax.training.programs import is_evaluated
 from grpo_jax.training.reward_code import describe_rewards
 from grpo_jax.weights.folder import remove_unfinished
+from grpo_jax.weights.pretrained import check_name
 
 Evaluation = Callable[[PyTree], dict[str, float]]
 
@@ -84,8 +85,10 @@ def open_directory(
     On processes other than the first nothing is claimed, and it begins now.
 
     Raises:
-      ValueError: for a mesh that does not fit, or the directory of another run.
+      ValueError: for a model that is not there, a mesh that does not fit, or the
+        directory of another run.
     """
+    check_name(config.model)
     mesh = meshes.make_mesh(config.mesh)
     meshes.check_processes(mesh, config.mesh.mode)
     meshes.check_batch(mesh, config)

@@ -139,6 +139,18 @@ def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
     return config
 
 
+def check_name(name_or_path: str) -> None:
+    """Checks that a model is here, or may be on the hub, which is not asked.
+
+    Raises:
+        ValueError: for the path of a file or folder that does not exist.
+    """
+    path = _local(name_or_path)
+    named = path.suffix != ".gguf" and _HUB_NAME.fullmatch(name_or_path)
+    if not path.exists() and not named:
+        raise ValueError(f"{name_or_path}: no such file or folder")
+
+
 def find_base(name_or_path: str) -> str:
     """What other programs, in any folder, call a model that is loaded by this name.
 
@@ -251,8 +263,7 @@ def _find(
                 f"revision={revision!r} is for models on the hub; {path} is local"
             )
         return path
-    if path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name):
-        raise ValueError(f"{name}: no such file or folder")
+    check_name(name)
     return _download(name, revision, files)
 
 
