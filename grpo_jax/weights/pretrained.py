@@ -140,11 +140,7 @@ def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
 
 
 def check_name(name_or_path: str) -> None:
-    """Checks that a model is here, or may be on the hub, which is not asked.
-
-    Raises:
-        ValueError: for the path of a file or folder that does not exist.
-    """
+    """Raises ValueError unless a model is here, or has a name as on the hub."""
     path = _local(name_or_path)
     named = path.suffix != ".gguf" and _HUB_NAME.fullmatch(name_or_path)
     if not path.exists() and not named:
