@@ -67,6 +67,14 @@ def _plain(character: str) -> str:
 
 _END = r"(?![A-Za-z])"
 _LATEX = [
+    # What is no text: the space behind a line, its name and number, a color.
+    (re.compile(r"\\\\\[-?[\d.]{1,6} ?[a-z]{2}\]"), r"\\\\"),
+    (
+        re.compile(r"\\(?:tag|label|[hv]space|(?:text)?color)\*?\{[^{}\n]{0,40}\}"),
+        " ",
+    ),
+    (re.compile(r"<sup>([^<>\n]{1,40})</sup>"), r"^{\1}"),
+    (re.compile(r"<sub>([^<>\n]{1,40})</sub>"), r"_{\1}"),
     (re.compile(r"\\!|(?<=,)\{\}"), ""),
     (re.compile(r"\{(?:\\,|,)\}"), ","),
     (re.compile(rf"\^\{{?\\circ{_END}\}}?|\\degree{_END}"), "\u00b0"),
@@ -77,14 +85,16 @@ _LATEX = [
     (
         re.compile(
             r"\\[,;:> ]|~|\\[()\[\]]|\\(?:left|right|boxed|fbox|mbox|bm|boldsymbol|"
-            r"displaystyle|q?quad|(?:math|text)(?:bf|it|rm|sf|tt|normal)?)" + _END
+            r"underline|emph|[lL]arge|displaystyle|q?quad|"
+            r"(?:math|text)(?:bf|it|rm|sf|tt|normal)?)" + _END
         ),
         " ",
     ),
+    (re.compile(r"\{[ \t]+(?=\{)"), "{"),
     # What parts an operator from its number stays in sight; two columns stay two.
     (re.compile(r"[ \t]{3,}"), "  "),
 ]
-_ENTITY = re.compile(r"&[A-Za-z][A-Za-z0-9]{1,7};")
+_ENTITY = re.compile(r"&#?[A-Za-z0-9]{2,8};")
 
 
 def typeset(text: str) -> str:
@@ -172,26 +182,33 @@ _SCALES = (
     "hundreds?|thousands?|millions?|billions?|trillions?|dozens?|lakhs?|crores?"
     "|bn|mn|mln|bln|tn"
 )
-_FUNCTIONS = "sqrt|cbrt|log|ln|exp|sin|cos|tan|binom"
+_FUNCTIONS = "sqrt|cbrt|log|ln|exp|(?:arc)?(?:sin|cos|tan)h?|binom"
+_INFINITY = r"(?:\\infty|\u221e)"
 _WRAP = rf"[{_CURRENCY}*_(\[{{}}`]*"
 _BEFORE = re.compile(
     rf"""(?:
         [-+/^\u00b1\u2213\u221a\u221b][ \t]*{_WRAP}  # an operator
-      | [{_L}\d)}}\]]\*+ | [{_L}\d)}}\]][ \t]+\*[ \t]+
+      | [{_L}\d)}}\]]\*+ | [{_L}\d)}}\]][ \t]+[*x][ \t]+
       | [\^_][({{]+
       | \}}\{{+ | \\[A-Za-z]+[ ]*(?:\[[^\[\]]*\])?\{{+  # a command's argument
       | (?<![{_L}])(?:minus|negative|{_SCALES})[ \t]*{_WRAP}[ \t]*
-      | (?<![{_L}])(?:{_FUNCTIONS})(?:_\{{?\w{{1,4}}\}}?)?[ \t]*{_WRAP}[ \t]*
+      | (?<![{_L}])(?:{_FUNCTIONS}|sec|csc|cot|b?mod|roots?[ ]of|power[ ]of)
+        (?:_\{{?\w{{1,4}}\}}?|\^\{{?-?\d\}}?)?[ \t]*{_WRAP}[ \t]*
+      | \\(?:over|colon)[ ]* | {_INFINITY}[ ]*,[ ]*
     )\Z""",
     re.VERBOSE | re.IGNORECASE,
 )
 _AFTER = re.compile(
     rf"""
-        (?:[)}}$]*[{_L}](?![{_L}]))  # 5x, 5k, 5m: a letter may stand for anything
-      | [ \t]*[)}}$*_]*[ \t]*\{{?[ \t]*(?:{_SCALES}|{_FUNCTIONS}|pi)(?![{_L}])
+        # 5x, 5k, 5m: a letter may stand for anything; grams and liters are plain.
+        [)}}$]*(?!(?-i:[gL](?![{_L}]|[ ]*[-+*/^(=])|m/s))[{_L}](?![{_L}])
+      | [ \t]*[)}}$*_]*[ \t]*\{{?[ \t]*
+        (?:{_SCALES}|{_FUNCTIONS}|pi|squared|cubed|factorial)(?![{_L}])
       | [)}}$]*[\^(] | [)}}$]*[ ]?[\u03c0\u221a\u221b\u221e\u03b8]
       | [ \t]*[)}}$]*[ \t]*[-+*/^][ \t]*[({{]*(?:[{_L}](?![{_L}])|[\\\u221a\u03c0(])
       | [ \t]*[)}}]*[ \t]*\\(?:pi|theta|infty|pm|mp|over|{_FUNCTIONS}){_END}
+      | [ \t]*\\(?:rangle|rfloor|rceil){_END} | \s*\\end\{{.?matrix\}}
+      | [ ]*,[ ]*[-+]?{_INFINITY} | ![}}$]
       | [ \t]+and[ \t]+(?:a[ \t]+|one[ \t]+)?(?:half|quarter|third)(?![{_L}])
       | [\u0300-\u036f] | \\overline
       | [ ]?[\u5341\u767e\u5343\u4e07\u842c\u5104\u4ebf\u5146]  # ten to 10^12
@@ -199,6 +216,7 @@ _AFTER = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _LISTED = re.compile(r"\d[)}\]$*]*[ \t]*[,;]\s+\Z")
+_ZEROS = re.compile(r"0\d\d(?!\d)")
 _LIST_ENDS = re.compile(r"[ \t$*]*\\?[)\]}]")
 
 
@@ -214,7 +232,10 @@ def _is_part(found: re.Match[str]) -> bool:
         return True
     if "." in found["body"] and after.startswith(".."):  # 0.333...
         return True
-    return bool(_LISTED.search(before) and _LIST_ENDS.match(after))  # (3, 4)
+    if not _LISTED.search(before):
+        return False
+    # The end of (3, 4), or of 18, 000.
+    return bool(_LIST_ENDS.match(after) or _ZEROS.match(found["body"]))
 
 
 # --- Values ---------------------------------------------------------------------------

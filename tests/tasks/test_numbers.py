@@ -69,6 +69,7 @@ WHOLE = {
     "mathematics": lambda v: f"${v}$",
     "brackets of mathematics": lambda v: f"\\({v}\\)",
     "boxed": lambda v: f"\\boxed{{{v}}}",
+    "text in a box": lambda v: f"\\boxed{{\\text{{{v}}}}}",
     "bold in LaTeX": lambda v: f"\\mathbf{{{v}}}",
     "exponent": lambda v: f"{v:.15e}",
     "capital exponent": lambda v: f"{v:.15E}",
@@ -89,6 +90,17 @@ WHOLE = {
     "unit with a raised digit": lambda v: f"{v} cm\u00b2",
     "unit in LaTeX": lambda v: f"{v}\\text{{ m/s}}",
     "unit in LaTeX with a power": lambda v: f"{v}\\,\\text{{ cm}}^{{2}}",
+    "unit with a power in HTML": lambda v: f"{v} cm<sup>2</sup>",
+    "grams": lambda v: f"{v}g",
+    "liters": lambda v: f"{v}L",
+    "speed": lambda v: f"{v}m/s",
+    "HTML dollars": lambda v: f"&#36;{v}",
+    "HTML minus": lambda v: f"{v}".replace("-", "&#8722;"),
+    "underlined": lambda v: f"\\underline{{\\underline{{{v}}}}}",
+    "colored": lambda v: f"\\textcolor{{red}}{{{v}}}",
+    "line with a number": lambda v: f"{v} \\tag{{1}}",
+    "line with a name": lambda v: f"{v}\\label{{eq:2}}",
+    "line with space behind": lambda v: f"{v} \\\\[5pt]",
     "degrees": lambda v: f"{v}^\\circ",
 }
 # What need not be read, but never as another number.
@@ -97,6 +109,13 @@ HARD = {
     "minus in words": lambda v: f"{v}".replace("-", "minus "),
     "minus outside": lambda v: f"{v}".replace("-", "-\\text{") + ("}" if v < 0 else ""),
     "minus in mathematics": lambda v: f"{v}".replace("-", "$-$"),
+    "space behind the comma": lambda v: (
+        f"{v:,}".replace(",", ", ") if v % 1000 < 100 else ""
+    ),
+    "LaTeX space behind the comma": lambda v: (
+        f"{v:,}".replace(",", ",\\,") if v % 1000 < 100 else ""
+    ),
+    "HTML power of ten": lambda v: f"{v // 1000} x 10<sup>3</sup>" * (v % 1000 == 0),
     "points between groups": lambda v: (
         f"{v:,}".replace(",", ".") if abs(v) >= 10**6 else ""
     ),
@@ -219,6 +238,12 @@ NO_NUMBERS = [
     "CO2", "version2", "x_1", "7 and a half", "0.333...", "0.(3)", "0.\\overline{3}",
     "1/0", "1e999", "10^{999}", "3!4", "3 4 5", "5'10\"", "6\u00d74", "6 x 4", "3**2",
     "(3)(4)", "\u0663", "3,4\u4e07",
+    "(-\\infty, 3]", "(-\\infty,3)", "[3, \\infty)", "(3, \u221e)", "\\arctan 2",
+    "arccos(1/2)", "\\tan^{-1} 2", "\\cot 2", "\\sinh 2", "5 (mod 7)", "5 \\bmod 7",
+    "the square root of 2", "2 to the power of 10", "2 squared", "10 factorial",
+    "$10!$", "\\boxed{10!}", "\\lfloor 3.5 \\rfloor", "\\langle 3, 4\\rangle",
+    "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "{1 \\over 2}", "3\\colon 2",
+    "12cm x 4cm", "2<sup>10</sup>", "H<sub>2</sub>O", "5g(x)", "5g + h",
 ]  # fmt: skip
 
 
