@@ -21,6 +21,7 @@ from grpo_jax.tasks.numbers import (
 _MARK = re.compile(r"####[ \t]*+(?=[^\n#\d]*+\d)")
 _DIGIT = re.compile(r"\d")
 _LONGEST_WORD = 1000
+_MARKS = " \t*_`$"  # of bold, code and mathematics around an answer
 # What may stand behind a number that is a whole text.
 _CLOSING = re.compile(r"[\s$*_`}%€£¥₹]*+\.?[\s$*_`]*+")
 
@@ -92,9 +93,12 @@ def last_answer(text: str) -> str | None:
     if not lines:
         return None
     after = re.split(
-        r"####|answer(?:\s+is\b|\s*:)\s*:?", lines[-1], flags=re.IGNORECASE
+        r"####|answer(?:\s+is\b|[*_]*\s*:)\s*:?", lines[-1], flags=re.IGNORECASE
     )
-    return after[-1].strip(" \t*_`$") or None
+    answer = after[-1].strip(_MARKS)
+    inner = answer.removesuffix(".").rstrip(_MARKS)
+    # The period behind `**B**.` goes with the marks; that of `U.S.` is the answer's.
+    return (inner if len(inner) < len(answer) - 1 else answer) or None
 
 
 def same_answer(text: str, expected: str) -> bool:

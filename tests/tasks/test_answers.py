@@ -171,3 +171,22 @@ def test_equal_votes_are_equal_verdicts(one, two, expected):
     for text in (one, two, expected):
         vote = answer_like(text, expected)
         assert same_answer(text, expected) == (vote == canonical(expected) != "")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("**Answer**: Paris", "Paris"),
+        ("**Answer: Paris**", "Paris"),
+        ("_Answer:_ Paris", "Paris"),
+        ("The answer is **B**.", "B"),
+        ("The answer is: `B`.", "B"),
+        ("The answer is $B.$", "B."),
+        ("The answer is U.S.", "U.S."),
+        ("Answer: **.5**", ".5"),
+        ("Paris\n", "Paris"),
+        ("Answer: **", None),
+    ],
+)
+def test_marks_of_bold_around_an_answer_are_not_of_it(text, answer):
+    assert last_answer(text) == answer
