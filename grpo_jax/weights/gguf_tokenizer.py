@@ -173,17 +173,24 @@ def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
     )
     control = {
         token: index
-        for index, (token, kind) in enumerate(
-            zip(
-                fields.get("tokenizer.ggml.tokens", ()),
-                fields.get("tokenizer.ggml.token_type", ()),
-                strict=False,
-            )
-        )
+        for index, (token, kind) in enumerate(_kinds(fields))
         if kind == _CONTROL
     }
     ids = dict.fromkeys([*named, *(control.get(token) for token in _ENDS)])
     return tuple(index for index in ids if index is not None)
+
+
+def _kinds(fields: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Each token with its type; a known end is of control, as llama.cpp takes it.
+
+    Files of Gemma give `<end_of_turn>` the type that it has in SentencePiece.
+    """
+    tokens = fields.get("tokenizer.ggml.tokens", ())
+    kinds = fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    return [
+        (token, _CONTROL if kind == _USER_DEFINED and token in _ENDS else kind)
+        for token, kind in zip(tokens, kinds, strict=False)
+    ]
 
 
 def _unsupported(what: str, *, file: str) -> ValueError:
@@ -281,13 +288,11 @@ def _merges(
 def _add_special_tokens(backend: Any, fields: Mapping[str, Any]) -> None:
     from tokenizers import AddedToken
 
-    tokens = fields["tokenizer.ggml.tokens"]
-    kinds = fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     # A run of spaces that is a token is "▁▁" in normalized text. A prefix would be put
     # before the token too.
     spaced = fields["tokenizer.ggml.model"] == "llama" and not _prefixed(fields)
     added = {_UNKNOWN: [], _CONTROL: [], _USER_DEFINED: []}
-    for token, kind in zip(tokens, kinds, strict=True):
+    for token, kind in _kinds(fields):
         if kind in added:
             added[kind].append(token)
     # All at once: each call sorts all that were added before.

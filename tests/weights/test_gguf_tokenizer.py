@@ -154,6 +154,16 @@ def test_stop_ids_include_the_end_of_a_text_beside_that_of_a_turn():
     assert stop_ids(fields) == (2, 3, 1)
 
 
+def test_an_end_of_turn_of_a_users_type_ends_texts_and_is_left_out_of_them():
+    fields = gpt2_fields("gpt-2")
+    fields["tokenizer.ggml.tokens"].append("<end_of_turn>")
+    fields["tokenizer.ggml.token_type"].append(4)
+    end = len(fields["tokenizer.ggml.tokens"]) - 1
+    assert stop_ids(fields) == (2, end)
+    tokenizer = build_tokenizer(fields, file="x.gguf")
+    assert tokenizer.decode([*tokenizer.encode_prompt("a"), end]) == "a"
+
+
 # Scores rank unions: "ab" before "bc" before "abc".
 PIECES = {"▁": -9, "a": -9, "b": -9, "c": -9, "ab": -1, "bc": -2, "▁ab": -3, "abc": -4}
 SPM_TOKENS = ["<unk>", "<s>", "</s>", "<0x0A>", *PIECES]
