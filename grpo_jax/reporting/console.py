@@ -134,7 +134,7 @@ class Console:
             logs.LOGGER.warning(text)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Show the end of the run, a line per value that is not None.
+        """Show the end of the run, a line per value that is neither None nor NaN.
 
         The live display stops here.
         """
@@ -142,7 +142,8 @@ class Console:
             return
         if self._live is not None:
             self._live.stop()
-        known = {name: value for name, value in values.items() if value is not None}
+        plain = names.plain(values)
+        known = {name: value for name, value in plain.items() if value is not None}
         width = max(map(len, known), default=0)
         for name, value in known.items():
             logs.LOGGER.info(f"{name:<{width}}  {_summary_text(name, value)}")

@@ -182,14 +182,8 @@ class RewardRunner:
         rewards = np.stack([result.rewards for result in results])
         total = np.nansum(rewards * self._weights[:, None], axis=0)
         total[np.isnan(rewards).all(axis=0)] = np.nan
-        nothing = ("", "none")  # no function's name
-        if np.isnan(total).all() and nothing not in self._logged:
-            self._logged.add(nothing)
-            _logger.warning(
-                "step %d: no completion has a reward, so it teaches nothing; further "
-                "such steps are not told",
-                step,
-            )
+        if np.isnan(total).all():
+            self._tell_of_none(step)
         extra: dict[str, list[Any]] = {}
         for name, result in zip(self.names, results, strict=True):
             extra |= result.extra
@@ -212,6 +206,18 @@ class RewardRunner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _tell_of_none(self, step: int) -> None:
+        """Warns, once of steps and once of evaluations, that nothing has a reward."""
+        kind = ("", "steps" if step else "evaluations")  # no function's name
+        if kind not in self._logged:
+            self._logged.add(kind)
+            _logger.warning(
+                "%s: no completion has a reward%s; further such %s are not told",
+                _when(step),
+                ", so it teaches nothing" if step else "",
+                kind[1],
+            )
 
     def _settled(self, index: int, batch: Batch, answer: Outcome | Failure) -> _Result:
         """The result of one function from its answer for the whole batch."""
@@ -346,6 +352,10 @@ def _hint(failure: Failure) -> str:
     return _THREAD_HINT if failure.in_thread and "thread" in failure.details else ""
 
 
+def _when(step: int) -> str:
+    return f"step {step}" if step else "evaluation"
+
+
 def _tell_if_most_failed(name: str, result: _Result, step: int) -> None:
     """Warns, at every step, of a function that fails on nearly all completions."""
     count, failed = len(result.failures), np.count_nonzero(result.failures)
@@ -355,6 +365,6 @@ def _tell_if_most_failed(name: str, result: _Result, step: int) -> None:
     _logger.warning(
         "%s: reward function %r failed on %d of %d completions (%s), which have no "
         "reward from it; the first failure of each kind is told in full",
-        f"step {step}" if step else "evaluation",
+        _when(step),
         *(name, failed, count, causes),
     )

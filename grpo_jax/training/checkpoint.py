@@ -245,12 +245,16 @@ class Checkpoints:
         self._finish()
         _wait_for_all("old checkpoints are removed")
         damaged: dict[int, DamageError] = {}
-        if step == "best":
-            step = self._best.named(self._folders.steps())
-        for candidate in patiently(lambda: self._folders.candidates(step)):
+        wanted = self._best.named(self._folders.steps()) if step == "best" else step
+        for candidate in patiently(lambda: self._folders.candidates(wanted)):
             try:
                 items, inventory = self._load(candidate, like)
             except DamageError as error:
+                if self._read_only and candidate not in self._folders.steps():
+                    self._report(
+                        f"checkpoint {candidate} was removed while it was read"
+                    )
+                    return self._find(step, like)  # which has newer ones
                 damaged[candidate] = error
                 continue
             for bad, reason in damaged.items():

@@ -100,9 +100,10 @@ class Record:
         *,
         enabled: bool = True,
     ) -> None:
-        self._path, self._seed, self._mesh = path, config.seed, mesh
-        self._origin = origin
+        self._path, self._seed, self._origin = path, config.seed, origin
         self._enabled = enabled
+        # Read once: who edits the code while it runs does not change what runs.
+        self._machine = _machine(mesh) if enabled else {}
         self._data: Mapping[str, Any] = {}
 
     def check(self, data: Mapping[str, Any]) -> None:
@@ -118,7 +119,7 @@ class Record:
     def changed_machine(self) -> list[str]:
         """A warning where other software or hardware ran the run so far."""
         parts = _parts(read_manifest(self._path)) if self._enabled else []
-        found = list(_changes(parts[-1], _machine(self._mesh))) if parts else []
+        found = list(_changes(parts[-1], self._machine)) if parts else []
         if not found:
             return []
         return [
@@ -134,7 +135,7 @@ class Record:
         """
         if not self._enabled:
             return
-        parts, machine = _parts(read_manifest(self._path)), _machine(self._mesh)
+        parts, machine = _parts(read_manifest(self._path)), self._machine
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         if not parts or list(_changes(parts[-1], machine)):
             parts = [*parts, {"step": step, "time": time, **machine}]

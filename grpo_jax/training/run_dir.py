@@ -34,6 +34,12 @@ _FREE_FIELDS = (
 )
 
 
+_SAME_ROWS = (
+    " A digest (..._sha256) is that of the rows: bring back the same ones, with all "
+    "their columns and in the same order."
+)
+
+
 class _Reader(yaml.SafeLoader):
     """YAML in which 1e-6 is a number, as in version 1.2, and not a text."""
 
@@ -100,18 +106,21 @@ def check_config(
     moved = steps != before.steps and config.optimizer.schedule == "constant"
     if moved and steps >= done:
         before = dataclasses.replace(before, steps=steps)
+    other_data = list(changes(read_data(path), data or {}))
     differing = [
         *validation.differences(
             _with_best_mode(before), _with_best_mode(config), ignore=_FREE_FIELDS
         ),
-        *changes(read_data(path), data or {}),
+        *other_data,
     ]
     if differing:
-        few = f" {done} steps are done: steps may be {done} or more." if moved else ""
+        hints = _SAME_ROWS if other_data else ""
+        if moved:
+            hints += f" {done} steps are done: steps may be {done} or more."
         raise ValueError(
             f"run_dir {path} holds a run with another configuration: "
             f"{'; '.join(differing)} (there and here). Use another run_dir, or the "
-            f"same configuration to resume.{few}"
+            f"same configuration to resume.{hints}"
         )
     if moved:
         _write_config(path, before)

@@ -203,17 +203,21 @@ def make_runner(config: TrainConfig, task: Task) -> RewardRunner:
     runner.check_columns(task.train[0])
     if _held_out(config, task) and not is_judged(task):
         runner.check_columns(task.test[0], of="the held-out rows")
-    _check_best(config.checkpoint.keep_best, task, runner)
+    _check_best(config, task, runner)
     best_mode(config.checkpoint)  # which must be known before anything is saved
     return runner
 
 
-def _check_best(name: str | None, task: Task, runner: RewardRunner) -> None:
+def _check_best(config: TrainConfig, task: Task, runner: RewardRunner) -> None:
     """Raises ValueError for a metric by which this run has no best step."""
-    evaluated = names.ACCURACY if is_judged(task) else names.EVAL_REWARD
-    known = [evaluated, names.REWARD, "loss", names.KL, names.ENTROPY]
+    name = config.checkpoint.keep_best
+    known = [names.REWARD, "loss", names.ENTROPY]
+    if _held_out(config, task):
+        known.insert(0, names.ACCURACY if is_judged(task) else names.EVAL_REWARD)
+    if config.objective.kl_coef:
+        known.append(names.KL)
     known += [f"rewards/{function}/mean" for function in runner.names]
-    reserved = (name or "").startswith("eval/") or name == "accuracy"
+    reserved = (name or "").startswith("eval/") or name in ("accuracy", names.KL)
     logged = runner.may_log_metrics and not reserved
     if name is None or name in known or logged:
         return
@@ -244,6 +248,7 @@ def make_evaluation(
     rows = held_out_rows(task, config)
     if not rows:
         return lambda variables: {}
+    batch = evaluation_batch(policy.model.config, policy.config, mesh)
     evaluator = Evaluator(
         policy.model,
         policy.tokenizer,
@@ -254,7 +259,7 @@ def make_evaluation(
         sampling=policy_sampling(
             policy.model, policy.tokenizer, config.sampling, temperature=0.0
         ),
-        batch_size=evaluation_batch(policy.model.config, policy.config, mesh),
+        batch_size=batch,
     )
 
     def evaluate(variables: PyTree) -> dict[str, float]:
@@ -265,7 +270,7 @@ def make_evaluation(
         share = meshes.own_share(len(rows))
         own = Completed(texts=completed.texts[share], ids=completed.ids[share])
         with agreement.phase("evaluation"):
-            verdicts = _verdicts(own, rows[share], task, runner)
+            verdicts = _verdicts(own, rows[share], task, runner, batch)
         values = np.array(meshes.gather_lists(verdicts), np.float64)
         if is_judged(task):
             result = Judged(correct=values[:, None] == 1.0, completions=completed.texts)
@@ -288,9 +293,16 @@ def _held_out(config: TrainConfig, task: Task) -> int:
 
 
 def _verdicts(
-    completed: Completed, rows: Sequence[Row], task: Task, runner: RewardRunner
+    completed: Completed,
+    rows: Sequence[Row],
+    task: Task,
+    runner: RewardRunner,
+    batch: int,
 ) -> list[float]:
-    """1 for right and 0 for wrong, or the reward, of one completion per row."""
+    """1 for right and 0 for wrong, or the reward, of one completion per row.
+
+    Reward functions see up to `batch` of them at once: a time limit is one of a batch.
+    """
     if not rows:
         return []
     if is_judged(task):
@@ -298,4 +310,9 @@ def _verdicts(
         return judged.correct[:, 0].astype(float).tolist()
     texts = [group[0] for group in completed.texts]
     ids = [group[0] for group in completed.ids]
-    return score_rows(runner, rows, texts, ids, step=0).total.tolist()
+    totals: list[float] = []
+    for start in range(0, len(rows), batch):
+        part = slice(start, start + batch)
+        scores = score_rows(runner, rows[part], texts[part], ids[part], step=0)
+        totals += scores.total.tolist()
+    return totals

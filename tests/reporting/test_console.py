@@ -224,6 +224,7 @@ def test_summary_lines_up_the_values_that_are_known():
         console.summary(
             {
                 "accuracy_before_training": None,
+                "eval_reward_before_training": float("nan"),
                 "accuracy_after": 0.85,
                 "steps": 5,
                 "seconds": 203.5,

@@ -53,6 +53,17 @@ def test_steps_without_any_reward_are_told_once(caplog):
     ]
 
 
+def test_an_evaluation_without_any_reward_is_none_of_the_steps(caplog):
+    with RewardRunner([returning([None])], RewardsConfig()) as runner:
+        for step in (0, 0, 3):
+            runner.score(["p"], ["a"], {}, completion_ids=[[7]], step=step)
+    first, second = [r.message for r in caplog.records]
+    assert first.startswith("evaluation: no completion has a reward; further such eval")
+    assert second.startswith(
+        "step 3: no completion has a reward, so it teaches nothing"
+    )
+
+
 # --- TRL's convention ---
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from grpo_jax.config import CheckpointConfig, TrainConfig
+from grpo_jax.config import CheckpointConfig, ObjectiveConfig, TrainConfig
 from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.training import damage, setup
@@ -189,6 +189,20 @@ def make_runner(name, function=plain, mode=None):
 def test_a_metric_that_the_run_will_not_have_is_refused(name, words):
     with pytest.raises(ValueError, match=words):
         make_runner(name)
+
+
+def test_a_metric_of_nothing_that_the_run_does_is_refused():
+    rows = [{"prompt": "a"}]
+    without = {  # rewards that may log any name, but not these
+        "kl": dataclasses.replace(ObjectiveConfig(), kl_coef=0.0),
+        "eval/reward": ObjectiveConfig(),
+    }
+    for name, objective in without.items():
+        config = TrainConfig(
+            objective=objective, checkpoint=CheckpointConfig(keep_best=name)
+        )
+        with pytest.raises(ValueError, match=f"'{name}' is no metric of this run"):
+            setup.make_runner(config, task_from_rows(rows, logging))
 
 
 def test_the_name_of_the_accuracy_on_the_console_is_not_that_of_the_metric():

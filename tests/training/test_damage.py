@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import shutil
 import sys
 
 import jax.numpy as jnp
@@ -165,3 +166,25 @@ def test_who_only_reads_leaves_a_damaged_step_where_it_is(two_steps):
     assert snapshot(two_steps) == before
     assert all("2 is damaged" in r and "stays where it is" in r for r in reports)
     assert len(reports) == 2
+
+
+def test_a_step_that_its_run_removes_while_it_is_read_is_not_damaged(
+    two_steps, monkeypatch
+):
+    (two_steps / "2").rename(two_steps.parent / "next")
+    load = ocp.load_checkpointables
+
+    def go_on(*arguments):
+        """The run saves a step and removes the old one."""
+        monkeypatch.setattr(ocp, "load_checkpointables", load)
+        (two_steps.parent / "next").rename(two_steps / "2")
+        shutil.rmtree(two_steps / "1")
+        return load(*arguments)
+
+    monkeypatch.setattr(ocp, "load_checkpointables", go_on)
+    reports = []
+    reader = Checkpoints(
+        two_steps, CheckpointConfig(), report=reports.append, read_only=True
+    )
+    assert reader.restore_params()[0] == 2
+    assert reports == ["checkpoint 1 was removed while it was read"]

@@ -95,6 +95,15 @@ def test_parts_are_listed_where_versions_differ_and_told(begun, monkeypatch):
     assert second.changed_machine() == []
 
 
+def test_code_that_is_edited_while_it_runs_is_not_what_ran(begun, monkeypatch):
+    monkeypatch.setattr(manifests, "_git_revision", lambda: "abc")
+    running = record(begun)
+    running.write("running")
+    monkeypatch.setattr(manifests, "_git_revision", lambda: "abc-dirty")
+    running.write("finished", step=9)
+    assert [p["git_revision"] for p in read(begun)["parts"]] == ["abc"]
+
+
 def test_the_manifest_of_an_earlier_version_is_the_first_part(begun):
     record(begun).write("preempted")
     old = read(begun)

@@ -122,6 +122,21 @@ def lengths(completions, prompts, **_):
     return [len(text) / 7 if text else None for text in completions]
 
 
+def test_rewards_of_held_out_rows_come_in_batches_as_their_completions_do():
+    seen = []
+
+    def count(completions, **_):
+        seen.append(len(completions))
+        return [float(text) for text in completions]
+
+    rows = [{"prompt": "a"}] * 7
+    completed = Completed(texts=[[str(n)] for n in range(7)], ids=[[[1]]] * 7)
+    task = task_from_rows(rows, count, eval_rows=rows)
+    with RewardRunner(task.rewards, RewardsConfig()) as runner:
+        given = setup._verdicts(completed, rows, task, runner, 3)
+    assert given == list(range(7)) and seen == [3, 3, 1]
+
+
 def needs_answer(completions, answer, **_):
     return [0.0] * len(completions)
 
