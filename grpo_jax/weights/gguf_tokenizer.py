@@ -183,7 +183,7 @@ def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
 def _kinds(fields: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Each token with its type; a known end is of control, as llama.cpp takes it.
 
-    Files of Gemma give `<end_of_turn>` the type that it has in SentencePiece.
+    Some files of Gemma give `<end_of_turn>` the type that it has in SentencePiece.
     """
     tokens = fields.get("tokenizer.ggml.tokens", ())
     kinds = fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
