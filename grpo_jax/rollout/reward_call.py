@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 # Columns that reward functions are not given: each arrives under another name.
+_LARGEST = float(np.finfo(np.float32).max)
 _HIDDEN_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
 _KEYWORDS = frozenset(
     {
@@ -150,7 +151,7 @@ class RewardCall:
         outcome = Outcome(rewards=np.full(len(batch), np.nan))
 
         def log_extra(column: str, values: Sequence[Any]) -> None:
-            self._check_name("log_extra", column, column in RECORD_FIELDS)
+            self._check_name("log_extra", column, RECORD_FIELDS.__contains__)
             if len(values) != len(batch):
                 raise InvalidRewards(
                     f"reward function {self.name!r} gave log_extra({column!r}) "
@@ -159,7 +160,7 @@ class RewardCall:
             outcome.extra[column] = list(values)
 
         def log_metric(name: str, value: float) -> None:
-            self._check_name("log_metric", name, is_reserved_metric(name))
+            self._check_name("log_metric", name, is_reserved_metric)
             outcome.metrics.setdefault(name, []).append(float(value))
 
         keywords: dict[str, Any] = {
@@ -180,8 +181,15 @@ class RewardCall:
             keywords = {k: v for k, v in keywords.items() if k in self.accepted}
         return outcome, keywords
 
-    def _check_name(self, logger: str, name: str, taken: bool) -> None:
-        if not taken:
+    def _check_name(
+        self, logger: str, name: Any, is_taken: Callable[[str], bool]
+    ) -> None:
+        if not isinstance(name, str):
+            raise InvalidRewards(
+                f"reward function {self.name!r} called {logger}({name!r:.80}, ...); "
+                "the name must be a string."
+            )
+        if not is_taken(name):
             return
         mine = name.replace("/", "_")
         raise InvalidRewards(
@@ -248,7 +256,7 @@ def reward_names(functions: Sequence[Callable[..., Any]]) -> tuple[str, ...]:
 
 def is_reserved_metric(name: str) -> bool:
     """Whether a run may log a metric of that name itself, so that no reward may."""
-    head, slash, _ = str(name).partition("/")
+    head, slash, _ = name.partition("/")
     return head + slash in RESERVED_METRICS
 
 
@@ -283,14 +291,15 @@ def _reward(item: Any, *, name: str, index: int) -> float:
     if item is None:
         return math.nan
     where = f"reward function {name!r} returned {item!r:.80} for completion {index}"
-    expected = "; expected a finite number, or None for no reward."
+    expected = "; expected a finite float32 number, or None for no reward."
     if isinstance(item, str | bytes) or np.ndim(item) != 0:
         raise InvalidRewards(where + expected)
     try:
         value = float(item)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRewards(where + expected) from error
-    if math.isinf(value):
+    # Advantages are computed in float32, where a larger one would be infinite.
+    if abs(value) > _LARGEST:
         raise InvalidRewards(where + expected)
     return value
 

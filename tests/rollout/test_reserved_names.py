@@ -45,3 +45,14 @@ def test_any_other_name_is_the_function_s_own(name):
     scores = score(logs)
     assert scores.metrics[name] == 1.0
     assert scores.extra == {f"parsed {name}": ["x"]}
+
+
+@pytest.mark.parametrize("name", [5, None, ["a"], ("a",)])
+@pytest.mark.parametrize("logger", ["log_metric", "log_extra"])
+def test_a_name_that_is_no_text_is_refused(logger, name):
+    def logs(completions, log_metric, log_extra):
+        {"log_metric": log_metric, "log_extra": log_extra}[logger](name, [1.0])
+        return [0.0]
+
+    with pytest.raises(ValueError, match=f"'logs' called {logger}.*must be a string"):
+        score(logs)

@@ -213,6 +213,7 @@ def test_async_functions_stay_on_one_loop_between_batches():
         ([1.0, 1j], "for completion 1"),
         ([float("inf"), 0.0], "returned inf for completion 0"),
         ([0.0, -float("inf")], "returned -inf for completion 1"),
+        ([0.0, 1e300], "returned 1e.300 for completion 1"),
     ],
 )
 @pytest.mark.parametrize("on_error", ["raise", "drop"])
