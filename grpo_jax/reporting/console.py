@@ -95,6 +95,10 @@ class Console:
     ) -> None:
         self._open.close()
 
+    def start_at(self, step: int) -> None:
+        """Show where a resumed run stands, before its next step has ended."""
+        self._step = step
+
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step."""
         if not self._enabled:
@@ -115,7 +119,9 @@ class Console:
         if self._live is None or now < self._sample_time + _SAMPLE_SECONDS:
             return
         self._sample_time = now
-        self._sample = _sample_panel(prompt_text(prompt), completion, rewards)
+        # It stays on display while further steps end.
+        title = f"a completion of step {self._step}"
+        self._sample = _sample_panel(title, prompt_text(prompt), completion, rewards)
 
     def note(self, text: str) -> None:
         """Show a line of information."""
@@ -293,7 +299,7 @@ def _summary_text(name: str, value: Any) -> str:
 
 
 def _sample_panel(
-    prompt: str, completion: str, rewards: Mapping[str, float | None]
+    title: str, prompt: str, completion: str, rewards: Mapping[str, float | None]
 ) -> Panel:
     scores = "  ".join(
         f"{name} {'none' if value is None else format(value, '.3g')}"
@@ -303,7 +309,7 @@ def _sample_panel(
     body.append(_shortened(prompt) + "\n", style="dim")
     body.append(_shortened(completion) + "\n")
     body.append(visible(scores), style="bold")
-    return Panel(body, title=Text("a completion of this step"), title_align="left")
+    return Panel(body, title=Text(title), title_align="left")
 
 
 def _shortened(text: str) -> str:

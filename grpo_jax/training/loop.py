@@ -206,6 +206,7 @@ class _Run:
         self.progress = Progress.read(meta["progress"])
         # A run that was stopped before its first step measures the policy again.
         self.tracker.truncate_after(step or -1)
+        self.console.start_at(step)
         self.console.note(setup.describe_resumed(step, self.config.steps))
         told = self.record.changed_machine()
         if (before := read_data(self.path).get("rewards")) is not None:

@@ -170,10 +170,19 @@ def test_live_display_shows_progress_and_keeps_the_last_accuracy(terminal):
 def test_sample_stays_long_enough_to_be_read(terminal):
     with Console(40, ReportConfig(), stream=terminal) as console:
         for step in range(1, 4):
-            console.sample(f"prompt {step}", "text", {"correct": 0.0})
             console.step(step, METRICS)
+            console.sample(f"prompt {step}", "text", {"correct": 0.0})
     shown = _without_codes(terminal.getvalue())
     assert "prompt 1" in shown and "prompt 2" not in shown
+    # It is not said to be of a later step.
+    last = shown[shown.rindex("step 3/40") :]
+    assert "a completion of step 1 " in last
+
+
+def test_a_resumed_run_shows_where_it_stands_before_its_next_step(terminal):
+    with Console(40, ReportConfig(), stream=terminal) as console:
+        console.start_at(30)
+    assert "step 30/40" in _without_codes(terminal.getvalue())
 
 
 def test_records_of_other_modules_reach_the_console_and_the_log_file(tmp_path):
