@@ -1,6 +1,8 @@
 """Flags describe a configuration: any one can be written as flags and read again."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -54,6 +56,23 @@ def test_names_of_trl_are_no_flags_of_ours_and_their_answers_are():
     ours = {name for name, _ in flat(to_dict(TrainConfig()))}
     assert not set(TRL_NAMES) & ours
     assert set(TRL_NAMES.values()) <= ours
+
+
+def test_names_of_trl_are_answered_as_the_page_says():
+    page = (Path(__file__).parents[1] / "docs/trl.md").read_text(encoding="utf-8")
+    table = page[page.index("## Options") : page.index("Not offered")]
+    said = {}
+    for row in re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.MULTILINE):
+        for name in re.findall(r"`(\w+)", row[0]):
+            said.setdefault(name, []).append(row[1])
+    for name, ours in TRL_NAMES.items():
+        if name in said:  # `loss_type` has a row for each value, with the value alone
+            assert any(f"`{ours}`" in fields for fields in said[name]), name
+    # Where ours has the same name, the parser of flags finds it by itself.
+    same = {name.rpartition(".")[2] for name, _ in flat(to_dict(TrainConfig()))}
+    plain = {name for name in said if f"`{name}`" in table}
+    others = {"run_name", "token_truncate"}  # a variable of W&B, and a value
+    assert plain - set(TRL_NAMES) - same == others
 
 
 @pytest.mark.parametrize("name", TRL_NAMES)
