@@ -440,7 +440,7 @@ def test_the_embedded_model_warns_of_a_prompt_that_it_cannot_know(
     run_main(monkeypatch, "sample", "--prompt", prompt)
     shown = capsys.readouterr()
     assert shown.out == "85\n"
-    assert ("1 of 1 prompts are others, with 'H' 'e'" in shown.err) == told
+    assert ("It has never seen 'H' 'e'" in shown.err) == told
 
 
 def test_sample_uses_the_policy_of_a_run(capsys, run, tiny_policy):

@@ -61,12 +61,12 @@ def unknown_to_embedded(prompts: Sequence[Any]) -> str | None:
     if not strange:
         return None
     characters = sorted(set("".join(map(str, strange))) - set("0123456789+-="))
-    never = f"with {' '.join(map(repr, characters[:20]))}, which it has never seen, "
+    never = f" It has never seen {' '.join(map(repr, characters[:20]))}."
     return (
-        "the embedded model knows prompts like '37+48=' and '52-19=' and nothing else; "
-        f"{len(strange):,} of {len(prompts):,} prompts are others, "
-        f"{never if characters else ''}as {strange[0]!r:.100}. --model names a model "
-        "of language"
+        "the embedded model knows only prompts like '37+48=' and '52-19='; "
+        f"{len(strange):,} of {len(prompts):,} prompts are of another kind, such as "
+        f"{strange[0]!r:.100}.{never if characters else ''} Name a language model with "
+        "--model."
     )
 
 

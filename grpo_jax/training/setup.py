@@ -177,9 +177,11 @@ def warnings(policy: Policy, task: Task) -> Iterator[str]:
     """What the user should hear before the first step, a line each."""
     if policy.warning is not None:
         yield policy.warning
-    prompts = [row["prompt"] for row in task.train]
-    if policy.config.model == EMBEDDED and (text := unknown_to_embedded(prompts)):
-        yield f"{text}; only what a model samples by itself can be learned"
+    if policy.config.model != EMBEDDED:
+        return
+    prompts = [row["prompt"] for rows in (task.train, task.test) for row in rows]
+    if text := unknown_to_embedded(prompts):
+        yield f"{text} A model can learn only what it samples at times."
 
 
 def _millions(count: int) -> str:

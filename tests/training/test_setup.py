@@ -29,10 +29,11 @@ from grpo_jax.training.setup import (
 ROW = {"prompt": "a", "answer": "b"}
 
 
-def told(prompts, model="embedded", warning=None):
+def told(prompts, model="embedded", warning=None, held_out=()):
     policy = types.SimpleNamespace(config=TrainConfig(model=model), warning=warning)
-    rows = [{"prompt": prompt} for prompt in prompts]
-    return list(warnings(policy, task_from_rows(rows, rewards=len)))
+    rows, test = ([{"prompt": p} for p in part] for part in (prompts, held_out))
+    task = task_from_rows(rows, rewards=len, eval_rows=test or None)
+    return list(warnings(policy, task))
 
 
 def test_the_embedded_model_knows_its_own_task():
@@ -55,8 +56,13 @@ def test_the_embedded_model_knows_its_own_task():
 )
 def test_the_embedded_model_warns_of_what_it_has_never_seen(prompt, unknown):
     (text,) = told(["37+48=", prompt, prompt])
-    assert "2 of 3 prompts are others" in text and repr(prompt) in text
-    assert (f"others, with {unknown}, which" in text) == (unknown is not None)
+    assert f"2 of 3 prompts are of another kind, such as {prompt!r}." in text
+    assert (f"It has never seen {unknown}." in text) == (unknown is not None)
+
+
+def test_the_embedded_model_warns_of_held_out_rows_too():
+    (text,) = told(["37+48="], held_out=["52-19=", "3+4="])
+    assert "1 of 3 prompts are of another kind, such as '3+4='." in text
 
 
 def test_other_models_know_language_and_are_warned_of_memory_alone():
