@@ -25,7 +25,7 @@ _TRAIN_HELP = f"""Train a model by GRPO, or resume the run in --run-dir.
 Without arguments: the embedded model on arithmetic. {_TWO_FLAGS}"""
 _PLAN_HELP = f"""Estimate the memory that a run needs on each device; starts nothing.
 
-The flags are those of `grpo-jax train`, of whose model the config.json is enough, and:
+Takes the flags of `grpo-jax train` and those below. Of a model, config.json is enough.
 
   --devices COUNT            of the mesh; by default what its sizes say, or what is here
   --device NAME              v4, v5e, v5p, v6e, a100, h100 or h200, or the type of a
