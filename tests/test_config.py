@@ -449,10 +449,14 @@ def test_a_misspelled_key_of_a_nested_section_is_named_with_its_path():
         from_dict(TrainConfig, {"groupsize": 4})
 
 
+# In the order of the fields: every process must collect the same tests.
 SECTIONS = [
     TrainConfig,
-    *{type(value) for value in vars(TrainConfig()).values()}
-    & set(Section.__subclasses__()),
+    *(
+        type(value)
+        for value in vars(TrainConfig()).values()
+        if isinstance(value, Section)
+    ),
 ]
 
 
