@@ -216,7 +216,10 @@ _AFTER = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _LISTED = re.compile(r"\d[)}\]$*]*[ \t]*[,;]\s+\Z")
+# Behind a comma and a space: 18, 000 for sure, and 12, 345 perhaps.
 _ZEROS = re.compile(r"0\d\d(?!\d)")
+_GROUP_BEFORE = re.compile(r"(?<![\d.])\d{1,3},[ \t]+\Z")
+_GROUP = re.compile(r"\d{3}(?!\d)")
 _LIST_ENDS = re.compile(r"[ \t$*]*\\?[)\]}]")
 
 
@@ -234,8 +237,9 @@ def _is_part(found: re.Match[str]) -> bool:
         return True
     if not _LISTED.search(before):
         return False
-    # The end of (3, 4), or of 18, 000.
-    return bool(_LIST_ENDS.match(after) or _ZEROS.match(found["body"]))
+    if _LIST_ENDS.match(after) or _ZEROS.match(found["body"]):  # (3, 4)
+        return True
+    return bool(_GROUP_BEFORE.search(before) and _GROUP.match(found["body"]))
 
 
 # --- Values ---------------------------------------------------------------------------

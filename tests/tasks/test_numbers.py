@@ -109,12 +109,8 @@ HARD = {
     "minus in words": lambda v: f"{v}".replace("-", "minus "),
     "minus outside": lambda v: f"{v}".replace("-", "-\\text{") + ("}" if v < 0 else ""),
     "minus in mathematics": lambda v: f"{v}".replace("-", "$-$"),
-    "space behind the comma": lambda v: (
-        f"{v:,}".replace(",", ", ") if v % 1000 < 100 else ""
-    ),
-    "LaTeX space behind the comma": lambda v: (
-        f"{v:,}".replace(",", ",\\,") if v % 1000 < 100 else ""
-    ),
+    "space behind the comma": lambda v: f"{v:,}".replace(",", ", "),
+    "LaTeX space behind the comma": lambda v: f"{v:,}".replace(",", ",\\,"),
     "HTML power of ten": lambda v: f"{v // 1000} x 10<sup>3</sup>" * (v % 1000 == 0),
     "points between groups": lambda v: (
         f"{v:,}".replace(",", ".") if abs(v) >= 10**6 else ""
