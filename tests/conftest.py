@@ -1,6 +1,8 @@
 """Strict JAX settings and eight virtual CPU devices for every test."""
 
+import ctypes
 import dataclasses
+import gc
 import os
 import pathlib
 import tempfile
@@ -45,6 +47,10 @@ def forgets_programs():
     yield
     if resident_bytes() > 2**30:
         jax.clear_caches()
+        gc.collect()
+        # glibc keeps what is freed, unless it is asked.
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)
 
 
 def resident_bytes():
