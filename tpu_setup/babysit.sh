@@ -48,7 +48,7 @@ bring_up() {
     absent | unreachable)
       "$HERE/install.sh" "${common[@]}" ${archive_flags[@]+"${archive_flags[@]}"} --no-check || return
       ;;
-    mixed) # the workers of one run only work together
+    mixed | refused) # the workers of one run only work together
       "$HERE/run.sh" "${common[@]}" --stop || return
       ;;
   esac
@@ -89,6 +89,11 @@ again_or_fail() { # counts a failure and pauses, or gives up
   pause=$((pause * 2 < 600 ? pause * 2 : 600))
 }
 
+give_up_refused() { # other workers may wait for the one that refused
+  "$HERE/run.sh" "${common[@]}" --stop || true
+  fail 2 "the command was refused: status.sh --lines 20"
+}
+
 # A command that is refused the first time will be the next time too. Later it may want
 # for something that passes, such as a connection.
 babysit() {
@@ -110,7 +115,7 @@ babysit() {
     case $outcome in
       finished) note "finished on every worker" && return ;;
       stopped) fail 3 "the run was stopped by hand" ;;
-      refused) ((!first)) || fail 2 "the command was refused: status.sh --lines 20" ;;
+      refused) ((!first)) || give_up_refused ;;
     esac
     first=0
     if ((SECONDS - started >= healthy_after)); then

@@ -44,10 +44,10 @@ resource_state() { # resource_state queued|direct
 refused() { [[ $1 == 2 || $1 == 126 || $1 == 127 ]]; } # refused EXIT_CODE: wrong usage, or not found
 
 # Prints one word for the runs of all workers together: running, finished, stopped,
-# interrupted, failed, refused (failed, and would again), mixed (some run, some do not),
-# idle, absent (nothing installed) or unreachable.
+# interrupted, failed, refused (one failed, and would again), mixed (some run, some do
+# not), idle, absent (nothing installed) or unreachable.
 run_verdict() {
-  local lines states code
+  local lines states
   if ! lines=$(remote all state 2>"$SCRATCH/state"); then
     # A worker without the script has never been set up.
     if grep -q "$WORKER_SCRIPT: No such file" "$SCRATCH/state"; then
@@ -59,15 +59,17 @@ run_verdict() {
   fi
   states=" $(sed -n 's/^grpo-jax-state host=[^ ]* state=\([a-z]*\) .*/\1/p' <<<"$lines" |
     sort -u | tr '\n' ' ')"
+  # The workers of one run only work together: one that is refused is enough.
+  if grep -qE '^grpo-jax-state .* state=failed rc=(2|126|127) ' <<<"$lines"; then
+    echo refused
+    return
+  fi
   case $states in
     ' ') echo unreachable ;;
     *absent*) echo absent ;;
     ' finished running ') echo running ;; # workers end within seconds of each other
     *running*) [[ $states == ' running ' ]] && echo running || echo mixed ;;
-    *failed*)
-      code=$(sed -n 's/^grpo-jax-state .* state=failed rc=\([0-9]*\) .*/\1/p' <<<"$lines" | head -n 1)
-      if refused "$code"; then echo refused; else echo failed; fi
-      ;;
+    *failed*) echo failed ;;
     *interrupted*) echo interrupted ;;
     *stopped*) echo stopped ;;
     *idle*) echo idle ;;

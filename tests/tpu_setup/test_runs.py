@@ -255,6 +255,14 @@ def test_babysit_does_not_repeat_a_command_that_is_refused(committed, watch):
     assert len([c for c in committed.calls("ssh") if " start " in c[-1]]) == 1
 
 
+def test_babysit_stops_the_workers_beside_one_that_refuses(committed):
+    # Which worker is the first to say so does not matter.
+    script = "case $HOME in *worker-0) exit 2 ;; esac; sleep 600"
+    done = committed.run("babysit", *BABYSIT, "--", "bash", "-c", script)
+    assert done.returncode == 2 and "was refused" in done.stderr
+    assert sorted(states(committed)) == ["failed", "stopped"]
+
+
 def test_babysit_repeats_a_command_that_is_refused_after_it_once_ran(committed):
     committed.after_create(1, node="READY READY PREEMPTED")
     marks = committed.root / "marks"
