@@ -21,8 +21,8 @@ from workloads import Workload, own_versions, publish, show, surroundings
 
 from grpo_jax.config import MeshConfig
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.flops import forward_flops, gradient_flops
-from grpo_jax.parallel.devices import known_flops
+from grpo_jax.planning.devices import known_flops
+from grpo_jax.planning.flops import forward_flops, gradient_flops
 
 COMMON = {
     "max_position_embeddings": 8192,

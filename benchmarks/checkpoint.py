@@ -21,13 +21,13 @@ import tyro
 from workloads import WORKLOADS, exact_prompts, publish, record, reward, versions
 
 from grpo_jax import TrainConfig, train
+from grpo_jax.checkpointing import checkpoints as checkpoint
 from grpo_jax.config import (
     CheckpointConfig,
     ObjectiveConfig,
     OptimizerConfig,
     SamplingConfig,
 )
-from grpo_jax.training import checkpoint
 from grpo_jax.weights.pretrained import load_without_weights
 
 EVERY = 2  # steps between saves

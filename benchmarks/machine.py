@@ -21,7 +21,7 @@ import tyro
 from workloads import Workload, show
 
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.flops import (
+from grpo_jax.planning.flops import (
     completion_flops,
     forward_flops,
     gradient_flops,

@@ -14,7 +14,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, init_params, param_axes
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout.generate import generate
-from grpo_jax.rollout.groups import Rollout
+from grpo_jax.rollout.rollout import Rollout
 from grpo_jax.training.learner import Learner
 
 

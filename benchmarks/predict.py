@@ -2,7 +2,7 @@
 
     python benchmarks/predict.py [--flops-share 0.5 --bandwidth-share 0.6]
 
-Rates are the makers' figures (`grpo_jax.parallel.devices`). Work divides evenly, and
+Rates are the makers' figures (`grpo_jax.planning.devices`). Work divides evenly, and
 what moves between devices hides behind products: both flatter meshes of many devices,
 tensor parallelism in decoding most of all. Memory is the estimate of `grpo-jax plan`.
 """
@@ -18,9 +18,9 @@ from workloads import Workload, show
 from grpo_jax.config import LoraConfig, MeshConfig, TrainConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.parallel.devices import DEVICES
-from grpo_jax.training.memory import estimate
-from grpo_jax.training.plan import GIB, USABLE, for_run, settled
+from grpo_jax.planning.devices import DEVICES
+from grpo_jax.planning.memory import estimate
+from grpo_jax.planning.resolve import GIB, USABLE, for_run, settled
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -15,7 +15,7 @@ from sphinx.util import rst
 
 import grpo_jax
 from grpo_jax import config
-from grpo_jax.validation import Section
+from grpo_jax.config.validation import Section
 
 project = "grpo_jax"
 author = "The grpo_jax authors"

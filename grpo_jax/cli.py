@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from grpo_jax.compile_cache import use_compile_cache
 from grpo_jax.config import EMBEDDED, TrainConfig
 from grpo_jax.flags import all_plan_flags, all_train_flags, plan_flags, train_config
+from grpo_jax.parallel.compile_cache import use_compile_cache
 
 if TYPE_CHECKING:
-    from grpo_jax.training.policy import Restored
+    from grpo_jax.training.restore import Restored
 
 _HELP = """GRPO post-training of language models in JAX.
 
@@ -105,7 +105,7 @@ def plan(arguments: Sequence[str]) -> None:
         that is not known.
     """
     asked, config = plan_flags(arguments)
-    from grpo_jax.training.plan import make_plan
+    from grpo_jax.planning.resolve import make_plan
 
     made = make_plan(
         config,
@@ -116,7 +116,7 @@ def plan(arguments: Sequence[str]) -> None:
     if asked.json:
         print(json.dumps(made, indent=2))
         return
-    from grpo_jax.reporting.plan import print_plan
+    from grpo_jax.planning.table import print_plan
 
     print_plan(made)
 
@@ -171,7 +171,7 @@ def evaluate(
     from grpo_jax.tasks.base import describe_held_out
     from grpo_jax.training.evaluate import BATCH
     from grpo_jax.training.evaluate import evaluate as measure
-    from grpo_jax.training.policy import open_policy
+    from grpo_jax.training.restore import open_policy
 
     policy = open_policy(run_dir=run_dir, model=model, step=step)
     config = policy.config
@@ -268,7 +268,7 @@ def sample(
     _check_counts(samples=samples, max_new_tokens=max_new_tokens)
     from grpo_jax.reporting.text import visible
     from grpo_jax.training.evaluate import complete
-    from grpo_jax.training.policy import open_policy
+    from grpo_jax.training.restore import open_policy
 
     if model is None and run_dir is None:
         model = EMBEDDED
@@ -306,8 +306,8 @@ def export(
     if adapter:
         _export_adapter(run_dir, out or run_dir / "adapter", step)
         return
-    from grpo_jax.rollout.sampling import policy_sampling
-    from grpo_jax.training.policy import open_policy
+    from grpo_jax.rollout.draw import policy_sampling
+    from grpo_jax.training.restore import open_policy
     from grpo_jax.weights.pretrained import Pretrained, save_pretrained
 
     policy = open_policy(run_dir=run_dir, step=step)
@@ -322,7 +322,7 @@ def export(
 def _export_adapter(
     run_dir: Path, folder: Path, step: int | Literal["best"] | None
 ) -> None:
-    from grpo_jax.training.policy import restore_adapter
+    from grpo_jax.training.restore import restore_adapter
     from grpo_jax.weights.adapter import save_adapter
 
     found, adapter, config = restore_adapter(run_dir, step)

@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from grpo_jax.config import EMBEDDED, PRESETS, ObjectiveConfig, TrainConfig
-from grpo_jax.trl_names import TRL_NAMES, TRL_PAGE
+from grpo_jax.config.trl_names import TRL_NAMES, TRL_PAGE
 
 _TWO_FLAGS = f"""Two more flags set many fields at once, and every other flag overrides
 them:
@@ -57,7 +57,7 @@ def train_config(
     chosen, rest = first.parse_known_args(arguments)
     _explain_trl_names(rest)
     if chosen.config is not None:
-        from grpo_jax.training.run_dir import load_config
+        from grpo_jax.config.files import load_config
 
         base = load_config(chosen.config, model=chosen.model)
     else:

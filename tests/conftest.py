@@ -6,8 +6,9 @@ import gc
 import os
 import pathlib
 import tempfile
+import threading
 
-from grpo_jax.compile_cache import cache_name
+from grpo_jax.parallel.compile_cache import cache_name
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -26,6 +27,8 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+
+from grpo_jax.parallel import mesh as meshes
 
 # Time is not what these tests are about, and a run that failed must fail again.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
@@ -146,3 +149,43 @@ def meshes_of():
         )
 
     return make
+
+
+def act_on_processes(act, count):
+    """What each of several threads gives, which gather as processes do."""
+    meeting, parts, results = threading.Barrier(count), [None] * count, [None] * count
+    number = threading.local()
+
+    def gathered(values, merge):
+        meeting.wait(60.0)
+        parts[number.value] = values
+        meeting.wait(60.0)
+        return merge(parts)
+
+    def rows(values):
+        stack = lambda parts: jax.tree.map(lambda *x: np.concatenate(x), *parts)  # noqa: E731
+        return gathered(values, stack)
+
+    def lists(values):
+        return gathered(values, lambda parts: [x for part in parts for x in part])
+
+    def run(index):
+        number.value = index
+        results[index] = act(index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: count)
+        patch.setattr(jax, "process_index", lambda: number.value)
+        patch.setattr(meshes, "gather_rows", rows)
+        patch.setattr(meshes, "gather_lists", lists)
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return results
+
+
+@pytest.fixture(scope="session")
+def on_processes():
+    return act_on_processes

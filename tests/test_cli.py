@@ -21,6 +21,7 @@ import yaml
 
 import grpo_jax
 from grpo_jax import cli
+from grpo_jax.checkpointing.checkpoints import Checkpoints
 from grpo_jax.config import (
     CheckpointConfig,
     LoraConfig,
@@ -28,12 +29,11 @@ from grpo_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from grpo_jax.config.files import to_json_line
+from grpo_jax.config.validation import to_dict
 from grpo_jax.reporting.console import next_commands
-from grpo_jax.reporting.metrics import to_json_line
 from grpo_jax.training import run_dir as directories
-from grpo_jax.training.checkpoint import Checkpoints
-from grpo_jax.training.state import TrainState
-from grpo_jax.validation import to_dict
+from grpo_jax.training.state import TrainState, state_items
 from grpo_jax.weights.pretrained import load_pretrained
 
 COMMANDS = ("train", "plan", "eval", "sample", "export", "plot", "report")
@@ -375,7 +375,7 @@ def run(tiny_policy, tmp_path_factory):
     for step in (2, 3):
         params = jax.tree.map(lambda leaf: leaf * jnp.float32(step), tiny_policy.params)  # noqa: B023
         state = TrainState(step=jnp.int32(step), params=params, opt_state=())
-        checkpoints.save(step, state, {}, wait=True)
+        checkpoints.save(step, state_items(state), {}, wait=True)
     checkpoints.close()
     return path
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.config import ObjectiveConfig, SamplingConfig, TrainConfig
+from grpo_jax.config.validation import to_dict
 from grpo_jax.flags import TRL_NAMES, plan_flags, train_config
-from grpo_jax.validation import to_dict
 
 
 def flat(values, prefix=""):

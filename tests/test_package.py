@@ -31,7 +31,7 @@ import grpo_jax
 stages["package"] = loaded()
 import grpo_jax.cli
 stages["command line"] = loaded()
-import grpo_jax.tasks, grpo_jax.rollout.rewards
+import grpo_jax.tasks, grpo_jax.rewards.runner
 stages["rewards and tasks"] = loaded()
 grpo_jax.group_softmax_weights
 stages["objective"] = loaded()

@@ -6,6 +6,7 @@ attribute is read, and `forward` or the like is not needed.
 
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 from jaxtyping import Array, Float, Int, PyTree
 
 # Names of parameters that are used in float32, whatever the dtype of compute: scales of
@@ -145,3 +146,15 @@ class DecodesApart(Protocol):
         old sequence `slots[s, m, w]`, sequences counted group by group.
         """
         ...
+
+
+def in_compute_dtype(variables: PyTree, dtype: str) -> PyTree:
+    """The variables as the model rounds them where it uses them.
+
+    Norms and routers work in float32, so what is theirs stays as it is.
+    """
+
+    def cast(path: tuple, leaf: Array) -> Array:
+        return leaf if path[-1].key in WIDE else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, variables)

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_jax.config import ReportConfig, TrainConfig
+from grpo_jax.config.files import to_jsonable
 from grpo_jax.reporting import logs
 from grpo_jax.reporting import metrics as names
 from grpo_jax.reporting.text import Prompt, duration_text, prompt_text, visible
@@ -106,7 +107,7 @@ class Console:
         self._step = step
         # An evaluation stays on display until the next one.
         # Replaced, not changed: the thread that redraws may be reading it.
-        self._latest = self._latest | names.plain(metrics)
+        self._latest = self._latest | to_jsonable(metrics)
         self._clock.tick(step)
         if step % self._every == 0 or step in (1, self._total):
             _PROGRESS.info(self._line(metrics))
@@ -148,7 +149,7 @@ class Console:
             return
         if self._live is not None:
             self._live.stop()
-        plain = names.plain(values)
+        plain = to_jsonable(values)
         known = {name: value for name, value in plain.items() if value is not None}
         width = max(map(len, known), default=0)
         for name, value in known.items():
@@ -282,7 +283,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 def _formatted(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Label and text of the metrics that people watch and that are there."""
-    plain = names.plain(metrics)
+    plain = to_jsonable(metrics)
     return [
         (label, "-" if plain[name] is None else form.format(plain[name]))
         for label, name, form in _SHOWN

@@ -7,7 +7,7 @@ and a reward of NaN means that the completion has none.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,40 +32,6 @@ CLIPPED_RATIO = "completions/clipped_ratio"
 TOKENS_PER_SECOND = "tokens_per_second/total"
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-
-
-def to_json_line(record: Mapping[str, Any]) -> str:
-    """`record` as one line of strict JSON, without the newline.
-
-    NaN and infinities, which JSON does not have, become null; numbers and arrays of
-    numpy and JAX become plain ones. Raises TypeError for what is neither.
-    """
-    return json.dumps(plain(record), allow_nan=False)
-
-
-def plain(value: Any, *, other: Callable[[Any], Any] | None = None) -> Any:
-    """`value` in what strict JSON has: texts, finite numbers, null, lists, objects.
-
-    `other` gives what stands for a value that is none of these; by default it is a
-    TypeError.
-    """
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(item, other=other) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item, other=other) for item in value]
-    array = np.asarray(value)
-    if array.dtype.kind in "OS":  # any object, bytes
-        if other is None:
-            raise TypeError(f"cannot write {type(value).__name__} {value!r} as JSON")
-        return other(value)
-    # Through float32, numpy's own types and bfloat16 (no numpy type) alike.
-    if array.dtype.kind not in "biufU":
-        array = array.astype(np.float32)
-    return plain(array.tolist(), other=other)
 
 
 def completion_metrics(

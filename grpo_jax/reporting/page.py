@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.config.files import to_json_line
 from grpo_jax.reporting import metrics
 from grpo_jax.reporting.page_assets import SCRIPT, STYLE
 from grpo_jax.reporting.panels import panels_of
@@ -213,7 +214,7 @@ def _script_json(data: Mapping[str, Any]) -> str:
 
     Inside of JSON these characters occur in texts only, where escapes mean the same.
     """
-    text = metrics.to_json_line(data)
+    text = to_json_line(data)
     for char in "<>&":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return text

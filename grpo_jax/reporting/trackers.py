@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grpo_jax.config import ReportConfig
+from grpo_jax.config.files import to_json_line, to_jsonable
 from grpo_jax.reporting import metrics as names
 from grpo_jax.reporting.text import prompt_text, visible
 
@@ -81,7 +82,7 @@ class JsonlTracker:
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Append one line, visible to readers at once."""
-        line = names.to_json_line({**metrics, "step": step})
+        line = to_json_line({**metrics, "step": step})
         self._file.write(line + "\n")
         self._file.flush()
 
@@ -89,7 +90,7 @@ class JsonlTracker:
         """Write the file of this step, whole or not at all."""
         path = names.completions_file(self._run_dir, step)
         path.parent.mkdir(exist_ok=True)
-        write_text(path, "".join(names.to_json_line(row) + "\n" for row in rows))
+        write_text(path, "".join(to_json_line(row) + "\n" for row in rows))
 
     def flush(self) -> None:
         """Put the lines on disk: a checkpoint must not be newer than its metrics."""
@@ -100,9 +101,7 @@ class JsonlTracker:
         """Drop lines, a torn one too, and completions of later steps, atomically."""
         kept = [line for line in names.read_lines(self._path) if line["step"] <= step]
         self._file.close()
-        write_text(
-            self._path, "".join(names.to_json_line(line) + "\n" for line in kept)
-        )
+        write_text(self._path, "".join(to_json_line(line) + "\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         for written in names.completion_steps(self._run_dir):
             if written > step:
@@ -264,7 +263,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    plain = names.plain(metrics)
+    plain = to_jsonable(metrics)
     return {
         name: value
         for name, value in plain.items()

@@ -13,14 +13,15 @@ from jax.sharding import Mesh
 from jaxtyping import Int, PyTree
 
 from grpo_jax.config import TrainConfig
+from grpo_jax.models.limits import longest_prompt
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
-from grpo_jax.rollout import prompts as texts
+from grpo_jax.rewards.runner import RewardRunner, Scores
+from grpo_jax.rollout import encoding as texts
+from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.rollout.generate import Completions, generate
-from grpo_jax.rollout.groups import Rollout, join, refill
-from grpo_jax.rollout.rewards import RewardRunner, Scores
-from grpo_jax.rollout.sampling import policy_sampling
+from grpo_jax.rollout.rollout import Rollout, join, refill
 from grpo_jax.tasks.base import Row, Task
 from grpo_jax.tasks.order import rows_at
 from grpo_jax.weights.tokenizer import Tokenizer
@@ -48,7 +49,7 @@ class Collector:
         self._mesh = mesh
         self._agreement = agreement or Agreement()
         self._sampling = policy_sampling(model, tokenizer, config.sampling)
-        self._limit = texts.longest_prompt(
+        self._limit = longest_prompt(
             config.max_prompt_tokens,
             new_tokens=config.max_new_tokens,
             context=model.config.max_position_embeddings,

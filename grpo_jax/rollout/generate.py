@@ -16,11 +16,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from grpo_jax.config import SamplingConfig
-from grpo_jax.models.protocol import WIDE, DecodesApart, LanguageModel
+from grpo_jax.models.limits import check_stop_ids
+from grpo_jax.models.protocol import DecodesApart, LanguageModel, in_compute_dtype
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.parallel.gathering import split_over_fsdp
-from grpo_jax.rollout import sampling as draws
-from grpo_jax.rollout import slots
+from grpo_jax.parallel.collectives import split_over_fsdp
+from grpo_jax.rollout import compaction as slots
+from grpo_jax.rollout import draw as draws
 
 
 class Completions(struct.PyTreeNode):
@@ -96,7 +97,7 @@ def generate(
     stop_ids = sampling.stop_ids
     if stop_ids is None:
         stop_ids = model.config.eos_token_ids
-    draws.check_stop_ids(stop_ids, vocab_size=model.config.vocab_size)
+    check_stop_ids(stop_ids, vocab_size=model.config.vocab_size)
     variables = {"params": params} if lora is None else {"params": params, "lora": lora}
     return _generate(
         model,
@@ -195,18 +196,6 @@ def _generate(
     )
     ended = _put_back(ended, state, places)
     return Completions(ended.tokens, ended.lengths, ended.logp, ended.finished)
-
-
-def in_compute_dtype(variables: PyTree, dtype: str) -> PyTree:
-    """The variables as the model rounds them where it uses them.
-
-    Norms and routers work in float32, so what is theirs stays as it is.
-    """
-
-    def cast(path: tuple, leaf: Array) -> Array:
-        return leaf if path[-1].key in WIDE else leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, variables)
 
 
 def _blank(keys: Key[Array, "N G"], max_new_tokens: int, pad_id: int) -> _Loop:

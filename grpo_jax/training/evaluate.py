@@ -9,14 +9,15 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from grpo_jax.config import MeshConfig, SamplingConfig
+from grpo_jax.models.limits import longest_prompt
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.rollout import prompts as texts
+from grpo_jax.rollout import encoding as texts
 from grpo_jax.rollout.collect import unpadded
+from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.rollout.generate import generate
-from grpo_jax.rollout.sampling import policy_sampling
 from grpo_jax.tasks.base import Row, Task, first_rows
-from grpo_jax.training.judging import Completed, Evaluation, is_judged, judge
+from grpo_jax.training.scores import Completed, Evaluation, is_judged, judge
 from grpo_jax.weights.tokenizer import Tokenizer
 
 GREEDY = SamplingConfig(temperature=0.0)
@@ -132,7 +133,7 @@ class Evaluator:
         self._new_tokens = max_new_tokens
         self._sampling = policy_sampling(model, tokenizer, sampling)
         self._key = jax.random.key(seed)
-        limit = texts.longest_prompt(
+        limit = longest_prompt(
             max_prompt_tokens,
             new_tokens=max_new_tokens,
             context=model.config.max_position_embeddings,

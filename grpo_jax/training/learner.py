@@ -16,12 +16,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree
 
 from grpo_jax.config import TrainConfig
-from grpo_jax.models.protocol import LanguageModel
+from grpo_jax.models.protocol import LanguageModel, in_compute_dtype
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel import offload
-from grpo_jax.parallel.gathering import whole_over_fsdp
-from grpo_jax.rollout.generate import in_compute_dtype
-from grpo_jax.rollout.groups import Rollout
+from grpo_jax.parallel.collectives import whole_over_fsdp
+from grpo_jax.rollout.rollout import Rollout
 from grpo_jax.training.advantages import advantages_and_mask
 from grpo_jax.training.optimizer import make_optimizer, make_schedule
 from grpo_jax.training.state import (

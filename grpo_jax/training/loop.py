@@ -15,7 +15,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax.checkpointing.checkpoints import Checkpoints
+from grpo_jax.checkpointing.checksum import params_sha256
 from grpo_jax.config import TrainConfig
+from grpo_jax.config.files import to_jsonable, write_json
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.parallel.processes import initialize_processes
@@ -24,22 +27,19 @@ from grpo_jax.reporting.console import Console
 from grpo_jax.reporting.equal_groups import EqualGroups, taught_nothing
 from grpo_jax.reporting.plots import plot_runs
 from grpo_jax.reporting.trackers import make_tracker
+from grpo_jax.rewards.source import changed_rewards
 from grpo_jax.rollout.collect import Collector
-from grpo_jax.rollout.groups import Rollout
+from grpo_jax.rollout.rollout import Rollout
 from grpo_jax.tasks.base import RewardFunction, Row, Task
 from grpo_jax.training import setup
-from grpo_jax.training.checkpoint import Checkpoints
-from grpo_jax.training.digest import params_sha256
-from grpo_jax.training.files import write_json
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.manifest import Origin, Record, Status, read_data
 from grpo_jax.training.measures import Measures, slowest
-from grpo_jax.training.policy import load_policy
 from grpo_jax.training.preemption import GraceCheck, stop_requests
 from grpo_jax.training.progress import Progress, TrainResult
-from grpo_jax.training.references import References
-from grpo_jax.training.reward_code import changed_rewards
-from grpo_jax.training.state import Batch
+from grpo_jax.training.reference import References
+from grpo_jax.training.restore import load_policy
+from grpo_jax.training.state import Batch, state_items, state_of
 from grpo_jax.weights.pretrained import save_pretrained
 
 # Updates in a row that may be skipped before the run stops.
@@ -197,11 +197,12 @@ class _Run:
     def _resume(self) -> None:
         there = self.checkpoints.steps()
         like = self.learner.give_up() if there else self.learner.state
-        found = self.checkpoints.restore(like)
+        found = self.checkpoints.restore(state_items(like))
         if found is None:
             self.tracker.truncate_after(-1)
             return
-        step, self.learner.state, meta = found
+        step, items, meta = found
+        self.learner.state = state_of(items)
         self.references.restore_at(step, self.learner)
         self.progress = Progress.read(meta["progress"])
         # A run that was stopped before its first step measures the policy again.
@@ -260,7 +261,7 @@ class _Run:
         rows = rollout.records(step, meshes.to_host(batch.advantages))
         ends = step == self.config.steps or self.progress.skipped >= MAX_SKIPPED
         written = self._due(self.config.report.completions_every) or step == 1 or ends
-        rows = meshes.gather_lists(names.plain(rows, other=str)) if written else rows
+        rows = meshes.gather_lists(to_jsonable(rows, other=str)) if written else rows
         with self.agreement.phase("report"):
             if written:
                 self.tracker.log_completions(rows, step)
@@ -378,9 +379,8 @@ class _Run:
             return  # a checkpoint without its reference could not be resumed
         self.tracker.flush()
         meta = {"progress": dataclasses.asdict(self.progress)}
-        self.checkpoints.save(
-            self.progress.step, self.learner.state, meta, metrics=self.metrics
-        )
+        items = state_items(self.learner.state)
+        self.checkpoints.save(self.progress.step, items, meta, metrics=self.metrics)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         self.metrics = metrics

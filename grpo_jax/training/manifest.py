@@ -17,8 +17,8 @@ import jax
 from jax.sharding import Mesh
 
 from grpo_jax.config import TrainConfig
-from grpo_jax.reporting.metrics import METRICS_FILE, plain
-from grpo_jax.training.files import write_json
+from grpo_jax.config.files import to_jsonable, write_json
+from grpo_jax.reporting.metrics import METRICS_FILE
 
 Status = Literal["running", "preempted", "failed", "finished"]
 
@@ -176,7 +176,7 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
 
     An entry may be a mapping. Reward functions are left out: they may change.
     """
-    now = plain(now)
+    now = to_jsonable(now)
     for name in sorted(then.keys() & now.keys() - {"rewards"}):
         old, new = then[name], now[name]
         if not isinstance(old, Mapping) or not isinstance(new, Mapping):

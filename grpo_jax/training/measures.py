@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from grpo_jax.config import TrainConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.planning.utilization import Lengths, Utilization
 from grpo_jax.reporting import metrics as names
-from grpo_jax.rollout.groups import Rollout
-from grpo_jax.rollout.reward_metrics import function_metrics, logged_metrics
-from grpo_jax.training.utilization import Lengths, Utilization
+from grpo_jax.rewards.metrics import function_metrics, logged_metrics
+from grpo_jax.rollout.rollout import Rollout
 
 
 class Measures:

@@ -6,25 +6,21 @@ A lock keeps two runs apart; `config.yaml` says what the run is and refuses anot
 import contextlib
 import dataclasses
 import fcntl
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from grpo_jax import validation
-from grpo_jax.config import EMBEDDED, ObjectiveConfig, TrainConfig
+from grpo_jax.checkpointing.retention import best_mode
+from grpo_jax.checkpointing.step_folders import StepFolders
+from grpo_jax.config import EMBEDDED, TrainConfig, validation
+from grpo_jax.config.files import load_config, to_yaml, write_atomically
 from grpo_jax.tasks import names_file
-from grpo_jax.training.best import best_mode
-from grpo_jax.training.files import write_atomically
 from grpo_jax.training.manifest import (
     changes,
     has_begun,
     read_data,
     read_manifest,
 )
-from grpo_jax.training.step_folders import StepFolders
 
 # What does not make another run of it: where it is kept, what is kept of it, and how
 # work is spread over time and devices.
@@ -38,22 +34,6 @@ _SAME_ROWS = (
     " A digest (..._sha256) is that of the rows: bring back the same ones, with all "
     "their columns and in the same order."
 )
-
-
-class _Reader(yaml.SafeLoader):
-    """YAML in which 1e-6 is a number, as in version 1.2, and not a text."""
-
-
-class _Writer(yaml.SafeDumper):
-    """Writes texts so that `_Reader` reads them as texts: '1e-6' in quotes."""
-
-
-for _kind in (_Reader, _Writer):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )
 
 
 @contextlib.contextmanager
@@ -134,8 +114,7 @@ def _with_best_mode(config: TrainConfig) -> TrainConfig:
 
 
 def _write_config(path: Path, config: TrainConfig) -> None:
-    text = yaml.dump(validation.to_dict(config), Dumper=_Writer, sort_keys=False)
-    write_atomically(path / "config.yaml", text)
+    write_atomically(path / "config.yaml", to_yaml(config))
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -185,37 +164,3 @@ def read_located_config(path: Path) -> TrainConfig:
             "or change its path in config.yaml."
         )
     return dataclasses.replace(found, model=model)
-
-
-def load_config(file: Path, *, model: str | None = None) -> TrainConfig:
-    """The configuration in a YAML file; fields left out take the model's defaults.
-
-    Args:
-      model: stands in for the model that the file names.
-
-    Raises:
-      ValueError: for a file that is not YAML, an unknown field or a wrong value.
-    """
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Reader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file} cannot be read as YAML: {reason}") from error
-    values = {} if values is None else values
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{file} must hold a mapping of fields, as config.yaml does.")
-    values = _with_preset(values)
-    name = values.get("model", EMBEDDED) if model is None else model
-    defaults = validation.to_dict(TrainConfig(model=name))
-    given = validation.overlay(defaults, {**values, "model": name})
-    return validation.from_dict(TrainConfig, given)
-
-
-def _with_preset(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The values with `objective.preset`, which is no field, as the fields it means."""
-    objective = values.get("objective")
-    if not isinstance(objective, Mapping) or "preset" not in objective:
-        return values
-    others = {name: value for name, value in objective.items() if name != "preset"}
-    preset = validation.to_dict(ObjectiveConfig.preset(objective["preset"]))
-    return {**values, "objective": preset | others}

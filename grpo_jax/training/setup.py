@@ -18,15 +18,19 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from grpo_jax.checkpointing.retention import best_mode
 from grpo_jax.config import EMBEDDED, TrainConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
+from grpo_jax.planning.memory import evaluation_batch
+from grpo_jax.planning.programs import is_evaluated
 from grpo_jax.reporting import metrics as names
 from grpo_jax.reporting.logs import attach_log_file
+from grpo_jax.rewards.runner import RewardRunner
+from grpo_jax.rewards.source import describe_rewards
 from grpo_jax.rollout.collect import Collector, score_rows
-from grpo_jax.rollout.prompts import encode_prompt, prompts_sha256
-from grpo_jax.rollout.rewards import RewardRunner
-from grpo_jax.rollout.sampling import policy_sampling
+from grpo_jax.rollout.draw import policy_sampling
+from grpo_jax.rollout.encoding import encode_prompt, prompts_sha256
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.arithmetic import unknown_to_embedded
 from grpo_jax.tasks.base import (
@@ -38,15 +42,11 @@ from grpo_jax.tasks.base import (
     reward_functions,
 )
 from grpo_jax.training import run_dir as directories
-from grpo_jax.training.best import best_mode
 from grpo_jax.training.evaluate import Evaluator
-from grpo_jax.training.judging import Completed, is_judged, judge
-from grpo_jax.training.judging import Evaluation as Judged
 from grpo_jax.training.manifest import Origin, read_manifest
-from grpo_jax.training.memory import evaluation_batch
-from grpo_jax.training.policy import Policy
-from grpo_jax.training.programs import is_evaluated
-from grpo_jax.training.reward_code import describe_rewards
+from grpo_jax.training.restore import Policy
+from grpo_jax.training.scores import Completed, is_judged, judge
+from grpo_jax.training.scores import Evaluation as Judged
 from grpo_jax.weights.folder import remove_unfinished
 from grpo_jax.weights.pretrained import check_name
 

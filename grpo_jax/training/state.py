@@ -1,5 +1,7 @@
 """What an update reads and writes: the state, the batch, and how a batch is cut."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -29,6 +31,19 @@ class TrainState(struct.PyTreeNode):
     step: Int[Array, ""]
     params: PyTree
     opt_state: optax.OptState
+
+
+def state_items(state: TrainState) -> dict[str, PyTree]:
+    """What a checkpoint holds of a state, by the name of its folder."""
+    return {
+        "params": state.params,
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
+
+
+def state_of(items: Mapping[str, PyTree]) -> TrainState:
+    """The state that `state_items` took apart."""
+    return TrainState(params=items["params"], **items["optimizer"])
 
 
 def policy_variables(params: PyTree, base: PyTree | None) -> dict[str, PyTree]:

@@ -21,7 +21,7 @@ from grpo_jax.config import TrainConfig
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.objective import Mean
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.parallel.gathering import least_moved
+from grpo_jax.parallel.collectives import least_moved
 from grpo_jax.training.state import Batch, TrainState, microbatches, policy_variables
 
 # Axis name of the devices under pmap.

@@ -11,6 +11,7 @@ from flax import linen as nn
 from grpo_jax.config import MeshConfig
 from grpo_jax.models.experts import ExpertsMLP
 from grpo_jax.models.lora import init_lora
+from grpo_jax.models.protocol import in_compute_dtype
 from grpo_jax.models.routing import (
     ExpertKernels,
     ExpertsConfig,
@@ -20,7 +21,6 @@ from grpo_jax.models.routing import (
     through_experts,
 )
 from grpo_jax.parallel.mesh import RULES, make_mesh
-from grpo_jax.rollout.generate import in_compute_dtype
 
 
 def draw(*shape, seed=0):

@@ -187,7 +187,7 @@ def test_a_resumed_run_shows_where_it_stands_before_its_next_step(terminal):
 
 def test_records_of_other_modules_reach_the_console_and_the_log_file(tmp_path):
     stream = io.StringIO()
-    logger = logging.getLogger("grpo_jax.training.checkpoint")
+    logger = logging.getLogger("grpo_jax.checkpointing.checkpoints")
     with attach_log_file(tmp_path) as path:
         with Console(5, ReportConfig(), stream=stream) as console:
             logger.warning("step %d was damaged and set aside", 4)

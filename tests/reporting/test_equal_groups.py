@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo_jax.config.files import to_jsonable
 from grpo_jax.reporting.equal_groups import EqualGroups, taught_nothing
-from grpo_jax.reporting.metrics import plain, reward_metrics
+from grpo_jax.reporting.metrics import reward_metrics
 
 
 def line(step, rewards):
-    return plain({"step": step, **reward_metrics(np.array(rewards))})
+    return to_jsonable({"step": step, **reward_metrics(np.array(rewards))})
 
 
 def steps_told(rewards):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo_jax.config.files import to_json_line, to_jsonable
 from grpo_jax.reporting import metrics
 
 
@@ -23,7 +24,7 @@ def _strict(line):
     st.dictionaries(st.text(), st.floats() | st.integers() | st.text() | st.none()),
 )
 def test_json_lines_are_strict_and_come_back_with_non_finite_numbers_as_null(record):
-    line = metrics.to_json_line(record)
+    line = to_json_line(record)
     assert "\n" not in line and line.isascii()
     expected = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -43,7 +44,7 @@ def test_json_lines_take_numpy_and_jax_numbers_and_arrays():
         "bf16": jnp.bfloat16(1.5),
         "nested": {"none": None, "tuple": (1, np.float32(-math.inf))},
     }
-    assert _strict(metrics.to_json_line(record)) == {
+    assert _strict(to_json_line(record)) == {
         "f32": 0.5,
         "nan": None,
         "i": 3,
@@ -57,16 +58,16 @@ def test_json_lines_take_numpy_and_jax_numbers_and_arrays():
 
 def test_what_json_does_not_have_can_be_given_as_something_else():
     values = {"when": [Decimal("1.5"), {3}], "raw": b"x", "fine": 1}
-    told = metrics.plain(values, other=str)
+    told = to_jsonable(values, other=str)
     assert told == {"when": ["1.5", "{3}"], "raw": "b'x'", "fine": 1}
     for value in values["when"], values["raw"]:
         with pytest.raises(TypeError, match="cannot write"):
-            metrics.plain(value)
+            to_jsonable(value)
 
 
 def test_json_line_refuses_what_is_no_number_or_text():
     with pytest.raises(TypeError, match="cannot write object"):
-        metrics.to_json_line({"x": object()})
+        to_json_line({"x": object()})
 
 
 def test_completion_metrics_by_hand():
@@ -125,7 +126,7 @@ def test_no_reward_at_all_is_nan_and_written_as_null():
     values = metrics.reward_metrics(np.full((2, 2), math.nan))
     assert math.isnan(values["reward"]) and math.isnan(values["reward_std"])
     assert values["frac_reward_zero_std"] == 1
-    assert _strict(metrics.to_json_line(values))["reward"] is None
+    assert _strict(to_json_line(values))["reward"] is None
 
 
 @pytest.mark.parametrize(

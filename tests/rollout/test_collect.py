@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from grpo_jax.config import MeshConfig, RewardsConfig, SamplingConfig, TrainConfig
+from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rollout.collect import Collector, score_rows, unpadded
-from grpo_jax.rollout.rewards import RewardRunner
 from grpo_jax.tasks import task_from_rows
 from grpo_jax.tasks.order import rows_at
 

@@ -12,10 +12,10 @@ from flax import linen as nn
 from grpo_jax.config import SamplingConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.rollout import compaction as slots
 from grpo_jax.rollout import generate as generating
-from grpo_jax.rollout import slots
+from grpo_jax.rollout.draw import sample_token
 from grpo_jax.rollout.generate import generate
-from grpo_jax.rollout.sampling import sample_token
 from grpo_jax.training.step import policy_logprobs
 
 NEW = 8

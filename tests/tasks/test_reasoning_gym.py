@@ -6,7 +6,7 @@ import types
 import pytest
 
 from grpo_jax.config import RewardsConfig
-from grpo_jax.rollout.rewards import RewardRunner
+from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.tasks import load_task
 from grpo_jax.tasks.reasoning_gym import TEST_ROWS, TRAIN_ROWS, answer_score
 

@@ -1,7 +1,6 @@
 """What the tests of training share: a batch of ragged rows, a bigram as a model."""
 
 import dataclasses
-import threading
 import types
 
 import jax
@@ -11,7 +10,6 @@ import pytest
 from flax import linen as nn
 
 from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
-from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training.state import Batch
 
 
@@ -74,52 +72,12 @@ def make_config(**changes):
     return TrainConfig(**(values | changes))
 
 
-def act_on_processes(act, count):
-    """What each of several threads gives, which gather as processes do."""
-    meeting, parts, results = threading.Barrier(count), [None] * count, [None] * count
-    number = threading.local()
-
-    def gathered(values, merge):
-        meeting.wait(60.0)
-        parts[number.value] = values
-        meeting.wait(60.0)
-        return merge(parts)
-
-    def rows(values):
-        stack = lambda parts: jax.tree.map(lambda *x: np.concatenate(x), *parts)  # noqa: E731
-        return gathered(values, stack)
-
-    def lists(values):
-        return gathered(values, lambda parts: [x for part in parts for x in part])
-
-    def run(index):
-        number.value = index
-        results[index] = act(index)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "process_count", lambda: count)
-        patch.setattr(jax, "process_index", lambda: number.value)
-        patch.setattr(meshes, "gather_rows", rows)
-        patch.setattr(meshes, "gather_lists", lists)
-        threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return results
-
-
 @dataclasses.dataclass(frozen=True)
 class Tools:
     """The functions of this file."""
 
     make_batch = staticmethod(make_batch)
     make_config = staticmethod(make_config)
-
-
-@pytest.fixture(scope="session")
-def on_processes():
-    return act_on_processes
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from grpo_jax.training.evaluate import (
     evaluate,
     one_device,
 )
-from grpo_jax.training.judging import Completed, Evaluation, judge
+from grpo_jax.training.scores import Completed, Evaluation, judge
 
 
 def make_evaluation(correct, completions=None):

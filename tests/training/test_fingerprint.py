@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.config import TrainConfig
-from grpo_jax.reporting.metrics import plain
-from grpo_jax.rollout.prompts import prompts_sha256
+from grpo_jax.config.files import to_jsonable
+from grpo_jax.rollout.encoding import prompts_sha256
 from grpo_jax.training.fingerprint import describe_architecture, describe_weights
-from grpo_jax.training.policy import load_policy
+from grpo_jax.training.restore import load_policy
 
 
 def test_weights_have_the_same_digests_wherever_they_lie_and_others_differ(
@@ -40,7 +40,7 @@ def test_an_architecture_is_what_is_not_at_its_default_and_no_way_to_run_it(
 ):
     config = tiny_policy.model.config
     told = describe_architecture(config)
-    assert told["hidden_size"] == 32 and json.dumps(plain(told))
+    assert told["hidden_size"] == 32 and json.dumps(to_jsonable(told))
     ways = {"dtype": "bfloat16", "remat": "layer", "lora_scale": 2.0}
     assert describe_architecture(dataclasses.replace(config, **ways)) == told
     other = dataclasses.replace(config, norm_eps=1e-3)

@@ -9,7 +9,7 @@ import pytest
 
 from grpo_jax.config import ObjectiveConfig, OptimizerConfig
 from grpo_jax.objective import standardized_advantages
-from grpo_jax.rollout.groups import Rollout
+from grpo_jax.rollout.rollout import Rollout
 from grpo_jax.training.learner import Learner, score_batch
 from grpo_jax.training.step import policy_logprobs
 

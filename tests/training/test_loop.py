@@ -17,6 +17,8 @@ import pytest
 import yaml
 
 from grpo_jax import restore, train
+from grpo_jax.checkpointing.checkpoints import Checkpoints
+from grpo_jax.checkpointing.checksum import params_sha256
 from grpo_jax.config import (
     CheckpointConfig,
     ObjectiveConfig,
@@ -30,9 +32,7 @@ from grpo_jax.reporting.metrics import (
     read_completions,
     read_metrics,
 )
-from grpo_jax.rollout.reward_call import RECORD_FIELDS, is_reserved_metric
-from grpo_jax.training.checkpoint import Checkpoints
-from grpo_jax.training.digest import params_sha256
+from grpo_jax.rewards.convention import RECORD_FIELDS, is_reserved_metric
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.run_dir import claim, read_config
 from grpo_jax.weights.pretrained import load_pretrained, save_pretrained

@@ -17,6 +17,8 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from grpo_jax import cli, train
+from grpo_jax.checkpointing.checkpoints import Checkpoints
+from grpo_jax.checkpointing.checksum import params_sha256
 from grpo_jax.config import (
     CheckpointConfig,
     LoraConfig,
@@ -31,12 +33,10 @@ from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.lora import lora_axes
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training import run_dir as directories
-from grpo_jax.training.checkpoint import Checkpoints
-from grpo_jax.training.digest import params_sha256
 from grpo_jax.training.learner import Learner
-from grpo_jax.training.policy import load_policy, restore, restore_adapter
-from grpo_jax.training.references import References
-from grpo_jax.training.state import TrainState
+from grpo_jax.training.reference import References
+from grpo_jax.training.restore import load_policy, restore, restore_adapter
+from grpo_jax.training.state import TrainState, state_items
 from grpo_jax.weights.adapter import load_adapter
 from grpo_jax.weights.pretrained import load_pretrained
 
@@ -207,9 +207,8 @@ def test_a_run_that_trained_all_weights_has_no_adapters_to_export(tmp_path):
     directories.check_config(tmp_path, config)
     checkpoints = Checkpoints(tmp_path / "checkpoints", config.checkpoint)
     params = {"embed": {"embedding": jnp.ones(2)}}
-    checkpoints.save(
-        1, TrainState(step=jnp.int32(1), params=params, opt_state=()), {}, wait=True
-    )
+    state = TrainState(step=jnp.int32(1), params=params, opt_state=())
+    checkpoints.save(1, state_items(state), {}, wait=True)
     with pytest.raises(ValueError, match="has no adapters: it trained all weights"):
         restore_adapter(tmp_path)
 

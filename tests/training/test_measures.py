@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.config import ObjectiveConfig, TrainConfig
-from grpo_jax.rollout.groups import Rollout, join, refill
-from grpo_jax.training import utilization
+from grpo_jax.planning import utilization
+from grpo_jax.rollout.rollout import Rollout, join, refill
 from grpo_jax.training.measures import Measures, slowest
 
 SECONDS = {f"time/{n}": 2.0 for n in ("rollout", "reward", "score", "update", "step")}

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from grpo_jax import CheckpointConfig, MeshConfig, OptimizerConfig, TrainConfig, train
+from grpo_jax.checkpointing.checkpoints import Checkpoints
+from grpo_jax.checkpointing.checksum import named_leaves
 from grpo_jax.models.decoder import param_axes
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.reporting import metrics as names
-from grpo_jax.training.checkpoint import Checkpoints
-from grpo_jax.training.digest import named_leaves
 from grpo_jax.training.learner import Learner
-from grpo_jax.training.policy import load_policy
+from grpo_jax.training.restore import load_policy
+from grpo_jax.training.state import state_items
 
 pytestmark = pytest.mark.slow
 
@@ -171,9 +172,9 @@ def test_a_checkpoint_moves_between_any_two_meshes(run, tiny_policy, tmp_path):
         folder = run(saved_on).run_dir / "checkpoints"
         like = states[read_on]
         # Every array is compared with the digest it was saved with.
-        found = Checkpoints(folder, CheckpointConfig()).restore(like)
+        found = Checkpoints(folder, CheckpointConfig()).restore(state_items(like))
         assert found is not None and found[0] == STEPS
-        for path, leaf in named_leaves(found[1].params).items():
+        for path, leaf in named_leaves(found[1]["params"]).items():
             assert leaf.sharding == named_leaves(like.params)[path].sharding, path
 
 

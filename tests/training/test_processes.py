@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from grpo_jax import load_pretrained, restore, train
+from grpo_jax.checkpointing.checksum import params_sha256
 from grpo_jax.reporting import metrics as names
-from grpo_jax.training.digest import params_sha256
 
 pytestmark = pytest.mark.slow
 

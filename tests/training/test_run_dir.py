@@ -21,11 +21,12 @@ from grpo_jax.config import (
     ReportConfig,
     TrainConfig,
 )
+from grpo_jax.config.files import load_config
+from grpo_jax.config.validation import to_dict
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training import manifest as manifest_module
 from grpo_jax.training import run_dir as directories
 from grpo_jax.training.manifest import Origin, Record
-from grpo_jax.validation import to_dict
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
 
@@ -169,11 +170,11 @@ def test_the_best_value_is_compared_by_what_it_means(tmp_path, name, there, here
 
 def test_a_preset_in_a_file_means_its_fields(tmp_path):
     text = "objective: {preset: grpo, kl_coef: 0.5}"
-    config = directories.load_config(write_yaml(tmp_path, text))
+    config = load_config(write_yaml(tmp_path, text))
     grpo = ObjectiveConfig.preset("grpo")
     assert config.objective == dataclasses.replace(grpo, kl_coef=0.5)
     with pytest.raises(ValueError, match="'ppo' is unknown; use one of softmax"):
-        directories.load_config(write_yaml(tmp_path, "objective: {preset: ppo}"))
+        load_config(write_yaml(tmp_path, "objective: {preset: ppo}"))
 
 
 def test_more_steps_continue_a_run_with_a_constant_rate(tmp_path):
@@ -248,30 +249,28 @@ def test_a_directory_without_a_run_is_named(tmp_path):
 
 def test_fields_left_out_of_a_file_suit_its_model(tmp_path):
     text = "model: some/model\noptimizer: {warmup_steps: 4}\n"
-    config = directories.load_config(write_yaml(tmp_path, text))
+    config = load_config(write_yaml(tmp_path, text))
     assert config == TrainConfig(
         model="some/model", optimizer=OptimizerConfig(warmup_steps=4)
     )
-    config = directories.load_config(
-        write_yaml(tmp_path, "optimizer: {warmup_steps: 4}")
-    )
+    config = load_config(write_yaml(tmp_path, "optimizer: {warmup_steps: 4}"))
     # The embedded model keeps its own learning rate beside the warm-up that is given.
     assert config.optimizer == OptimizerConfig(learning_rate=2e-4, warmup_steps=4)
 
 
 def test_another_model_gets_its_own_defaults_but_keeps_what_the_file_says(tmp_path):
     file = write_yaml(tmp_path, "group_size: 4\nmax_new_tokens: 99\n")
-    config = directories.load_config(file, model="some/model")
+    config = load_config(file, model="some/model")
     assert config == TrainConfig(model="some/model", group_size=4, max_new_tokens=99)
     assert config.optimizer.learning_rate == 1e-6
     # A complete file leaves nothing to fill in.
     file = write_yaml(tmp_path, yaml.safe_dump(to_dict(TrainConfig(seed=3))))
-    config = directories.load_config(file, model="some/model")
+    config = load_config(file, model="some/model")
     assert config == dataclasses.replace(TrainConfig(seed=3), model="some/model")
 
 
 def test_an_empty_file_is_the_default_run(tmp_path):
-    assert directories.load_config(write_yaml(tmp_path, "# nothing")) == TrainConfig()
+    assert load_config(write_yaml(tmp_path, "# nothing")) == TrainConfig()
 
 
 @pytest.mark.parametrize(
@@ -279,12 +278,12 @@ def test_an_empty_file_is_the_default_run(tmp_path):
 )
 def test_numbers_may_be_written_as_people_write_them(tmp_path, number):
     file = write_yaml(tmp_path, f"optimizer: {{learning_rate: {number}}}")
-    assert directories.load_config(file).optimizer.learning_rate == 1e-6
+    assert load_config(file).optimizer.learning_rate == 1e-6
 
 
 def test_texts_that_look_like_numbers_stay_texts(tmp_path):
     file = write_yaml(tmp_path, "model: a1e3\ndata: '1e3'\nrun_dir: e5\n")
-    config = directories.load_config(file)
+    config = load_config(file)
     assert (config.model, config.data, config.run_dir) == ("a1e3", "1e3", "e5")
 
 
@@ -327,16 +326,16 @@ def test_any_text_comes_back_as_it_was_given(tmp_path_factory, text):
 )
 def test_a_wrong_file_is_told_in_one_line(tmp_path, text, words):
     with pytest.raises(ValueError, match=words) as caught:
-        directories.load_config(write_yaml(tmp_path, text))
+        load_config(write_yaml(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
     with pytest.raises(ValueError, match="missing.yaml cannot be read"):
-        directories.load_config(tmp_path / "missing.yaml")
+        load_config(tmp_path / "missing.yaml")
     (tmp_path / "model.gguf").write_bytes(b"GGUF\xff\xfe\x00")
     with pytest.raises(ValueError, match="model.gguf cannot be read as YAML"):
-        directories.load_config(tmp_path / "model.gguf")
+        load_config(tmp_path / "model.gguf")
 
 
 # --- The manifest

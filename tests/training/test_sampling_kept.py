@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from grpo_jax import cli
 from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
 from grpo_jax.parallel.agreement import Agreement
+from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rollout import collect
-from grpo_jax.rollout.rewards import RewardRunner
-from grpo_jax.rollout.sampling import policy_sampling
+from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.training import evaluate, setup
-from grpo_jax.training.policy import Policy, Restored
+from grpo_jax.training.restore import Policy, Restored
 from grpo_jax.weights.pretrained import _generation, save_pretrained
 
 OWN = SamplingConfig(
@@ -51,7 +51,7 @@ def drawn(tiny_policy, monkeypatch):
         parts = {"model": tiny_policy.model, "tokenizer": tiny_policy.tokenizer}
         restored = Restored(params=tiny_policy.params, config=config, step=1, **parts)
         monkeypatch.setattr(
-            "grpo_jax.training.policy.open_policy", lambda **asked: restored
+            "grpo_jax.training.restore.open_policy", lambda **asked: restored
         )
         mesh = evaluate.one_device()
         with contextlib.suppress(Drawn):
@@ -141,7 +141,7 @@ def test_every_export_of_a_run_says_so(tiny_policy, tmp_path, monkeypatch):
     parts = {"model": tiny_policy.model, "tokenizer": tiny_policy.tokenizer}
     restored = Restored(params=tiny_policy.params, config=config, step=1, **parts)
     monkeypatch.setattr(
-        "grpo_jax.training.policy.open_policy", lambda **asked: restored
+        "grpo_jax.training.restore.open_policy", lambda **asked: restored
     )
     cli._dispatch(["export", "--run-dir", "unread", "--out", str(tmp_path / "one")])
     policy = Policy(trained=tiny_policy.params, config=config, **parts)

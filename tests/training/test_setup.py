@@ -10,13 +10,13 @@ import pytest
 from grpo_jax import train
 from grpo_jax.config import RewardsConfig, TrainConfig
 from grpo_jax.parallel.agreement import Agreement
-from grpo_jax.rollout.rewards import RewardRunner
+from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.arithmetic import correct
 from grpo_jax.tasks.base import Task
 from grpo_jax.training import setup
 from grpo_jax.training.evaluate import one_device
-from grpo_jax.training.judging import Completed
+from grpo_jax.training.scores import Completed
 from grpo_jax.training.setup import (
     choose_task,
     describe_run,

@@ -1,0 +1,1 @@
+"""Checkpoints of pytrees, verified when they are read."""

@@ -1,0 +1,121 @@
+"""Files of a configuration (YAML, presets), strict JSON, and whole files.
+
+What is written here a reader sees whole: the old one or the new one, never a part.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from grpo_jax.config import validation
+from grpo_jax.config.run import EMBEDDED, ObjectiveConfig, TrainConfig
+
+
+class _Reader(yaml.SafeLoader):
+    """YAML in which 1e-6 is a number, as in version 1.2, and not a text."""
+
+
+class _Writer(yaml.SafeDumper):
+    """Writes texts so that `_Reader` reads them as texts: '1e-6' in quotes."""
+
+
+for _kind in (_Reader, _Writer):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Write strict JSON, for people to read as well."""
+    write_atomically(
+        file, json.dumps(to_jsonable(values), indent=2, allow_nan=False) + "\n"
+    )
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def to_json_line(record: Mapping[str, Any]) -> str:
+    """`record` as one line of strict JSON, without the newline.
+
+    NaN and infinities, which JSON does not have, become null; numbers and arrays of
+    numpy and JAX become plain ones. Raises TypeError for what is neither.
+    """
+    return json.dumps(to_jsonable(record), allow_nan=False)
+
+
+def to_jsonable(value: Any, *, other: Callable[[Any], Any] | None = None) -> Any:
+    """`value` in what strict JSON has: texts, finite numbers, null, lists, objects.
+
+    `other` gives what stands for a value that is none of these; by default it is a
+    TypeError.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): to_jsonable(item, other=other) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_jsonable(item, other=other) for item in value]
+    array = np.asarray(value)
+    if array.dtype.kind in "OS":  # any object, bytes
+        if other is None:
+            raise TypeError(f"cannot write {type(value).__name__} {value!r} as JSON")
+        return other(value)
+    # Through float32, numpy's own types and bfloat16 (no numpy type) alike.
+    if array.dtype.kind not in "biufU":
+        array = array.astype(np.float32)
+    return to_jsonable(array.tolist(), other=other)
+
+
+def load_config(file: Path, *, model: str | None = None) -> TrainConfig:
+    """The configuration in a YAML file; fields left out take the model's defaults.
+
+    Args:
+      model: stands in for the model that the file names.
+
+    Raises:
+      ValueError: for a file that is not YAML, an unknown field or a wrong value.
+    """
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), _Reader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} cannot be read as YAML: {reason}") from error
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{file} must hold a mapping of fields, as config.yaml does.")
+    values = _with_preset(values)
+    name = values.get("model", EMBEDDED) if model is None else model
+    defaults = validation.to_dict(TrainConfig(model=name))
+    given = validation.overlay(defaults, {**values, "model": name})
+    return validation.from_dict(TrainConfig, given)
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The configuration as a YAML file that `load_config` reads."""
+    return yaml.dump(validation.to_dict(config), Dumper=_Writer, sort_keys=False)
+
+
+def _with_preset(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values with `objective.preset`, which is no field, as the fields it means."""
+    objective = values.get("objective")
+    if not isinstance(objective, Mapping) or "preset" not in objective:
+        return values
+    others = {name: value for name, value in objective.items() if name != "preset"}
+    preset = validation.to_dict(ObjectiveConfig.preset(objective["preset"]))
+    return {**values, "objective": preset | others}

@@ -1,0 +1,1 @@
+"""What a run needs: memory, devices, operations, and the choices that follow."""

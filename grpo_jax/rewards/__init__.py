@@ -1,0 +1,1 @@
+"""Reward functions: TRL's convention, and how they are called."""

@@ -1,0 +1,167 @@
+"""Prompts as right-padded token ids, checked before anything is compiled."""
+
+import contextlib
+import hashlib
+import logging
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from grpo_jax.tasks.base import line_of
+from grpo_jax.weights.tokenizer import Tokenizer
+
+_SHORTEST = 16  # tokens of the smallest bucket
+
+_LOG = logging.getLogger(__name__)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Mapping]) -> list[int]:
+    """The token ids of a prompt, through the chat template where the model has one.
+
+    A plain string then becomes the message of a user.
+    """
+    return tokenizer.encode_prompt(_as_messages(tokenizer, prompt))
+
+
+def encode_rows(
+    tokenizer: Tokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    limit: int,
+    vocab_size: int,
+) -> list[list[int]]:
+    """The token ids of the prompts of all rows.
+
+    A row whose messages spell out marks of the chat template is taken as transformers
+    and TRL take it: they become the special tokens. A warning says so.
+
+    Raises:
+      ValueError: naming the first row whose prompt cannot be encoded, is refused by the
+        chat template, has no token, more than `limit`, or an id that the model
+        does not have, and how many such rows there are; also for a string
+        that carries the chat template already.
+    """
+    _check_templated_once(tokenizer, rows)
+    encoded = _encode(tokenizer, rows)
+    problems = [
+        (number, problem)
+        for number, ids in enumerate(encoded)
+        if (problem := _problem(ids, limit, vocab_size))
+    ]
+    if problems:
+        number, problem = problems[0]
+        raise ValueError(
+            f"the prompt of {_row(rows, number)} {problem}{_also(problems)}."
+        )
+    quoting = [n for n, row in enumerate(rows) if _quotes(tokenizer, row["prompt"])]
+    if quoting:
+        _LOG.warning(
+            "the prompt of %s spells out special tokens of the chat template, "
+            "which the model reads as such%s",
+            _row(rows, quoting[0]),
+            _also(quoting),
+        )
+    return encoded
+
+
+def prompts_sha256(encoded: Sequence[Sequence[int]]) -> str:
+    """SHA-256, in hexadecimal, of the token ids of all prompts."""
+    digest = hashlib.sha256()
+    for ids in encoded:
+        digest.update(array("q", [len(ids), *ids]).tobytes())
+    return digest.hexdigest()
+
+
+def bucket(length: int, *, limit: int) -> int:
+    """The padded length for `length` tokens: a power of two from 16 on, or `limit`.
+
+    Few lengths mean few compilations. What is padded costs little: a prompt is computed
+    once for its whole group.
+    """
+    return min(max(1 << (length - 1).bit_length(), _SHORTEST), max(limit, length))
+
+
+def pad(
+    encoded: Sequence[Sequence[int]], *, length: int, pad_id: int
+) -> tuple[Int[np.ndarray, "N P"], Int[np.ndarray, " N"]]:
+    """Right-padded ids and their lengths."""
+    ids = np.full((len(encoded), length), pad_id, np.int32)
+    for row, tokens in zip(ids, encoded, strict=True):
+        row[: len(tokens)] = tokens
+    return ids, np.array([len(tokens) for tokens in encoded], np.int32)
+
+
+def _as_messages(
+    tokenizer: Tokenizer, prompt: str | Sequence[Mapping]
+) -> str | Sequence[Mapping]:
+    """The prompt, a string as the message of a user where there is a chat template."""
+    if isinstance(prompt, str) and tokenizer.has_chat_template:
+        return [{"role": "user", "content": prompt}]
+    return prompt
+
+
+def _encode(tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    prompts = [_as_messages(tokenizer, row["prompt"]) for row in rows]
+    if all(isinstance(prompt, str) for prompt in prompts):
+        with contextlib.suppress(ValueError):  # told below, with its row
+            return tokenizer.encode_prompts(prompts)
+    encoded = []
+    for number, prompt in enumerate(prompts):
+        try:
+            encoded.append(tokenizer.encode_prompt(prompt))
+        except ValueError as error:
+            raise ValueError(f"the prompt of {_row(rows, number)}: {error}") from error
+    return encoded
+
+
+def _quotes(tokenizer: Tokenizer, prompt: str | Sequence[Mapping]) -> bool:
+    return not isinstance(prompt, str) and any(
+        tokenizer.is_templated(message["content"])
+        for message in prompt
+        if isinstance(message["content"], str)
+    )
+
+
+def _also(found: Sequence[Any]) -> str:
+    return f" ({len(found)} such rows)" if len(found) > 1 else ""
+
+
+def _check_templated_once(
+    tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    if not tokenizer.has_chat_template:
+        return
+    for number, row in enumerate(rows):
+        prompt = row["prompt"]
+        if isinstance(prompt, str) and tokenizer.is_templated(prompt):
+            raise ValueError(
+                f"the prompt of {_row(rows, number)} carries the model's chat template "
+                "already, and would get it a second time; give the messages, "
+                '[{"role": "user", "content": ...}], or the text alone.'
+            )
+
+
+def _row(rows: Sequence[Mapping[str, Any]], number: int) -> str:
+    """A row by its number from 0, and by its line where it comes from a file."""
+    line = line_of(rows, number)
+    return f"row {number}" if line is None else f"row {number} ({line})"
+
+
+def _problem(ids: Sequence[int], limit: int, vocab_size: int) -> str | None:
+    if not ids:
+        return "has no token"
+    if len(ids) > limit:
+        return (
+            f"has {len(ids)} tokens, more than the {limit} that max_prompt_tokens and "
+            "the model's context less max_new_tokens allow; raise max_prompt_tokens or "
+            "shorten the prompt"
+        )
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        return (
+            f"has a token id outside the model's vocabulary of {vocab_size}; does the "
+            "tokenizer belong to the model?"
+        )
+    return None

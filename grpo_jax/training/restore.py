@@ -1,0 +1,280 @@
+"""The policy of a run: loaded from files onto the mesh, or from a checkpoint."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, SingleDeviceSharding
+from jaxtyping import PyTree
+
+from grpo_jax.checkpointing.checkpoints import Checkpoints, Step
+from grpo_jax.config import SamplingConfig, TrainConfig
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
+from grpo_jax.models.lora import init_lora, lora_axes, merge_lora
+from grpo_jax.models.protocol import WIDE
+from grpo_jax.parallel import mesh as meshes
+from grpo_jax.planning.resolve import (
+    advice,
+    compute_dtype,
+    device_memory,
+    for_run,
+    settled,
+)
+from grpo_jax.rollout.draw import policy_sampling
+from grpo_jax.training import run_dir as directories
+from grpo_jax.training.fingerprint import describe_architecture, describe_weights
+from grpo_jax.training.manifest import Origin, check_data, read_manifest
+from grpo_jax.weights.adapter import Adapter
+from grpo_jax.weights.pretrained import (
+    Pretrained,
+    load_pretrained,
+    load_without_weights,
+)
+from grpo_jax.weights.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What is trained, and what it stands on.
+
+    Attributes:
+      model: the decoder with the compute dtype and remat of the run.
+      tokenizer: its tokenizer.
+      trained: the parameters that are trained: all of them, or adapters; float32.
+      config: the run, with a choice in place of each "auto" about memory.
+      warning: what to change where the memory of the devices will not do; else None.
+      base: the frozen parameters under adapters, in the compute dtype, which needs no
+        more of them; None without adapters.
+      commit: of the model on the hub; None for one that is local.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer
+    trained: PyTree
+    config: TrainConfig
+    warning: str | None = None
+    base: PyTree | None = None
+    commit: str | None = None
+
+    def merged(self, trained: PyTree) -> PyTree:
+        """Float32 parameters of the plain model that acts like the trained one."""
+        if self.base is None:
+            return trained
+        return _merge(self.base, trained, self.model.config)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the run draws completions."""
+        return policy_sampling(self.model, self.tokenizer, self.config.sampling)
+
+    def description(self) -> dict[str, Any]:
+        """What the model is before any step; all processes must call it, then."""
+        frozen = self.base is not None
+        return {
+            "model_config": describe_architecture(self.model.config),
+            "weights": describe_weights(
+                self.base if frozen else self.trained, frozen=frozen
+            ),
+        }
+
+    def pretrained(self, params: PyTree) -> Pretrained:
+        """The plain model with parameters that `merged` gave, ready to be exported."""
+        config = dataclasses.replace(self.model.config, lora_scale=None)
+        return Pretrained(Decoder(config), params, self.tokenizer, config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A policy as a run left it at a step; None where there is no run."""
+
+    params: PyTree
+    model: Decoder
+    config: TrainConfig
+    tokenizer: Tokenizer
+    step: int | None
+
+    def sampling(
+        self, *, samples: int = 1, temperature: float | None = None
+    ) -> SamplingConfig:
+        """How completions are drawn outside of training: with the run's cuts and ends.
+
+        Args:
+          samples: of a prompt; a single one is the likeliest by default.
+          temperature: by default 0 (greedy) for one sample, else the run's.
+        """
+        if temperature is None and samples == 1:
+            temperature = 0.0
+        return policy_sampling(
+            self.model, self.tokenizer, self.config.sampling, temperature=temperature
+        )
+
+
+def load_policy(
+    config: TrainConfig, mesh: Mesh, origin: Origin | None = None
+) -> Policy:
+    """The model that `config` names, each parameter born where the mesh wants it.
+
+    With `config.lora` fresh adapters are trained, and the model's parameters are their
+    frozen base.
+
+    Args:
+      origin: of the run that goes on with the model: its commit and its date.
+
+    Raises:
+      ValueError: if the model cannot be read or does not divide over the mesh, or if
+        the adapters do not fit it.
+    """
+    origin = origin or Origin()
+    loaded = _load(config, mesh, commit=origin.commit)
+    limit = device_memory(mesh)
+    chosen = for_run(loaded.config, config)
+    chosen, config = settled(chosen, config, mesh, limit=limit)
+    model, trained, base = Decoder(chosen), loaded.params, None
+    if (rank := config.lora.rank) is not None:
+        model = Decoder(dataclasses.replace(chosen, lora_scale=config.lora.scale))
+        trained = _fresh_adapters(model, config, mesh, rank=rank)
+        base = loaded.params
+    return Policy(
+        model=model,
+        tokenizer=loaded.tokenizer.dated(origin.started),
+        trained=trained,
+        config=config,
+        warning=None if limit is None else advice(chosen, config, mesh, limit=limit),
+        base=base,
+        commit=loaded.commit,
+    )
+
+
+def restore(
+    run_dir: str | Path, step: Step = None, mesh: Mesh | None = None
+) -> Restored:
+    """The parameters of a run at a step (the newest by default), on any devices.
+
+    The step "best" is the one that `checkpoint.keep_best` of the run keeps.
+
+    Adapters are merged into their base, which is read again from the run's model in
+    the compute dtype of this machine. What the run names by a relative path is looked
+    for where it was started. The run's directory is left as it is.
+
+    Args:
+      mesh: where the parameters go; None is the default device, whatever mesh the run
+        was saved on.
+
+    Raises:
+      ValueError: if the directory holds no run or no such step, or if the model is not
+        that from which the run began.
+    """
+    path = Path(run_dir)
+    origin = Origin.read(read_manifest(path))
+    config, found, params = _read_trained(path, step)
+    model_config, tokenizer = load_without_weights(config.model, revision=origin.commit)
+    check_data(path, {"model_config": describe_architecture(model_config)})
+    if config.lora.rank is not None:
+        base = _load(config, mesh, commit=origin.commit)
+        check_data(path, {"weights": describe_weights(base.params, frozen=True)})
+        scaled = dataclasses.replace(base.config, lora_scale=config.lora.scale)
+        params = _merge(base.params, params, scaled)
+    model = Decoder(for_run(model_config, config))
+    if mesh is None:
+        place: Any = SingleDeviceSharding(jax.local_devices()[0])
+    else:
+        place = meshes.parameter_shardings(param_axes(model), params, mesh)
+    return Restored(
+        params=jax.device_put(params, place),
+        model=model,
+        config=config,
+        tokenizer=tokenizer.dated(origin.started),
+        step=found,
+    )
+
+
+def restore_adapter(
+    run_dir: str | Path, step: Step = None
+) -> tuple[int, Adapter, ModelConfig]:
+    """The adapters of a run: step, adapters, and the configuration of their base.
+
+    Raises:
+      ValueError: as `restore`, and if the run trained all weights.
+    """
+    origin = Origin.read(read_manifest(Path(run_dir)))
+    config, found, params = _read_trained(Path(run_dir), step)
+    if config.lora.rank is None:
+        raise ValueError(
+            f"the run in {run_dir} has no adapters: it trained all weights (lora.rank "
+            "is null). Export the whole model."
+        )
+    adapter = Adapter(params=params, alpha=config.lora.alpha, base_name=config.model)
+    return found, adapter, load_without_weights(config.model, revision=origin.commit)[0]
+
+
+def open_policy(
+    *, run_dir: Path | None = None, model: str | None = None, step: Step = None
+) -> Restored:
+    """The policy of a run, or of a model that was not trained here.
+
+    Raises:
+      ValueError: unless exactly one of `run_dir` and `model` is given.
+    """
+    if (run_dir is None) == (model is None):
+        raise ValueError("give either --run-dir or --model.")
+    if run_dir is not None:
+        return restore(run_dir, step)
+    config = TrainConfig(model=str(model))
+    loaded = load_pretrained(config.model)
+    return Restored(
+        params=loaded.params,
+        model=Decoder(for_run(loaded.config, config)),
+        config=config,
+        tokenizer=loaded.tokenizer,
+        step=None,
+    )
+
+
+def _read_trained(path: Path, step: Step) -> tuple[TrainConfig, int, PyTree]:
+    """The configuration of a run, and the newest or another step, on the host."""
+    config = directories.read_located_config(path)
+    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint, read_only=True)
+    found, params, _ = checkpoints.restore_params(step)
+    checkpoints.close()
+    return config, found, params
+
+
+def _load(config: TrainConfig, mesh: Mesh | None, *, commit: str | None) -> Pretrained:
+    """The model of a run: master parameters, or a base that stays as it is."""
+
+    def dtype(path: str) -> str:
+        whole = config.lora.rank is None or path.split("/")[-1] in WIDE
+        return "float32" if whole else compute_dtype(config)
+
+    if mesh is None:
+        return load_pretrained(config.model, revision=commit, dtype=dtype)
+
+    def place(model: Decoder) -> PyTree:
+        return meshes.parameter_shardings(
+            param_axes(model), abstract_params(model), mesh
+        )
+
+    return load_pretrained(config.model, revision=commit, dtype=dtype, sharding=place)
+
+
+def _fresh_adapters(
+    model: Decoder, config: TrainConfig, mesh: Mesh, *, rank: int
+) -> PyTree:
+    """Adapters that change nothing yet, each born where the mesh wants it."""
+    init = functools.partial(init_lora, model, rank=rank, targets=config.lora.targets)
+    # Rollouts fold in their step, from 1 on.
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    shapes = jax.eval_shape(init, key)
+    places = meshes.parameter_shardings(lora_axes(model, shapes), shapes, mesh)
+    return jax.jit(init, out_shardings=places)(key)
+
+
+def _merge(base: PyTree, adapters: PyTree, config: ModelConfig) -> PyTree:
+    """Adapters and base as plain parameters, which lie where those of the base do."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, base)
+    merge = functools.partial(merge_lora, config=config)
+    return jax.jit(merge, out_shardings=places)(base, adapters)
