@@ -8,7 +8,7 @@ picture into experiments/results/: held-out accuracy after equal numbers of comp
 and after equal wall time (compilation and evaluation excluded). Finished runs are kept
 in runs/compare and not repeated.
 Hardware: 2 CPU cores. Time: about 15 minutes.
-Expected result: the table in the README.
+Expected result: the table in docs/results.md.
 """
 
 import dataclasses
