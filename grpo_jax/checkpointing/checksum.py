@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, UInt32
 
+from grpo_jax.parallel.mesh import named_leaves
+
 
 @jax.jit
 def array_digests(arrays: Sequence[Array]) -> UInt32[Array, " arrays"]:
@@ -68,11 +70,3 @@ def _on_host(leaf: Array | np.ndarray) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
     return np.asarray(leaf)
-
-
-def named_leaves(tree: PyTree) -> dict[str, Array]:
-    """The leaves of a tree by path, as in ``layers/attn/q/kernel``, in tree order."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from grpo_jax.checkpointing.checksum import array_digests, named_leaves
+from grpo_jax.checkpointing.checksum import array_digests
 from grpo_jax.checkpointing.corruption import DamageError
 from grpo_jax.config.files import to_jsonable
+from grpo_jax.parallel.mesh import named_leaves
 
 SCHEMA = 1
 _SHOWN = 8  # differences that an error message lists

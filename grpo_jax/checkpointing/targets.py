@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from grpo_jax.checkpointing.checksum import named_leaves
+from grpo_jax.parallel.mesh import named_leaves, path_name
 
 
 def savable(leaf: Array) -> Array | np.ndarray:
@@ -51,8 +51,9 @@ def restore_targets(like: dict[str, PyTree]) -> dict[str, PyTree]:
         try:
             sharding.shard_shape(leaf.shape)
         except ValueError as error:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(f"{name} does not fit its mesh: {error}") from error
+            raise ValueError(
+                f"{path_name(path)} does not fit its mesh: {error}"
+            ) from error
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(target, like)

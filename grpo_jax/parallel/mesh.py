@@ -111,14 +111,23 @@ def parameter_shardings(
     def place(path: tuple, logical: tuple, leaf: Any) -> NamedSharding:
         spec = spmd.logical_to_mesh_axes(logical, RULES)
         sharding = NamedSharding(mesh, spec or P())
-        _check_divides(
-            jax.tree_util.keystr(path, simple=True, separator="/"), leaf, sharding
-        )
+        _check_divides(path_name(path), leaf, sharding)
         return sharding
 
     return jax.tree_util.tree_map_with_path(
         place, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple)
     )
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by path, as in ``layers/attn/q/kernel``, in tree order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """The keys of a leaf's path in a tree, joined by "/"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _check_divides(name: str, leaf: Any, sharding: NamedSharding) -> None:

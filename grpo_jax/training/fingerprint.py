@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, UInt32
 
-from grpo_jax.checkpointing.checksum import array_digests, named_leaves
+from grpo_jax.checkpointing.checksum import array_digests
 from grpo_jax.models.config import RUN_FIELDS, ModelConfig
+from grpo_jax.parallel.mesh import named_leaves
 
 
 def describe_weights(params: PyTree, *, frozen: bool) -> dict[str, str]:

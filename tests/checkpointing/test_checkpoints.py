@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from grpo_jax.checkpointing.checkpoints import Checkpoints
-from grpo_jax.checkpointing.checksum import named_leaves
 from grpo_jax.checkpointing.metadata import checksum
 from grpo_jax.config import CheckpointConfig, MeshConfig
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.parallel.mesh import named_leaves
 from grpo_jax.training.state import TrainState, make_train_state, state_items, state_of
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -9,9 +9,9 @@ import pytest
 
 from grpo_jax import CheckpointConfig, MeshConfig, OptimizerConfig, TrainConfig, train
 from grpo_jax.checkpointing.checkpoints import Checkpoints
-from grpo_jax.checkpointing.checksum import named_leaves
 from grpo_jax.models.decoder import param_axes
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.parallel.mesh import named_leaves
 from grpo_jax.reporting import metrics as names
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.restore import load_policy
