@@ -1,7 +1,7 @@
-"""The tokenizer that a GGUF file describes in its fields.
+"""Builds the tokenizer that a GGUF file describes in its fields.
 
-Byte-level BPE ("gpt2") needs a pre-tokenizer, which a file only names; the patterns are
-those that llama.cpp uses under the name (src/llama-vocab.cpp). SentencePiece BPE
+Byte-level BPE ("gpt2") needs a pre-tokenizer, and a file stores only its name. The
+patterns are those of llama.cpp under that name (src/llama-vocab.cpp). SentencePiece BPE
 ("llama") is built from pieces and scores.
 """
 
@@ -15,8 +15,8 @@ from grpo_jax.weights.tokenizer import Tokenizer, import_fast_tokenizer
 # Token types of the format.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
-_PRE = "tokenizer.ggml.pre"
-# Kinds of tokenizers, and the fields without which none can be built.
+_PREFIX = "tokenizer.ggml."
+# Kinds of tokenizers, and the fields that each needs.
 _NEEDS = {"gpt2": ("merges",), "llama": ("scores", "token_type")}
 
 _GPT2_SPLITS = (
@@ -31,13 +31,13 @@ _TIKTOKEN = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _PreTokenizer:
-    """How text is cut before merges apply, and what else goes with the name."""
+    """How text is split before merges apply, and what else follows from the name."""
 
+    names: str  # all names of these rules in llama.cpp
     splits: tuple[str, ...]
-    names: str  # all that llama.cpp knows for these rules
-    whole_first: bool = False  # a piece that is a token is not merged anew
-    adds_bos: bool = False  # where the file does not say
-    composes: bool = False  # to NFC, as the tokenizers of Hugging Face do
+    ignore_merges: bool = False  # for a piece that is a token
+    adds_bos: bool = False  # unless the file says otherwise
+    nfc: bool = False  # normalize to NFC, as the tokenizers of Hugging Face do
 
 
 _PRE_TOKENIZERS = (
@@ -51,13 +51,13 @@ _PRE_TOKENIZERS = (
         names="llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 "
         "jina-v5-nano",
         splits=(_TIKTOKEN.format("{1,3}"),),
-        whole_first=True,
+        ignore_merges=True,
         adds_bos=True,
     ),
     _PreTokenizer(
         names="qwen2 deepseek-r1-qwen megrez kormo f2llmv2",
         splits=(_TIKTOKEN.format(""),),
-        composes=True,
+        nfc=True,
     ),
     _PreTokenizer(
         names="default",
@@ -70,7 +70,9 @@ _PRE_TOKENIZERS = (
     ),
 )
 _BY_NAME = {name: rules for rules in _PRE_TOKENIZERS for name in rules.names.split()}
-# Tokens that end a text or a turn. A file names one, and some models end in several.
+# Tokens whose ids a file may state.
+_NAMED = ("bos", "eos", "eot", "eom", "unknown", "padding")
+# Tokens that end a text or a turn. A file names one of them; some models use several.
 _ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
@@ -84,35 +86,56 @@ _LOG = logging.getLogger(__name__)
 
 
 def build_tokenizer(fields: Mapping[str, Any], *, file: str) -> Tokenizer:
-    """The tokenizer of a GGUF file's `tokenizer.*` fields.
+    """Returns the tokenizer of a GGUF file's `tokenizer.*` fields.
 
     Raises:
-        ValueError: no tokenizer in the file, or one of a kind that is not supported.
+        ValueError: the file has no tokenizer, or one of a kind that is not supported.
     """
+    from tokenizers import AddedToken
+    from tokenizers.processors import TemplateProcessing
+
     check_tokenizer(fields, file=file)
-    if fields["tokenizer.ggml.model"] == "gpt2":
-        if not names_its_rules(fields):
+    own = _tokenizer_fields(fields)
+    tokens = own["tokens"]
+    ids = {name: own.get(f"{name}_token_id") for name in _NAMED}
+    text = {name: None if i is None else tokens[i] for name, i in ids.items()}
+    if own["model"] == "gpt2":
+        if not names_pre_tokenizer(fields):
             _LOG.warning(
-                "%s names no pre-tokenizer (tokenizer.ggml.pre): text is cut by "
-                "default rules, which are not those that the model was trained with. "
-                "Convert the model anew, or put its tokenizer.json and "
+                "%s names no pre-tokenizer (tokenizer.ggml.pre). Text is split by "
+                "default rules, which differ from those of the model's training. "
+                "Convert the model again, or put its tokenizer.json and "
                 "tokenizer_config.json beside the file",
                 file,
             )
-        rules = _BY_NAME[fields.get(_PRE, "default")]
-        backend, adds_bos = _byte_level_bpe(fields, rules, file=file), rules.adds_bos
+        rules = _BY_NAME[own.get("pre", "default")]
+        backend, adds_bos = _byte_level_bpe(own, rules, file=file), rules.adds_bos
     else:
-        backend, adds_bos = _sentencepiece_bpe(fields), True
-    _add_special_tokens(backend, fields)
-    adds_bos = fields.get("tokenizer.ggml.add_bos_token", adds_bos)
-    adds_eos = fields.get("tokenizer.ggml.add_eos_token", False)
-    _add_ends(backend, fields, adds_bos=adds_bos, adds_eos=adds_eos)
+        backend, adds_bos = _sentencepiece_bpe(own, text["unknown"]), True
+    # All at once, because each call sorts all tokens that were added before.
+    kinds = _token_kinds(own)
+    special = [t for kind in (_UNKNOWN, _CONTROL) for t, k in kinds if k == kind]
+    backend.add_special_tokens([AddedToken(t, special=True) for t in special])
+    # In normalized text a token of two spaces is "▁▁". But where normalization puts a
+    # space before the text, it would also put one before the token.
+    spaced = own["model"] == "llama" and not own.get("add_space_prefix", True)
+    backend.add_tokens(
+        [AddedToken(t, normalized=spaced) for t, k in kinds if k == _USER_DEFINED]
+    )
+    bos, eos = text["bos"], text["eos"]
+    start = [bos] if bos and own.get("add_bos_token", adds_bos) else []
+    end = [eos] if eos and own.get("add_eos_token", False) else []
+    if start or end:
+        backend.post_processor = TemplateProcessing(
+            single=[*start, "$A", *end],
+            special_tokens=[(t, tokens.index(t)) for t in {*start, *end}],
+        )
     fast = import_fast_tokenizer()(
         tokenizer_object=backend,
-        bos_token=_token(fields, "bos"),
-        eos_token=_token(fields, "eos"),
-        unk_token=_token(fields, "unknown"),
-        pad_token=_token(fields, "padding"),
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=text["unknown"],
+        pad_token=text["padding"],
         chat_template=fields.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
@@ -120,35 +143,31 @@ def build_tokenizer(fields: Mapping[str, Any], *, file: str) -> Tokenizer:
 
 
 def check_tokenizer(fields: Mapping[str, Any], *, file: str) -> None:
-    """Checks that `build_tokenizer` can rebuild the tokenizer, without doing it.
+    """Checks that `build_tokenizer` can build the tokenizer, without building it.
 
     Raises:
-        ValueError: no tokenizer in the file, or one of a kind that is not supported.
+        ValueError: the file has no tokenizer, or one of a kind that is not supported.
     """
-    kind, pre = fields.get("tokenizer.ggml.model"), fields.get(_PRE, "default")
-    if not fields.get("tokenizer.ggml.tokens"):
-        raise ValueError(f"{file} holds no tokenizer")
+    own = _tokenizer_fields(fields)
+    kind, pre, tokens = own.get("model"), own.get("pre", "default"), own.get("tokens")
+    if not tokens:
+        raise ValueError(f"{file} has no tokenizer")
     if kind not in _NEEDS:
         raise _unsupported(f"tokenizer of kind {kind!r}", file=file)
     if kind == "gpt2" and pre not in _BY_NAME:
         raise _unsupported(
             f"pre-tokenizer {pre!r}; supported are {sorted(_BY_NAME)}", file=file
         )
-    missing = [name for name in _NEEDS[kind] if f"tokenizer.ggml.{name}" not in fields]
+    missing = [name for name in _NEEDS[kind] if name not in own]
     if missing:
         raise _unsupported(f"tokenizer without {' and '.join(missing)}", file=file)
-    _check_counts(fields, file=file)
-
-
-def _check_counts(fields: Mapping[str, Any], *, file: str) -> None:
-    tokens = fields["tokenizer.ggml.tokens"]
     problems = [
-        f"{len(fields[key])} {key} for {len(tokens)} tokens"
-        for key in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores")
-        if len(fields.get(key, tokens)) != len(tokens)
+        f"{len(own[key])} {_PREFIX}{key} for {len(tokens)} tokens"
+        for key in ("token_type", "scores")
+        if len(own.get(key, tokens)) != len(tokens)
     ]
-    for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
-        index = _token_id(fields, name)
+    for name in _NAMED:
+        index = own.get(f"{name}_token_id")
         if index is not None and not 0 <= index < len(tokens):
             problems.append(f"{name}_token_id {index} of {len(tokens)} tokens")
     if len(set(tokens)) != len(tokens):
@@ -157,36 +176,42 @@ def _check_counts(fields: Mapping[str, Any], *, file: str) -> None:
         raise _unsupported(f"tokenizer with {'; '.join(problems)}", file=file)
 
 
-def names_its_rules(fields: Mapping[str, Any]) -> bool:
-    """Whether the file says how text is cut; byte-level BPE needs it."""
-    return fields.get("tokenizer.ggml.model") != "gpt2" or _PRE in fields
+def names_pre_tokenizer(fields: Mapping[str, Any]) -> bool:
+    """Returns whether the file says how to split text; only byte-level BPE needs it."""
+    own = _tokenizer_fields(fields)
+    return own.get("model") != "gpt2" or "pre" in own
 
 
 def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end a sequence, a turn or a message, without repeats.
+    """Returns the ids that end a sequence, a turn or a message, without repeats.
 
-    They are those that the file names (`eos`, `eot`, `eom`), and the control tokens
-    that are known as ends by their text.
+    These are the ids that the file names (`eos`, `eot`, `eom`), and control tokens with
+    a text that is known as an end.
     """
-    named = (
-        fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")
-    )
-    control = {
-        token: index
-        for index, (token, kind) in enumerate(_kinds(fields))
-        if kind == _CONTROL
-    }
+    own = _tokenizer_fields(fields)
+    control = {t: i for i, (t, k) in enumerate(_token_kinds(own)) if k == _CONTROL}
+    named = [own.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
     ids = dict.fromkeys([*named, *(control.get(token) for token in _ENDS)])
     return tuple(index for index in ids if index is not None)
 
 
-def _kinds(fields: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """Each token with its type; a known end is of control, as llama.cpp takes it.
+def _tokenizer_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of the tokenizer, without their common prefix."""
+    return {
+        key.removeprefix(_PREFIX): value
+        for key, value in fields.items()
+        if key.startswith(_PREFIX)
+    }
+
+
+def _token_kinds(own: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Returns each token with its type; a known end is a control token.
 
     Some files of Gemma give `<end_of_turn>` the type that it has in SentencePiece.
+    llama.cpp makes it a control token, too.
     """
-    tokens = fields.get("tokenizer.ggml.tokens", ())
-    kinds = fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    tokens = own.get("tokens", ())
+    kinds = own.get("token_type", [_NORMAL] * len(tokens))
     return [
         (token, _CONTROL if kind == _USER_DEFINED and token in _ENDS else kind)
         for token, kind in zip(tokens, kinds, strict=False)
@@ -194,37 +219,29 @@ def _kinds(fields: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 
 def _unsupported(what: str, *, file: str) -> ValueError:
-    """The error for a tokenizer that cannot be rebuilt from the file alone."""
+    """Returns the error for a tokenizer that the file alone does not define."""
     return ValueError(
         f"{file}: {what} is not supported. Put the model's Hugging Face tokenizer.json "
-        "and tokenizer_config.json into the folder of the GGUF file, which are then "
-        "used instead"
+        "and tokenizer_config.json into the folder of the GGUF file; they are used "
+        "instead"
     )
 
 
-def _byte_level_bpe(
-    fields: Mapping[str, Any], rules: _PreTokenizer, *, file: str
-) -> Any:
+def _byte_level_bpe(own: Mapping[str, Any], rules: _PreTokenizer, *, file: str) -> Any:
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    tokens = fields["tokenizer.ggml.tokens"]
-    merges = [
-        (left, right)
-        for left, _, right in (
-            m.partition(" ") for m in fields["tokenizer.ggml.merges"]
-        )
-    ]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+    vocabulary = {token: index for index, token in enumerate(own["tokens"])}
+    merges = [tuple(merge.partition(" ")[::2]) for merge in own["merges"]]
     try:
-        model = models.BPE(vocabulary, merges, ignore_merges=rules.whole_first)
+        model = models.BPE(vocabulary, merges, ignore_merges=rules.ignore_merges)
     except Exception as error:
         # The Rust library raises bare Exception.
         raise _unsupported(
             f"tokenizer whose merges fail ({error})", file=file
         ) from error
     backend = Backend(model)
-    if rules.composes:
+    if rules.nfc:
         backend.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(s), "isolated") for s in rules.splits]
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -233,22 +250,32 @@ def _byte_level_bpe(
     return backend
 
 
-def _sentencepiece_bpe(fields: Mapping[str, Any]) -> Any:
+def _sentencepiece_bpe(own: Mapping[str, Any], unknown: str | None) -> Any:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers
 
-    tokens = fields["tokenizer.ggml.tokens"]
-    kinds = fields["tokenizer.ggml.token_type"]
+    vocabulary = {token: index for index, token in enumerate(own["tokens"])}
+    pieces = {
+        token: score
+        for token, score, kind in zip(
+            own["tokens"], own["scores"], own["token_type"], strict=True
+        )
+        if kind in (_NORMAL, _USER_DEFINED)
+    }
+    # SentencePiece joins the two neighbors whose union has the highest score. Ranked
+    # merges do the same when every split of a piece has the piece's rank.
+    merges = [
+        (token[:cut], token[cut:])
+        for token in sorted(pieces, key=lambda token: -pieces[token])
+        for cut in range(1, len(token))
+        if token[:cut] in pieces and token[cut:] in pieces
+    ]
     backend = Backend(
         models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=_merges(tokens, kinds, fields["tokenizer.ggml.scores"]),
-            unk_token=_token(fields, "unknown"),
-            fuse_unk=True,
-            byte_fallback=True,
+            vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
         )
     )
-    prefixed = _prefixed(fields)
+    prefixed = own.get("add_space_prefix", True)
     prefix = [normalizers.Prepend("▁")] if prefixed else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
@@ -256,72 +283,3 @@ def _sentencepiece_bpe(fields: Mapping[str, Any]) -> Any:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return backend
-
-
-def _prefixed(fields: Mapping[str, Any]) -> bool:
-    """Whether a space is put before the first word."""
-    return fields.get("tokenizer.ggml.add_space_prefix", True)
-
-
-def _merges(
-    tokens: list[str], kinds: list[int], scores: list[float]
-) -> list[tuple[str, str]]:
-    """The merges that make each piece from two others, best score first.
-
-    SentencePiece joins the two neighbors whose union has the highest score; ranked
-    merges do the same when every split of a piece has the piece's rank.
-    """
-    pieces = {
-        token: index
-        for index, token in enumerate(tokens)
-        if kinds[index] in (_NORMAL, _USER_DEFINED)
-    }
-    ranked = sorted(pieces, key=lambda token: -scores[pieces[token]])
-    return [
-        (token[:cut], token[cut:])
-        for token in ranked
-        for cut in range(1, len(token))
-        if token[:cut] in pieces and token[cut:] in pieces
-    ]
-
-
-def _add_special_tokens(backend: Any, fields: Mapping[str, Any]) -> None:
-    from tokenizers import AddedToken
-
-    # A run of spaces that is a token is "▁▁" in normalized text. A prefix would be put
-    # before the token too.
-    spaced = fields["tokenizer.ggml.model"] == "llama" and not _prefixed(fields)
-    added = {_UNKNOWN: [], _CONTROL: [], _USER_DEFINED: []}
-    for token, kind in _kinds(fields):
-        if kind in added:
-            added[kind].append(token)
-    # All at once: each call sorts all that were added before.
-    backend.add_special_tokens(
-        [AddedToken(t, special=True) for t in added[_UNKNOWN] + added[_CONTROL]]
-    )
-    backend.add_tokens([AddedToken(t, normalized=spaced) for t in added[_USER_DEFINED]])
-
-
-def _add_ends(
-    backend: Any, fields: Mapping[str, Any], *, adds_bos: bool, adds_eos: bool
-) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    bos, eos = _token(fields, "bos"), _token(fields, "eos")
-    start = [bos] if adds_bos and bos else []
-    end = [eos] if adds_eos and eos else []
-    if start or end:
-        ids = {bos: _token_id(fields, "bos"), eos: _token_id(fields, "eos")}
-        backend.post_processor = TemplateProcessing(
-            single=[*start, "$A", *end],
-            special_tokens=[(token, ids[token]) for token in {*start, *end}],
-        )
-
-
-def _token_id(fields: Mapping[str, Any], name: str) -> int | None:
-    return fields.get(f"tokenizer.ggml.{name}_token_id")
-
-
-def _token(fields: Mapping[str, Any], name: str) -> str | None:
-    index = _token_id(fields, name)
-    return None if index is None else fields["tokenizer.ggml.tokens"][index]

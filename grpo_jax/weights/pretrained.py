@@ -29,7 +29,7 @@ from grpo_jax.weights.gguf import GgufModel, open_gguf
 from grpo_jax.weights.gguf_tokenizer import (
     build_tokenizer,
     check_tokenizer,
-    names_its_rules,
+    names_pre_tokenizer,
 )
 from grpo_jax.weights.names import (
     Parameter,
@@ -322,7 +322,7 @@ def _describes_tokenizer(path: pathlib.Path, model: GgufModel) -> bool:
         if not beside:
             raise
         return False
-    return names_its_rules(model.fields) or not beside
+    return names_pre_tokenizer(model.fields) or not beside
 
 
 def _read_params(

@@ -282,7 +282,7 @@ def test_merges_of_no_tokens_are_refused(merge):
 
 
 def test_a_file_without_tokenizer_is_refused():
-    with pytest.raises(ValueError, match="x.gguf holds no tokenizer"):
+    with pytest.raises(ValueError, match="x.gguf has no tokenizer"):
         build_tokenizer({"general.architecture": "llama"}, file="x.gguf")
 
 
