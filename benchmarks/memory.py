@@ -23,9 +23,9 @@ from grpo_jax.models.decoder import Decoder, abstract_params
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.memory import estimate
 from grpo_jax.rollout.generate import generate
-from grpo_jax.training.learner import score_batch
 from grpo_jax.training.optimizer import make_optimizer
 from grpo_jax.training.state import Batch, make_train_state
+from grpo_jax.training.step import score_batch
 from grpo_jax.weights.pretrained import load_config
 
 MIB = 2**20

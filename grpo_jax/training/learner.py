@@ -11,7 +11,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -27,22 +26,24 @@ from grpo_jax.training.state import (
     Batch,
     TrainState,
     make_train_state,
-    microbatches,
     policy_variables,
 )
 from grpo_jax.training.step import (
     Metrics,
     compile_train_step,
     make_train_step,
-    policy_logprobs,
+    score_batch,
 )
 
 
 class Learner:
     """Holds the state, the frozen reference and the functions compiled for them.
 
-    With `mesh.offload` the moments of the optimizer or the reference lie in the host's
-    memory between their uses.
+    With `mesh.offload` the optimizer's moments or the reference stay in host memory
+    between their uses. `state_on_devices` and `reference_on_devices` then copy them.
+
+    Attributes:
+      base: the frozen parameters under adapters; None without adapters.
     """
 
     def __init__(
@@ -83,39 +84,74 @@ class Learner:
         if config.mesh.offload:
             offload.check_offload(mesh)
         self.base = base
-        self.state = make_train_state(params, tx)
-        self.reference = self._first_reference() if config.objective.kl_coef else None
+        self.set_state(make_train_state(params, tx))
+        self._reference: PyTree | None = None
+        if config.objective.kl_coef:
+            # Fresh adapters change nothing, so their base stands for the policy.
+            params = self._frozen_params() if base is None else base
+            self.set_reference({"params": params})
 
     @property
-    def state(self) -> TrainState:
-        """What is trained, on the devices; replaced by every update."""
-        if "optimizer" not in self._config.mesh.offload:
-            return self._state
-        return self._state.replace(opt_state=offload.to_device(self._state.opt_state))
-
-    @state.setter
-    def state(self, state: TrainState) -> None:
-        if "optimizer" in self._config.mesh.offload:
-            state = state.replace(opt_state=offload.to_host(state.opt_state))
-        self._state = state
-
-    @property
-    def reference(self) -> PyTree | None:
-        """Linen variables of the reference policy; None without a KL penalty."""
-        if "reference" not in self._config.mesh.offload:
-            return self._reference
-        return offload.to_device(self._reference)
-
-    @reference.setter
-    def reference(self, variables: PyTree | None) -> None:
-        if "reference" in self._config.mesh.offload:
-            variables = offload.to_host(variables)
-        self._reference = variables
+    def params(self) -> PyTree:
+        """What is trained: all parameters, or adapters."""
+        return self._state.params
 
     @property
     def variables(self) -> PyTree:
         """Linen variables of the policy."""
-        return policy_variables(self._state.params, self.base)
+        return policy_variables(self.params, self.base)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a reference policy; there is none without a KL penalty."""
+        return self._reference is not None
+
+    def state_on_devices(self) -> TrainState:
+        """The state; moments that are offloaded are copied from the host first."""
+        if "optimizer" not in self._config.mesh.offload:
+            return self._state
+        return self._state.replace(opt_state=offload.to_device(self._state.opt_state))
+
+    def set_state(self, state: TrainState) -> None:
+        """Replace the state; moments go to the host if they are offloaded."""
+        if "optimizer" in self._config.mesh.offload:
+            state = state.replace(opt_state=offload.to_host(state.opt_state))
+        self._state = state
+
+    def reference_on_devices(self) -> PyTree:
+        """Linen variables of the reference policy, copied from the host if offloaded.
+
+        Only where `has_reference`.
+        """
+        if "reference" not in self._config.mesh.offload:
+            return self._reference
+        return offload.to_device(self._reference)
+
+    def set_reference(self, variables: PyTree) -> None:
+        """Replace the reference policy; it goes to the host if it is offloaded."""
+        if "reference" in self._config.mesh.offload:
+            variables = offload.to_host(variables)
+        self._reference = variables
+
+    def refresh_reference(self) -> None:
+        """Make the policy as it is now the reference."""
+        if self.has_reference:
+            self.set_reference(policy_variables(self._frozen_params(), self.base))
+
+    def release(self) -> TrainState:
+        """Delete the state's arrays; return their shapes and shardings.
+
+        A state like it can then be restored without two of them in memory at once.
+        """
+        state = self.state_on_devices()
+        arrays = (state.params, state.opt_state)
+        params, opt_state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            arrays,
+        )
+        for leaf in jax.tree.leaves(arrays):
+            leaf.delete()
+        return state.replace(params=params, opt_state=opt_state)
 
     def sampler_variables(self) -> PyTree:
         """Linen variables to sample with, for as long as they are needed.
@@ -147,8 +183,8 @@ class Learner:
         }
         batch = Batch(**meshes.to_mesh(self._mesh, arrays))
         ref_logp = old_logp = None
-        if (reference := self.reference) is not None:
-            ref_logp = self._score(reference, batch)
+        if self.has_reference:
+            ref_logp = self._score(self.reference_on_devices(), batch)
         if self._config.updates_per_step > 1:
             old_logp = self._score(self.variables, batch)
         return batch.replace(ref_logp=ref_logp, old_logp=old_logp)
@@ -158,8 +194,7 @@ class Learner:
         # A group that is left out must not enter the deviation of a batch either.
         kept = np.where(rollout.counts[:, None], rollout.rewards, np.nan)
         rewards, lengths, finished = meshes.to_mesh(
-            self._mesh,
-            (kept.astype(np.float32), rollout.lengths, rollout.finished),
+            self._mesh, (kept.astype(np.float32), rollout.lengths, rollout.finished)
         )
         advantages, mask = self._advantages(
             rewards, batch, lengths=lengths, finished=finished
@@ -169,12 +204,14 @@ class Learner:
     def update(self, batch: Batch) -> dict[str, float]:
         """Make the updates of one rollout; their metrics, averaged, maxima kept."""
         start = time.perf_counter()
-        state, results = self.state, []
+        state, results = self.state_on_devices(), []
+        count = self._config.minibatches
         for _ in range(self._config.updates_per_rollout):
-            for part in self._minibatches(batch):
+            for number in range(count):
+                part = batch if count == 1 else self._minibatch(batch, number)
                 state, metrics = self._step(state, part, self.base)
                 results.append(metrics)
-        self.state = state
+        self.set_state(state)
         fetched: list[Metrics] = jax.device_get(results)
         metrics = {
             name: float(np.mean([values[name] for values in fetched]))
@@ -191,69 +228,13 @@ class Learner:
         metrics["time/update"] = time.perf_counter() - start
         return metrics
 
-    def give_up(self) -> TrainState:
-        """The state as shapes and places, to restore one like it; its arrays are gone.
-
-        Without this the arrays of two states lay in memory at once.
-        """
-        state = self.state
-        own = (state.params, state.opt_state)
-        params, opt_state = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), own
+    def _frozen_params(self) -> PyTree:
+        """A copy in the compute dtype: the state's arrays are donated to the update."""
+        cast = in_compute_dtype(self.params, self._compute_dtype)
+        # A leaf that has this dtype already is not copied by the cast.
+        return jax.tree.map(
+            lambda new, old: jnp.copy(new) if new is old else new, cast, self.params
         )
-        like = state.replace(params=params, opt_state=opt_state)
-        for leaf in jax.tree.leaves(own):
-            leaf.delete()
-        return like
-
-    def refresh_reference(self) -> None:
-        """Make the policy as it is now the reference."""
-        if self._reference is not None:
-            self.reference = policy_variables(self._frozen_policy(), self.base)
-
-    def _minibatches(self, batch: Batch) -> list[Batch]:
-        count = self._config.minibatches
-        if count == 1:
-            return [batch]
-        return [self._minibatch(batch, number) for number in range(count)]
-
-    def _first_reference(self) -> PyTree:
-        if self.base is not None:
-            # Fresh adapters change nothing, so the base stands for the policy.
-            return {"params": self.base}
-        return {"params": self._frozen_policy()}
-
-    def _frozen_policy(self) -> PyTree:
-        # A copy: the state's own arrays are donated to the next update.
-        own = lambda cast, leaf: jnp.copy(leaf) if cast is leaf else cast  # noqa: E731
-        params = self._state.params
-        cast = in_compute_dtype(params, self._compute_dtype)
-        return jax.tree.map(own, cast, params)
-
-
-def score_batch(
-    model: LanguageModel, config: TrainConfig, variables: PyTree, batch: Batch
-) -> Float[Array, "N G T"]:
-    """Log-probs of the completions under `variables`, microbatch by microbatch."""
-    group = batch.completions.shape[1]
-    size = config.microbatch_size
-    whole_groups = None if size is None else max(size, group)
-
-    def score(part: Batch) -> Float[Array, "n G T"]:
-        return policy_logprobs(
-            model,
-            variables,
-            part.prompts,
-            part.prompt_lengths,
-            part.completions,
-            temperature=config.sampling.temperature,
-        ).logp
-
-    parts = microbatches(batch, whole_groups)
-    if parts.prompts.shape[0] == 1:
-        return score(jax.tree.map(lambda leaf: leaf[0], parts))
-    logp = lax.map(score, parts)
-    return jnp.moveaxis(logp, 0, 1).reshape(batch.completions.shape)
 
 
 @jax.jit

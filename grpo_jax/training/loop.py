@@ -196,13 +196,13 @@ class _Run:
 
     def _resume(self) -> None:
         there = self.checkpoints.steps()
-        like = self.learner.give_up() if there else self.learner.state
+        like = self.learner.release() if there else self.learner.state_on_devices()
         found = self.checkpoints.restore(state_items(like))
         if found is None:
             self.tracker.truncate_after(-1)
             return
         step, items, meta = found
-        self.learner.state = state_of(items)
+        self.learner.set_state(state_of(items))
         self.references.restore_at(step, self.learner)
         self.progress = Progress.read(meta["progress"])
         # A run that was stopped before its first step measures the policy again.
@@ -360,7 +360,7 @@ class _Run:
         return result
 
     def _result(self, status: Status) -> TrainResult:
-        params = self.policy.merged(self.learner.state.params)
+        params = self.policy.merged(self.learner.params)
         summary = {
             "status": status,
             **self.progress.summary(finished=status == "finished"),
@@ -375,11 +375,11 @@ class _Run:
         )
 
     def _save(self) -> None:
-        if not self.references.are_saved(self.learner):
+        if not self.references.save_pending(self.learner):
             return  # a checkpoint without its reference could not be resumed
         self.tracker.flush()
         meta = {"progress": dataclasses.asdict(self.progress)}
-        items = state_items(self.learner.state)
+        items = state_items(self.learner.state_on_devices())
         self.checkpoints.save(self.progress.step, items, meta, metrics=self.metrics)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:

@@ -1,7 +1,7 @@
-"""References that a run has made on its way, kept so that a resumed run finds its own.
+"""References that a run has made on its way, saved so that a resumed run has its own.
 
-With `objective.reference_every` the reference is the policy of an earlier step. No
-checkpoint of the run holds it, so each is saved by itself, under ``references/<step>``.
+With `objective.reference_every` the reference is the policy of an earlier step. The
+run's checkpoints do not hold it, so it is saved on its own, in ``references/<step>``.
 """
 
 from collections.abc import Callable
@@ -35,19 +35,20 @@ class References:
         if self._every is None or step % self._every:
             return
         learner.refresh_reference()
-        if learner.reference is not None:
+        if learner.has_reference:
             self._unsaved = step
-            self.are_saved(learner)
+            self.save_pending(learner)
 
-    def are_saved(self, learner: Learner) -> bool:
-        """Whether the reference is on disk, where checkpoints will look for it.
+    def save_pending(self, learner: Learner) -> bool:
+        """Save the newest reference, unless it is on disk; returns whether it is now.
 
-        One that could not be saved when it was made is tried again.
+        A reference whose save failed is tried again here: a checkpoint without its
+        reference could not be resumed.
         """
-        if self._unsaved is None or learner.reference is None:
+        if self._unsaved is None:
             return True
-        kept = learner.reference[_renewed(learner)]
-        only = TrainState(step=jnp.int32(self._unsaved), params=kept, opt_state=())
+        params = learner.reference_on_devices()[_renewed(learner)]
+        only = TrainState(step=jnp.int32(self._unsaved), params=params, opt_state=())
         failed = self._saved.failed_saves
         self._saved.save(self._unsaved, state_items(only), {}, wait=True)
         if self._saved.failed_saves > failed:
@@ -62,13 +63,15 @@ class References:
           ValueError: if that reference is not there or is damaged.
         """
         made = step // self._every * self._every if self._every else 0
-        if made and learner.reference is not None:
-            name = _renewed(learner)
-            if name not in learner.reference:
-                learner.refresh_reference()  # for the places of its arrays
-            like = learner.reference[name]
-            _, params, _ = self._saved.restore_params(made, like=like)
-            learner.reference = {**learner.reference, name: params}
+        if not made or not learner.has_reference:
+            return
+        name, reference = _renewed(learner), learner.reference_on_devices()
+        if name not in reference:
+            # A copy of the policy tells where the arrays go.
+            learner.refresh_reference()
+            reference = learner.reference_on_devices()
+        _, params, _ = self._saved.restore_params(made, like=reference[name])
+        learner.set_reference({**reference, name: params})
 
 
 def _renewed(learner: Learner) -> str:

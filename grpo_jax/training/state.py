@@ -1,22 +1,11 @@
-"""What an update reads and writes: the state, the batch, and how a batch is cut."""
+"""What an update reads and writes: the state and the batch."""
 
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PyTree
-
-# Fields of `Batch` with a group axis behind that of the prompts.
-_PER_COMPLETION = (
-    "completions",
-    "mask",
-    "advantages",
-    "sampler_logp",
-    "old_logp",
-    "ref_logp",
-)
 
 
 class TrainState(struct.PyTreeNode):
@@ -84,35 +73,3 @@ class Batch(struct.PyTreeNode):
     sampler_logp: Float[Array, "N G T"]
     old_logp: Float[Array, "N G T"] | None = None
     ref_logp: Float[Array, "N G T"] | None = None
-
-
-def microbatches(batch: Batch, sequences: int | None) -> Batch:
-    """The batch with a leading axis of microbatches of `sequences` sequences each.
-
-    Prompt i goes to microbatch i mod count, so that under a mesh each microbatch is
-    spread over all devices as the batch was. A microbatch smaller than a group holds a
-    part of the completions of one prompt.
-    """
-    prompts, group = batch.completions.shape[:2]
-    size = min(sequences or prompts * group, prompts * group)
-    count = prompts * group // max(size, group)
-    parts_of_group = max(group // size, 1)
-
-    def by_prompt(leaf: Array) -> Array:
-        parts = leaf.reshape(prompts // count, count, *leaf.shape[1:])
-        parts = jnp.moveaxis(parts, 1, 0)
-        return jnp.repeat(parts, parts_of_group, axis=0)
-
-    def by_completion(leaf: Array) -> Array:
-        if parts_of_group == 1:
-            return by_prompt(leaf)
-        return leaf.reshape(count * parts_of_group, 1, size, *leaf.shape[2:])
-
-    return Batch(
-        prompts=by_prompt(batch.prompts),
-        prompt_lengths=by_prompt(batch.prompt_lengths),
-        **{
-            name: jax.tree.map(by_completion, vars(batch)[name])
-            for name in _PER_COMPLETION
-        },
-    )

@@ -1,4 +1,6 @@
-"""The train step: log-probabilities, loss, gradient, update, as one pure function.
+"""The programs of an update: score completions, and make one step of the optimizer.
+
+`make_train_step` gives log-probabilities, loss, gradient, update, as one pure function.
 
 Gradients of totals and the weights they belong to are summed over microbatches (and
 devices, under pmap) and divided once, so how the work is cut changes rounding only.
@@ -22,11 +24,19 @@ from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.objective import Mean
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.collectives import least_moved
-from grpo_jax.training.state import Batch, TrainState, microbatches, policy_variables
+from grpo_jax.training.state import Batch, TrainState, policy_variables
 
+# Fields of `Batch` with a group axis behind that of the prompts.
+_PER_COMPLETION = (
+    "completions",
+    "mask",
+    "advantages",
+    "sampler_logp",
+    "old_logp",
+    "ref_logp",
+)
 # Axis name of the devices under pmap.
 _DEVICES = "devices"
-
 
 Metrics = dict[str, Float[Array, ""]]
 Step = Callable[..., tuple[TrainState, Metrics]]
@@ -55,6 +65,63 @@ def policy_logprobs(
         temperature=temperature,
         logit_softcap=model.config.logit_softcap,
         with_entropy=with_entropy,
+    )
+
+
+def score_batch(
+    model: LanguageModel, config: TrainConfig, variables: PyTree, batch: Batch
+) -> Float[Array, "N G T"]:
+    """Log-probs of the completions under `variables`, microbatch by microbatch."""
+    group = batch.completions.shape[1]
+    size = config.microbatch_size
+    whole_groups = None if size is None else max(size, group)
+
+    def score(part: Batch) -> Float[Array, "n G T"]:
+        return policy_logprobs(
+            model,
+            variables,
+            part.prompts,
+            part.prompt_lengths,
+            part.completions,
+            temperature=config.sampling.temperature,
+        ).logp
+
+    parts = microbatches(batch, whole_groups)
+    if parts.prompts.shape[0] == 1:
+        return score(jax.tree.map(lambda leaf: leaf[0], parts))
+    logp = lax.map(score, parts)
+    return jnp.moveaxis(logp, 0, 1).reshape(batch.completions.shape)
+
+
+def microbatches(batch: Batch, sequences: int | None) -> Batch:
+    """The batch with a leading axis of microbatches of `sequences` sequences each.
+
+    Prompt i goes to microbatch i mod count, so that under a mesh each microbatch is
+    spread over all devices as the batch was. A microbatch smaller than a group holds a
+    part of the completions of one prompt.
+    """
+    prompts, group = batch.completions.shape[:2]
+    size = min(sequences or prompts * group, prompts * group)
+    count = prompts * group // max(size, group)
+    parts_of_group = max(group // size, 1)
+
+    def by_prompt(leaf: Array) -> Array:
+        parts = leaf.reshape(prompts // count, count, *leaf.shape[1:])
+        parts = jnp.moveaxis(parts, 1, 0)
+        return jnp.repeat(parts, parts_of_group, axis=0)
+
+    def by_completion(leaf: Array) -> Array:
+        if parts_of_group == 1:
+            return by_prompt(leaf)
+        return leaf.reshape(count * parts_of_group, 1, size, *leaf.shape[2:])
+
+    return Batch(
+        prompts=by_prompt(batch.prompts),
+        prompt_lengths=by_prompt(batch.prompt_lengths),
+        **{
+            name: jax.tree.map(by_completion, vars(batch)[name])
+            for name in _PER_COMPLETION
+        },
     )
 
 

@@ -10,8 +10,8 @@ import pytest
 from grpo_jax.config import ObjectiveConfig, OptimizerConfig
 from grpo_jax.objective import standardized_advantages
 from grpo_jax.rollout.rollout import Rollout
-from grpo_jax.training.learner import Learner, score_batch
-from grpo_jax.training.step import policy_logprobs
+from grpo_jax.training.learner import Learner
+from grpo_jax.training.step import policy_logprobs, score_batch
 
 REWARDS = np.array([[0.0, 1, 2, 3], [1, 1, 1, 1], [0, 0, 0, 5], [-1, 1, 0, 0]])
 
@@ -68,12 +68,12 @@ def test_a_refreshed_reference_is_the_policy_and_stays_where_it_was(
     learner = make_learner()
     one_step(learner, rollout)
     learner.refresh_reference()
-    frozen = jax.tree.map(np.asarray, learner.reference["params"])
+    frozen = jax.tree.map(np.asarray, learner.reference_on_devices()["params"])
     assert one_step(learner, rollout)[1]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert one_step(learner, rollout)[1]["kl"] > 1e-5
     # Its arrays are its own: the state's were donated to the updates.
     for one, other in zip(
-        jax.tree.leaves(learner.reference["params"]),
+        jax.tree.leaves(learner.reference_on_devices()["params"]),
         jax.tree.leaves(frozen),
         strict=True,
     ):
@@ -82,11 +82,11 @@ def test_a_refreshed_reference_is_the_policy_and_stays_where_it_was(
 
 def test_without_a_penalty_no_reference_is_held(make_learner, rollout):
     learner = make_learner(objective=ObjectiveConfig(kl_coef=0.0))
-    assert learner.reference is None
+    assert not learner.has_reference
     batch, metrics = one_step(learner, rollout)
     assert batch.ref_logp is None and "kl" not in metrics
     learner.refresh_reference()
-    assert learner.reference is None
+    assert not learner.has_reference
 
 
 def test_a_single_update_is_on_policy(make_learner, rollout):
@@ -127,7 +127,7 @@ def test_old_log_probs_are_those_of_the_policy_that_met_the_rollout(
     assert ratios[0] == pytest.approx(1.0, abs=1e-6)
     assert all(abs(ratio - 1.0) > 1e-4 for ratio in ratios[1:])
     assert metrics["importance_ratio/mean"] == pytest.approx(np.mean(ratios))
-    assert int(learner.state.step) == 6
+    assert int(learner.state_on_devices().step) == 6
 
 
 def test_the_rate_told_is_that_of_the_last_update(make_learner, rollout):

@@ -258,18 +258,18 @@ def test_the_base_is_in_memory_once(mode, tiny_policy, tools, meshes_of):
         for _ in range(2):
             learner.update(batch)
         after = {p: v for p, v in live_buffers().items() if p not in before}
-    assert learner.reference is not None
+    assert learner.has_reference
     embeddings = [shape for _, shape in after.values() if shape == (264, 32)]
     assert len(embeddings) == 1
     base = sum(leaf.nbytes for leaf in jax.tree.leaves(policy.base))
-    adapters = sum(leaf.nbytes for leaf in jax.tree.leaves(learner.state.params))
+    adapters = sum(leaf.nbytes for leaf in jax.tree.leaves(learner.params))
     total = sum(size for size, _ in after.values())
     # The adapters with two moments, and a few counters and constants.
     assert base + 3 * adapters <= total < base + 3 * adapters + 4096
     # Policy, state and reference speak of the same arrays, and none was given away.
     for leaf, other, third in zip(
         *map(jax.tree.leaves, (policy.base, learner.base)),
-        jax.tree.leaves(learner.reference["params"]),
+        jax.tree.leaves(learner.reference_on_devices()["params"]),
         strict=True,
     ):
         assert leaf is other is third and not leaf.is_deleted()
@@ -279,8 +279,10 @@ def test_the_optimizer_knows_adapters_alone(tiny_policy, tools, meshes_of):
     mesh = meshes_of(1, 1, 1)
     with on(mesh):
         _, learner = make_learner(tools, tiny_policy, mesh)
-    adapters = [leaf.shape for leaf in jax.tree.leaves(learner.state.params)]
-    moments = [leaf.shape for leaf in jax.tree.leaves(learner.state.opt_state)]
+    adapters = [leaf.shape for leaf in jax.tree.leaves(learner.params)]
+    moments = [
+        leaf.shape for leaf in jax.tree.leaves(learner.state_on_devices().opt_state)
+    ]
     assert len(adapters) == 2 * len(TARGETS)
     assert sorted(s for s in moments if s) == sorted(2 * adapters)
 
@@ -288,9 +290,9 @@ def test_the_optimizer_knows_adapters_alone(tiny_policy, tools, meshes_of):
 def updated(tools, policy, place, batch, **changes):
     with on(place):
         loaded, learner = make_learner(tools, policy, place, **changes)
-        fresh = jax.tree.map(np.asarray, learner.state.params)
+        fresh = jax.tree.map(np.asarray, learner.params)
         metrics = learner.update(batch(place))
-        trained = learner.state.params
+        trained = learner.params
         return fresh, trained, loaded.merged(trained), metrics, loaded.model
 
 
@@ -359,20 +361,20 @@ def test_a_renewed_reference_is_base_with_adapters_of_then(
     references = References(tmp_path, config, report=pytest.fail)
     with on(mesh):
         policy, learner = make_learner(tools, tiny_policy, mesh)
-        assert learner.reference.keys() == {"params"}
-        moved = jax.tree.map(lambda leaf: leaf + 0.5, learner.state.params)
-        learner.state = learner.state.replace(params=moved)
+        assert learner.reference_on_devices().keys() == {"params"}
+        moved = jax.tree.map(lambda leaf: leaf + 0.5, learner.params)
+        learner.set_state(learner.state_on_devices().replace(params=moved))
         references.refresh_after(1, learner)
-        assert learner.reference.keys() == {"params"}  # not due
+        assert learner.reference_on_devices().keys() == {"params"}  # not due
         references.refresh_after(2, learner)
-        assert_same_bits(learner.reference["lora"], moved)
+        assert_same_bits(learner.reference_on_devices()["lora"], moved)
         # A copy: the state's own arrays are donated to the next update.
-        one, two = learner.reference["lora"], learner.state.params
+        one, two = learner.reference_on_devices()["lora"], learner.params
         for kept, own in zip(*map(jax.tree.leaves, (one, two)), strict=True):
             assert kept is not own
         _, another = make_learner(tools, tiny_policy, mesh)
         references.restore_at(3, another)
-    assert_same_bits(another.reference["lora"], moved)
-    assert another.reference["params"] is another.base
+    assert_same_bits(another.reference_on_devices()["lora"], moved)
+    assert another.reference_on_devices()["params"] is another.base
     names = [path.name for path in tmp_path.rglob("*")]
     assert not [name for name in names if "kernel" in name or "embed" in name]

@@ -124,7 +124,7 @@ def make_learner(tiny_policy, name, tmp_path):
 
 
 def test_moments_lie_as_their_parameters_do(tiny_policy, tmp_path):
-    state = make_learner(tiny_policy, "2x2x2", tmp_path).state
+    state = make_learner(tiny_policy, "2x2x2", tmp_path).state_on_devices()
     moments = named_leaves(state.opt_state)
     for path, leaf in named_leaves(state.params).items():
         found = [m for name, m in moments.items() if name.endswith(f"/{path}")]
@@ -162,12 +162,16 @@ def test_idle_state_lies_in_the_memory_of_the_host(tiny_policy, tmp_path):
     ]
     assert sorted(there) == 2 * ["device"] + 2 * 3 * ["pinned_host"]
     # What reads them sees the devices.
-    for leaf in jax.tree.leaves((learner.state, learner.reference)):
+    for leaf in jax.tree.leaves(
+        (learner.state_on_devices(), learner.reference_on_devices())
+    ):
         assert leaf.sharding.memory_kind == "device"
 
 
 def test_a_checkpoint_moves_between_any_two_meshes(run, tiny_policy, tmp_path):
-    states = {n: make_learner(tiny_policy, n, tmp_path).state for n in MESHES}
+    states = {
+        n: make_learner(tiny_policy, n, tmp_path).state_on_devices() for n in MESHES
+    }
     for saved_on, read_on in itertools.permutations(MESHES, 2):
         folder = run(saved_on).run_dir / "checkpoints"
         like = states[read_on]

@@ -17,10 +17,9 @@ from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.collectives import whole_over_fsdp
 from grpo_jax.planning.memory import estimate, evaluation_batch
 from grpo_jax.rollout import generate as sampler
-from grpo_jax.training.learner import score_batch
 from grpo_jax.training.optimizer import make_optimizer
 from grpo_jax.training.state import Batch, TrainState
-from grpo_jax.training.step import make_train_step
+from grpo_jax.training.step import make_train_step, score_batch
 
 pytestmark = pytest.mark.slow
 

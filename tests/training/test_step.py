@@ -19,10 +19,11 @@ from grpo_jax.objective import (
 )
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training.advantages import advantages_from_rewards
-from grpo_jax.training.state import make_train_state, microbatches
+from grpo_jax.training.state import make_train_state
 from grpo_jax.training.step import (
     compile_train_step,
     make_train_step,
+    microbatches,
     policy_logprobs,
 )
 
