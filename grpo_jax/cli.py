@@ -314,7 +314,7 @@ def export(
     folder = out or run_dir / "export"
     model = policy.model
     exported = Pretrained(model, policy.params, policy.tokenizer, model.config)
-    sampling = policy_sampling(model, policy.tokenizer, policy.config.sampling)
+    sampling = policy_sampling(model.config, policy.tokenizer, policy.config.sampling)
     save_pretrained(folder, exported, sampling=sampling)
     print(f"step {policy.step} written to {folder}")
 

@@ -186,6 +186,43 @@ def act_on_processes(act, count):
     return results
 
 
+class ScriptedSampler:
+    """A sampler without a model: `script(number, sample)` is the text it says."""
+
+    def __init__(self, script, tokenizer):
+        self.script, self.tokenizer = script, tokenizer
+        self.variables, self.versions = None, []
+
+    def update(self, variables, *, version):
+        self.variables = variables
+        self.versions.append(version)
+
+    def release(self):
+        self.variables = None
+
+    def sample(self, prompts, *, numbers, group_size, max_new_tokens, **_):
+        from grpo_jax.rollout.generate import Completions
+
+        own = numbers[meshes.own_share(len(prompts))]
+        tokens = np.zeros((len(own), group_size, max_new_tokens), np.int32)
+        lengths = np.zeros(tokens.shape[:2], np.int32)
+        for n, g in np.ndindex(*lengths.shape):
+            text = self.script(own[n], g)
+            ids = self.tokenizer.encode_prompt(text)[:max_new_tokens] if text else []
+            tokens[n, g, : len(ids)], lengths[n, g] = ids, len(ids)
+        return Completions(
+            tokens=tokens,
+            lengths=lengths,
+            logp=np.zeros(tokens.shape, np.float32),
+            finished=lengths < max_new_tokens,
+        )
+
+
+@pytest.fixture(scope="session")
+def fake_sampler(tiny_policy):
+    return lambda script: ScriptedSampler(script, tiny_policy.tokenizer)
+
+
 @pytest.fixture(scope="session")
 def on_processes():
     return act_on_processes

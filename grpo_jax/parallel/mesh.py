@@ -155,16 +155,6 @@ def to_mesh(mesh: Mesh, rows: PyTree) -> PyTree:
     )
 
 
-def whole_to_mesh(mesh: Mesh, rows: PyTree) -> PyTree:
-    """Host arrays that every process holds whole, split over the batch axes."""
-    sharding = batch_sharding(mesh)
-
-    def place(leaf: np.ndarray) -> Array:
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda at: leaf[at])
-
-    return jax.tree.map(place, rows)
-
-
 def gather(values: PyTree) -> PyTree:
     """The whole of global arrays, on every process, as NumPy."""
     if jax.process_count() == 1:

@@ -1,6 +1,6 @@
 """One rollout: prompts of a step, a group of completions for each, their rewards.
 
-What comes back lies on the host, as this process's share of the global batch.
+A rollout is on the host and holds this process's share of the global batch.
 """
 
 import dataclasses
@@ -9,19 +9,17 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Int, PyTree
 
 from grpo_jax.config import TrainConfig
 from grpo_jax.models.limits import longest_prompt
-from grpo_jax.models.protocol import LanguageModel
+from grpo_jax.models.protocol import LanguageModelConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.rewards.runner import RewardRunner, Scores
-from grpo_jax.rollout import encoding as texts
 from grpo_jax.rollout.draw import policy_sampling
-from grpo_jax.rollout.generate import Completions, generate
+from grpo_jax.rollout.encoding import bucket, encode_rows, pad, prompts_sha256, unpad
 from grpo_jax.rollout.rollout import Rollout, join, refill
+from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.tasks.base import Row, Task
 from grpo_jax.tasks.order import rows_at
 from grpo_jax.weights.tokenizer import Tokenizer
@@ -32,76 +30,76 @@ class Collector:
 
     def __init__(
         self,
-        model: LanguageModel,
+        sampler: Sampler,
+        model: LanguageModelConfig,
         tokenizer: Tokenizer,
         task: Task,
         runner: RewardRunner,
         config: TrainConfig,
         *,
-        mesh: Mesh,
         agreement: Agreement | None = None,
     ) -> None:
-        self._model = model
+        self._sampler = sampler
         self._tokenizer = tokenizer
         self._task = task
         self._runner = runner
         self._config = config
-        self._mesh = mesh
         self._agreement = agreement or Agreement()
         self._sampling = policy_sampling(model, tokenizer, config.sampling)
         self._limit = longest_prompt(
             config.max_prompt_tokens,
             new_tokens=config.max_new_tokens,
-            context=model.config.max_position_embeddings,
+            context=model.max_position_embeddings,
         )
-        self._encoded = texts.encode_rows(
-            tokenizer,
-            task.train,
-            limit=self._limit,
-            vocab_size=model.config.vocab_size,
+        self._prompts = encode_rows(
+            tokenizer, task.train, limit=self._limit, vocab_size=model.vocab_size
         )
 
     def prompts_sha256(self) -> str:
         """The digest of all prompts as the model sees them."""
-        return texts.prompts_sha256(self._encoded)
+        return prompts_sha256(self._prompts)
 
-    def sample(self, variables: PyTree, *, step: int, position: int) -> Rollout:
+    def sample(self, *, step: int, position: int) -> Rollout:
         """The completions of the prompts from `position` on, without rewards yet.
 
         Every random number follows from (seed, step, position, sample, token).
         """
         config = self._config
         count = config.prompts_per_step
-        everyone = rows_at(position, count, size=len(self._encoded), seed=config.seed)
-        # All processes pad alike: together they make one array.
-        longest = max(len(self._encoded[number]) for number in everyone)
-        share = count // jax.process_count()
-        first = share * jax.process_index()
-        numbers = everyone[first : first + share]
-        prompts, lengths = texts.pad(
-            [self._encoded[number] for number in numbers],
-            length=texts.bucket(longest, limit=self._limit),
-            pad_id=self._tokenizer.pad_id,
-        )
-        ids = np.arange(position + first, position + first + share, dtype=np.uint32)
+        chosen = rows_at(position, count, size=len(self._prompts), seed=config.seed)
+        prompts = [self._prompts[row] for row in chosen]
         start = time.perf_counter()
-        sampled = self._generate(variables, prompts, lengths, ids, step)
+        sampled = self._sampler.sample(
+            prompts,
+            numbers=range(position, position + count),
+            key=jax.random.fold_in(jax.random.key(config.seed), step),
+            group_size=config.group_size,
+            max_new_tokens=config.max_new_tokens,
+            sampling=self._sampling,
+        )
         seconds = time.perf_counter() - start
-        tokens, counts = np.asarray(sampled.tokens), np.asarray(sampled.lengths)
+        tokens, lengths = np.asarray(sampled.tokens), np.asarray(sampled.lengths)
         with self._agreement.phase("rollout"):
             decode = self._tokenizer.decode
-            completions = [decode(ids) for ids in unpadded(tokens, counts)]
+            completions = [decode(ids) for ids in unpad(tokens, lengths)]
+        own = meshes.own_share(count)
+        # All processes pad alike, for together their rows make one array.
+        padded, prompt_lengths = pad(
+            prompts[own],
+            length=bucket(max(map(len, prompts)), limit=self._limit),
+            pad_id=self._tokenizer.pad_id,
+        )
         return Rollout(
-            rows=[self._task.train[number] for number in numbers],
-            prompts=prompts,
-            prompt_lengths=lengths,
+            rows=[self._task.train[row] for row in chosen[own]],
+            prompts=padded,
+            prompt_lengths=prompt_lengths,
             tokens=tokens,
             logp=np.asarray(sampled.logp),
-            lengths=counts,
+            lengths=lengths,
             finished=np.asarray(sampled.finished),
             completions=completions,
-            counts=np.ones(share, bool),
-            rewards=np.full(sampled.lengths.shape, np.nan),
+            counts=np.ones(len(lengths), bool),
+            rewards=np.full(lengths.shape, np.nan),
             seconds={"time/rollout": seconds},
         )
 
@@ -112,7 +110,7 @@ class Collector:
             self._runner,
             [row for row in rollout.rows for _ in range(self._config.group_size)],
             rollout.completions,
-            unpadded(rollout.tokens, rollout.lengths),
+            unpad(rollout.tokens, rollout.lengths),
             step=step,
         )
         seconds = time.perf_counter() - start
@@ -132,7 +130,7 @@ class Collector:
         )
 
     def informative(
-        self, variables: PyTree, *, step: int, position: int, limit: int
+        self, *, step: int, position: int, limit: int
     ) -> tuple[Rollout, Rollout] | None:
         """A rewarded rollout whose groups differ in reward, and all that was sampled.
 
@@ -147,7 +145,7 @@ class Collector:
         taken: list[Rollout] = []
         while True:
             drawn = position + len(taken) * self._config.prompts_per_step
-            rollout = self.sample(variables, step=step, position=drawn)
+            rollout = self.sample(step=step, position=drawn)
             with self._agreement.phase("rewards"):
                 taken.append(self.reward(rollout, step=step))
             if self._agreement.stop:
@@ -158,38 +156,6 @@ class Collector:
             missing = meshes.gather_rows(np.array([kept is None]))
             if kept is not None and not missing.any():
                 return kept, sampled
-
-    def _generate(
-        self,
-        variables: PyTree,
-        prompts: np.ndarray,
-        lengths: np.ndarray,
-        ids: np.ndarray,
-        step: int,
-    ) -> Completions:
-        config = self._config
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        sent = meshes.to_mesh(self._mesh, (prompts, lengths, ids))
-        sampled = generate(
-            self._model,
-            variables["params"],
-            sent[0],
-            sent[1],
-            key,
-            group_size=config.group_size,
-            max_new_tokens=config.max_new_tokens,
-            sampling=self._sampling,
-            prompt_ids=sent[2],
-            lora=variables.get("lora"),
-        )
-        # The longest of all processes: each must go on with the same shapes.
-        longest = int(sampled.lengths.max())
-        kept = texts.bucket(longest, limit=config.max_new_tokens)
-        sampled = sampled.replace(
-            tokens=sampled.tokens[..., :kept], logp=sampled.logp[..., :kept]
-        )
-        # To each process the rows of its own prompts.
-        return meshes.to_host(jax.device_put(sampled, sent[1].sharding))
 
 
 def score_rows(
@@ -209,11 +175,3 @@ def score_rows(
         completion_ids=completion_ids,
         step=step,
     )
-
-
-def unpadded(
-    tokens: Int[np.ndarray, "N G T"], lengths: Int[np.ndarray, "N G"]
-) -> list[list[int]]:
-    """The token ids of N x G completions, group by group, stop token included."""
-    flat = tokens.reshape(-1, tokens.shape[-1])
-    return [row[:n].tolist() for row, n in zip(flat, lengths.reshape(-1), strict=True)]

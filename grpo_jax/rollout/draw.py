@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.config import SamplingConfig
 from grpo_jax.models.limits import check_stop_ids
-from grpo_jax.models.protocol import LanguageModel
+from grpo_jax.models.protocol import LanguageModelConfig
 from grpo_jax.weights.tokenizer import Tokenizer
 
 # Entries summed together before the search; near the square root of a vocabulary.
@@ -21,7 +21,7 @@ _BLOCK = 256
 
 
 def policy_sampling(
-    model: LanguageModel,
+    model: LanguageModelConfig,
     tokenizer: Tokenizer,
     sampling: SamplingConfig,
     *,
@@ -30,6 +30,7 @@ def policy_sampling(
     """How a policy draws, whoever asks: training, evaluation, samples, an export.
 
     Args:
+      model: its configuration.
       sampling: that of the run; where it names no stop tokens, they are the model's.
       temperature: in place of the run's; 0 takes the likeliest token.
 
@@ -41,7 +42,7 @@ def policy_sampling(
     stop_ids = sampling.stop_ids
     if stop_ids is None:
         stop_ids = tokenizer.stop_ids
-    check_stop_ids(stop_ids, vocab_size=model.config.vocab_size)
+    check_stop_ids(stop_ids, vocab_size=model.vocab_size)
     return dataclasses.replace(sampling, temperature=temperature, stop_ids=stop_ids)
 
 

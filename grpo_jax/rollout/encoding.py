@@ -94,6 +94,14 @@ def pad(
     return ids, np.array([len(tokens) for tokens in encoded], np.int32)
 
 
+def unpad(
+    tokens: Int[np.ndarray, "N G T"], lengths: Int[np.ndarray, "N G"]
+) -> list[list[int]]:
+    """The token ids of N x G completions, group by group, stop token included."""
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    return [row[:n].tolist() for row, n in zip(flat, lengths.reshape(-1), strict=True)]
+
+
 def _as_messages(
     tokenizer: Tokenizer, prompt: str | Sequence[Mapping]
 ) -> str | Sequence[Mapping]:

@@ -12,10 +12,9 @@ from grpo_jax.config import MeshConfig, SamplingConfig
 from grpo_jax.models.limits import longest_prompt
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.rollout import encoding as texts
-from grpo_jax.rollout.collect import unpadded
 from grpo_jax.rollout.draw import policy_sampling
-from grpo_jax.rollout.generate import generate
+from grpo_jax.rollout.encoding import encode_rows, unpad
+from grpo_jax.rollout.sampler import GroupSampler, Sampler
 from grpo_jax.tasks.base import Row, Task, first_rows
 from grpo_jax.training.scores import Completed, Evaluation, is_judged, judge
 from grpo_jax.weights.tokenizer import Tokenizer
@@ -59,11 +58,12 @@ def evaluate(
             "cannot be measured on it."
         )
     rows = first_rows(task.test, prompts)
-    evaluator = Evaluator(
+    completed = _complete_all(
         model,
+        params,
         tokenizer,
         rows,
-        mesh or one_device(),
+        mesh=mesh or one_device(),
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
         samples=samples,
@@ -71,7 +71,6 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
     )
-    completed = evaluator.complete({"params": params})
     return judge(completed, rows, task)
 
 
@@ -87,18 +86,19 @@ def complete(
     seed: int = 0,
 ) -> list[list[str]]:
     """The texts of `samples` completions for each prompt (a string or messages)."""
-    evaluator = Evaluator(
+    completed = _complete_all(
         model,
+        params,
         tokenizer,
         [{"prompt": prompt} for prompt in prompts],
-        one_device(),
+        mesh=one_device(),
         max_prompt_tokens=model.config.max_position_embeddings,
         max_new_tokens=max_new_tokens,
         samples=samples,
         sampling=sampling,
         seed=seed,
     )
-    return evaluator.complete({"params": params}).texts
+    return completed.texts
 
 
 def one_device() -> Mesh:
@@ -106,79 +106,66 @@ def one_device() -> Mesh:
     return meshes.make_mesh(MeshConfig(), devices=jax.local_devices()[:1])
 
 
-class Evaluator:
-    """Completes the same held-out prompts again and again; compiles once.
+def complete_share(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    samples: int = 1,
+    seed: int = 0,
+    batch_size: int = BATCH,
+) -> Completed:
+    """The completions of this process's share of the prompts; all processes call it."""
+    sampled = sampler.sample(
+        prompts,
+        numbers=range(len(prompts)),
+        key=jax.random.key(seed),
+        group_size=samples,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        batch_size=batch_size,
+    )
+    flat = unpad(np.asarray(sampled.tokens), np.asarray(sampled.lengths))
+    ids = [flat[i : i + samples] for i in range(0, len(flat), samples)]
+    texts = [[tokenizer.decode(one) for one in group] for group in ids]
+    return Completed(texts=texts, ids=ids)
 
-    `batch_size` completions at once, or all those of one prompt.
-    """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        tokenizer: Tokenizer,
-        rows: Sequence[Row],
-        mesh: Mesh,
-        *,
-        max_prompt_tokens: int,
-        max_new_tokens: int,
-        samples: int = 1,
-        sampling: SamplingConfig = GREEDY,
-        seed: int = 0,
-        batch_size: int = BATCH,
-    ) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._mesh = mesh
-        self._samples = samples
-        self._new_tokens = max_new_tokens
-        self._sampling = policy_sampling(model, tokenizer, sampling)
-        self._key = jax.random.key(seed)
-        limit = longest_prompt(
+def _complete_all(
+    model: LanguageModel,
+    params: PyTree,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    *,
+    mesh: Mesh,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    **options: int,
+) -> Completed:
+    """The completions of all rows, on every process."""
+    sampling = policy_sampling(model.config, tokenizer, sampling)
+    prompts = encode_rows(
+        tokenizer,
+        rows,
+        limit=longest_prompt(
             max_prompt_tokens,
             new_tokens=max_new_tokens,
             context=model.config.max_position_embeddings,
-        )
-        self._encoded = texts.encode_rows(
-            tokenizer, rows, limit=limit, vocab_size=model.config.vocab_size
-        )
-        longest = max(len(ids) for ids in self._encoded)
-        self._length = texts.bucket(longest, limit=limit)
-        parts = meshes.batch_shards(mesh)
-        prompts = min(max(batch_size // samples, 1), len(rows))
-        self._batch = -(-prompts // parts) * parts
-
-    def complete(self, variables: PyTree) -> Completed:
-        """The completions of every row, on every process."""
-        ids: list[list[int]] = []
-        for start in range(0, len(self._encoded), self._batch):
-            ids += self._sample(variables, start)
-        each = self._samples
-        grouped = [ids[i : i + each] for i in range(0, len(ids), each)]
-        texts = [[self._tokenizer.decode(one) for one in group] for group in grouped]
-        return Completed(texts=texts, ids=grouped)
-
-    def _sample(self, variables: PyTree, start: int) -> list[list[int]]:
-        encoded = self._encoded[start : start + self._batch]
-        missing = self._batch - len(encoded)
-        # The last batch is filled up, so that all have one shape.
-        prompts, lengths = texts.pad(
-            [*encoded, *([encoded[0]] * missing)],
-            length=self._length,
-            pad_id=self._tokenizer.pad_id,
-        )
-        numbers = np.arange(start, start + self._batch, dtype=np.uint32)
-        sent = meshes.whole_to_mesh(self._mesh, (prompts, lengths, numbers))
-        sampled = generate(
-            self._model,
-            variables["params"],
-            sent[0],
-            sent[1],
-            self._key,
-            group_size=self._samples,
-            max_new_tokens=self._new_tokens,
-            sampling=self._sampling,
-            prompt_ids=sent[2],
-            lora=variables.get("lora"),
-        )
-        found = meshes.gather(sampled)
-        return unpadded(found.tokens, found.lengths)[: len(encoded) * self._samples]
+        ),
+        vocab_size=model.config.vocab_size,
+    )
+    sampler = GroupSampler(model, mesh, max_prompt_tokens=max_prompt_tokens)
+    sampler.update({"params": params}, version=0)
+    own = complete_share(
+        sampler,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        **options,
+    )
+    texts, ids = meshes.gather_lists(own.texts), meshes.gather_lists(own.ids)
+    return Completed(texts=texts, ids=ids)

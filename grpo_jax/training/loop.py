@@ -30,6 +30,7 @@ from grpo_jax.reporting.trackers import make_tracker
 from grpo_jax.rewards.source import changed_rewards
 from grpo_jax.rollout.collect import Collector
 from grpo_jax.rollout.rollout import Rollout
+from grpo_jax.rollout.sampler import GroupSampler
 from grpo_jax.tasks.base import RewardFunction, Row, Task
 from grpo_jax.training import setup
 from grpo_jax.training.learner import Learner
@@ -124,14 +125,11 @@ class _Run:
         origin = dataclasses.replace(origin, commit=self.policy.commit)
         self.record = Record(path, config, mesh, origin, enabled=self.first)
         model, tokenizer = self.policy.model, self.policy.tokenizer
+        self.sampler = sampler = GroupSampler(
+            model, mesh, max_prompt_tokens=config.max_prompt_tokens
+        )
         self.collector = Collector(
-            model,
-            tokenizer,
-            task,
-            runner,
-            config,
-            mesh=mesh,
-            agreement=agreement,
+            sampler, model.config, tokenizer, task, runner, config, agreement=agreement
         )
         self.evaluate = setup.make_evaluation(
             self.policy,
@@ -139,6 +137,7 @@ class _Run:
             runner,
             config,
             mesh,
+            sampler=sampler,
             agreement=agreement,
             announce=self.console.phase,
         )
@@ -152,13 +151,10 @@ class _Run:
             path / "checkpoints", config.checkpoint, report=self.console.warning
         )
         stack.callback(self.checkpoints.abandon)
-        self.references = References(
-            path / "references", config, report=self.console.warning
-        )
-        self.grace = GraceCheck(
-            config.checkpoint.grace_seconds, report=self.console.warning
-        )
-        self.equal_groups = EqualGroups(report=self.console.warning)
+        warn = self.console.warning
+        self.references = References(path / "references", config, report=warn)
+        self.grace = GraceCheck(config.checkpoint.grace_seconds, report=warn)
+        self.equal_groups = EqualGroups(report=warn)
         self.measures = Measures(model.config, config, mesh)
         self.progress = Progress()
         self.began = 0.0  # on the clock of `perf_counter`, less the starts before
@@ -251,9 +247,15 @@ class _Run:
 
     def _measured(self) -> dict[str, float]:
         """An evaluation of the policy as it is, which is kept as the newest one."""
-        measured = self.evaluate(self.learner.sampler_variables())
+        self._update_sampler()
+        measured = self.evaluate()
+        self.sampler.release()
         self.progress = self.progress.evaluated(measured)
         return measured
+
+    def _update_sampler(self) -> None:
+        variables = self.learner.sampler_variables()
+        self.sampler.update(variables, version=self.progress.step)
 
     def _report(
         self, step: int, rollout: Rollout, batch: Batch, metrics: dict[str, float]
@@ -273,20 +275,20 @@ class _Run:
 
     def _collect(self, step: int) -> tuple[Rollout, Rollout, Batch] | None:
         """A rewarded rollout, all that was sampled and the batch; None on a stop."""
-        # Nothing here keeps the sampler's variables: they are gone before the update.
-        sampler, position = self.learner.sampler_variables, self.progress.position
+        at = {"step": step, "position": self.progress.position}
         self.console.phase("compiling, then sampling")
+        self._update_sampler()
         if limit := self.config.objective.resample_limit:
-            found = self.collector.informative(
-                sampler(), step=step, position=position, limit=limit
-            )
+            found = self.collector.informative(**at, limit=limit)
+            self.sampler.release()
             if found is None:
                 return None
             rollout, sampled = found
             start = time.perf_counter()
             batch = self.learner.score(rollout)
         else:
-            rollout = self.collector.sample(sampler(), step=step, position=position)
+            rollout = self.collector.sample(**at)
+            self.sampler.release()
             if self.agreement.stop:
                 return None
             # The devices compute the reference while the host computes rewards.

@@ -69,7 +69,7 @@ class Policy:
     @property
     def sampling(self) -> SamplingConfig:
         """How the run draws completions."""
-        return policy_sampling(self.model, self.tokenizer, self.config.sampling)
+        return policy_sampling(self.model.config, self.tokenizer, self.config.sampling)
 
     def description(self) -> dict[str, Any]:
         """What the model is before any step; all processes must call it, then."""
@@ -109,7 +109,10 @@ class Restored:
         if temperature is None and samples == 1:
             temperature = 0.0
         return policy_sampling(
-            self.model, self.tokenizer, self.config.sampling, temperature=temperature
+            self.model.config,
+            self.tokenizer,
+            self.config.sampling,
+            temperature=temperature,
         )
 
 

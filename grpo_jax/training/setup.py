@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
-from jaxtyping import PyTree
 
 from grpo_jax.checkpointing.retention import best_mode
 from grpo_jax.config import EMBEDDED, TrainConfig
+from grpo_jax.models.limits import longest_prompt
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.planning.memory import evaluation_batch
@@ -30,7 +30,8 @@ from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rewards.source import describe_rewards
 from grpo_jax.rollout.collect import Collector, score_rows
 from grpo_jax.rollout.draw import policy_sampling
-from grpo_jax.rollout.encoding import encode_prompt, prompts_sha256
+from grpo_jax.rollout.encoding import encode_prompt, encode_rows, prompts_sha256
+from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.arithmetic import unknown_to_embedded
 from grpo_jax.tasks.base import (
@@ -42,7 +43,7 @@ from grpo_jax.tasks.base import (
     reward_functions,
 )
 from grpo_jax.training import run_dir as directories
-from grpo_jax.training.evaluate import Evaluator
+from grpo_jax.training.evaluate import complete_share
 from grpo_jax.training.manifest import Origin, read_manifest
 from grpo_jax.training.restore import Policy
 from grpo_jax.training.scores import Completed, is_judged, judge
@@ -50,7 +51,7 @@ from grpo_jax.training.scores import Evaluation as Judged
 from grpo_jax.weights.folder import remove_unfinished
 from grpo_jax.weights.pretrained import check_name
 
-Evaluation = Callable[[PyTree], dict[str, float]]
+Evaluation = Callable[[], dict[str, float]]
 
 
 def choose_task(
@@ -237,6 +238,7 @@ def make_evaluation(
     config: TrainConfig,
     mesh: Mesh,
     *,
+    sampler: Sampler,
     agreement: Agreement,
     announce: Callable[[str], None],
 ) -> Evaluation:
@@ -249,33 +251,40 @@ def make_evaluation(
     """
     rows = held_out_rows(task, config)
     if not rows:
-        return lambda variables: {}
-    batch = evaluation_batch(policy.model.config, policy.config, mesh)
-    evaluator = Evaluator(
-        policy.model,
+        return dict
+    model = policy.model.config
+    batch = evaluation_batch(model, policy.config, mesh)
+    sampling = policy_sampling(
+        model, policy.tokenizer, config.sampling, temperature=0.0
+    )
+    prompts = encode_rows(
         policy.tokenizer,
         rows,
-        mesh,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_new_tokens=config.max_new_tokens,
-        sampling=policy_sampling(
-            policy.model, policy.tokenizer, config.sampling, temperature=0.0
+        limit=longest_prompt(
+            config.max_prompt_tokens,
+            new_tokens=config.max_new_tokens,
+            context=model.max_position_embeddings,
         ),
-        batch_size=batch,
+        vocab_size=model.vocab_size,
     )
 
-    def evaluate(variables: PyTree) -> dict[str, float]:
+    def evaluate() -> dict[str, float]:
         start = time.perf_counter()
         announce(f"compiling, then evaluating {len(rows):,} held-out prompts")
-        completed = evaluator.complete(variables)
-        # Every process has all completions; each judges a part of them.
+        own = complete_share(
+            sampler,
+            policy.tokenizer,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            sampling=sampling,
+            batch_size=batch,
+        )
         share = meshes.own_share(len(rows))
-        own = Completed(texts=completed.texts[share], ids=completed.ids[share])
         with agreement.phase("evaluation"):
             verdicts = _verdicts(own, rows[share], task, runner, batch)
         values = np.array(meshes.gather_lists(verdicts), np.float64)
         if is_judged(task):
-            result = Judged(correct=values[:, None] == 1.0, completions=completed.texts)
+            result = Judged(correct=values[:, None] == 1.0, completions=())
             metrics = {
                 names.ACCURACY: result.accuracy,
                 "eval/standard_error": result.standard_error,

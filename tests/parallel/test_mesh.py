@@ -85,10 +85,9 @@ def test_a_parameter_that_does_not_divide_is_named(shape, message, meshes_of):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)])
-@pytest.mark.parametrize("place", [meshes.to_mesh, meshes.whole_to_mesh])
-def test_rows_go_to_the_mesh_and_come_back(place, shape, meshes_of):
+def test_rows_go_to_the_mesh_and_come_back(shape, meshes_of):
     rows = {"a": np.arange(16.0).reshape(8, 2), "b": np.arange(8, dtype=np.int32)}
-    sent = place(meshes_of(*shape), rows)
+    sent = meshes.to_mesh(meshes_of(*shape), rows)
     parts = shape[0] * shape[1]
     assert sent["a"].addressable_shards[0].data.shape == (8 // parts, 2)
     for way in (meshes.gather, meshes.to_host):

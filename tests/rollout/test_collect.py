@@ -5,7 +5,8 @@ import pytest
 
 from grpo_jax.config import MeshConfig, RewardsConfig, SamplingConfig, TrainConfig
 from grpo_jax.rewards.runner import RewardRunner
-from grpo_jax.rollout.collect import Collector, score_rows, unpadded
+from grpo_jax.rollout.collect import Collector, score_rows
+from grpo_jax.rollout.sampler import GroupSampler
 from grpo_jax.tasks import task_from_rows
 from grpo_jax.tasks.order import rows_at
 
@@ -29,13 +30,38 @@ def make_config(**changes):
 def make_collector(tiny_policy, meshes_of):
     def make(reward, *, rows=ROWS, **changes):
         task = task_from_rows(rows, reward)
-        return Collector(
+        config = make_config(**changes)
+        sampler = GroupSampler(
             tiny_policy.model,
+            meshes_of(1, 1, 1),
+            max_prompt_tokens=config.max_prompt_tokens,
+        )
+        sampler.update(tiny_policy.variables, version=0)
+        return Collector(
+            sampler,
+            tiny_policy.model.config,
+            tiny_policy.tokenizer,
+            task,
+            RewardRunner(task.rewards, RewardsConfig()),
+            config,
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_scripted(tiny_policy, fake_sampler):
+    """A collector without a model: completions are the number of prompt and sample."""
+
+    def make(reward, *, rows=ROWS, **changes):
+        task = task_from_rows(rows, reward)
+        return Collector(
+            fake_sampler(lambda number, sample: f"{number}{sample}"),
+            tiny_policy.model.config,
             tiny_policy.tokenizer,
             task,
             RewardRunner(task.rewards, RewardsConfig()),
             make_config(**changes),
-            mesh=meshes_of(1, 1, 1),
         )
 
     return make
@@ -55,22 +81,41 @@ def order():
     return rows_at(0, 24, size=6, seed=3)
 
 
-def test_a_rollout_takes_the_rows_at_its_position(make_collector, tiny_policy, order):
-    collector = make_collector(by_number)
-    rollout = collector.sample(tiny_policy.variables, step=1, position=4)
+def test_a_rollout_takes_the_rows_at_its_position(make_scripted, tiny_policy, order):
+    collector = make_scripted(by_number)
+    rollout = collector.sample(step=1, position=4)
     assert [row["number"] for row in rollout.rows] == order[4:8]
     for row, ids, length in zip(
         rollout.rows, rollout.prompts, rollout.prompt_lengths, strict=True
     ):
         assert tiny_policy.tokenizer.decode(ids[:length]) == row["prompt"]
     assert np.isnan(rollout.rewards).all() and rollout.counts.all()
+    # Prompts are numbered by their position, whatever their row.
+    assert rollout.completions == ["40", "41", "50", "51", "60", "61", "70", "71"]
 
 
-def test_what_is_drawn_follows_from_seed_step_and_position(make_collector, tiny_policy):
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_have_shares_of_a_rollout_in_one_shape(
+    make_scripted, on_processes, count
+):
+    whole = make_scripted(by_number).sample(step=1, position=0)
+
+    def sample(_):
+        return make_scripted(by_number).sample(step=1, position=0)
+
+    parts = on_processes(sample, count)
+    assert [row for part in parts for row in part.rows] == whole.rows
+    assert sum((part.completions for part in parts), []) == whole.completions
+    for name in ("prompts", "prompt_lengths", "tokens", "lengths"):
+        joined = np.concatenate([vars(part)[name] for part in parts])
+        np.testing.assert_array_equal(joined, vars(whole)[name])
+
+
+def test_what_is_drawn_follows_from_seed_step_and_position(make_collector):
     collector = make_collector(by_number)
 
     def tokens(collector, **at):
-        return collector.sample(tiny_policy.variables, **at).tokens.tolist()
+        return collector.sample(**at).tokens.tolist()
 
     first = tokens(collector, step=1, position=0)
     assert tokens(collector, step=1, position=0) == first
@@ -83,7 +128,7 @@ def test_what_is_drawn_follows_from_seed_step_and_position(make_collector, tiny_
 
 
 def test_functions_are_given_columns_texts_and_ids_in_the_order_of_groups(
-    make_collector, tiny_policy
+    make_scripted, tiny_policy
 ):
     seen = {}
 
@@ -94,8 +139,8 @@ def test_functions_are_given_columns_texts_and_ids_in_the_order_of_groups(
         seen["step"] = trainer_state.global_step
         return [float(i) for i in range(len(prompts))]
 
-    collector = make_collector(reward)
-    rollout = collector.sample(tiny_policy.variables, step=7, position=0)
+    collector = make_scripted(reward)
+    rollout = collector.sample(step=7, position=0)
     rollout = collector.reward(rollout, step=7)
     assert seen["step"] == 7
     assert seen["number"] == [row["number"] for row in rollout.rows for _ in range(2)]
@@ -109,12 +154,10 @@ def test_functions_are_given_columns_texts_and_ids_in_the_order_of_groups(
 
 
 def test_groups_of_equal_rewards_are_replaced_from_further_rollouts(
-    make_collector, tiny_policy, order
+    make_scripted, order
 ):
-    collector = make_collector(by_number)
-    rollout, sampled = collector.informative(
-        tiny_policy.variables, step=1, position=0, limit=4
-    )
+    collector = make_scripted(by_number)
+    rollout, sampled = collector.informative(step=1, position=0, limit=4)
     even = [number for number in order if number % 2 == 0]
     assert [row["number"] for row in rollout.rows] == even[:4]
     # As many rollouts of four as it takes to meet four even numbers.
@@ -125,41 +168,35 @@ def test_groups_of_equal_rewards_are_replaced_from_further_rollouts(
     assert rollout.counts.all()
 
 
-def test_replacing_is_bounded_and_left_overs_do_not_count(make_collector, tiny_policy):
+def test_replacing_is_bounded_and_left_overs_do_not_count(make_scripted):
     calls = []
 
     def reward(completions, **_):
         calls.append(1)
         return constant(completions)
 
-    collector = make_collector(reward)
-    rollout, sampled = collector.informative(
-        tiny_policy.variables, step=1, position=0, limit=2
-    )
+    collector = make_scripted(reward)
+    rollout, sampled = collector.informative(step=1, position=0, limit=2)
     assert len(sampled.rows) == 12 and len(calls) == 3
     assert len(rollout.rows) == 4
     assert not rollout.counts.any() and not rollout.mask.any()
 
 
-def test_a_rollout_that_needs_no_replacing_is_taken_as_it_is(
-    make_collector, tiny_policy
-):
+def test_a_rollout_that_needs_no_replacing_is_taken_as_it_is(make_scripted):
     def reward(completions, **_):
         return [float(i) for i in range(len(completions))]
 
-    collector = make_collector(reward)
-    rollout, sampled = collector.informative(
-        tiny_policy.variables, step=1, position=0, limit=2
-    )
+    collector = make_scripted(reward)
+    rollout, sampled = collector.informative(step=1, position=0, limit=2)
     assert len(sampled.rows) == 4
-    plain = collector.sample(tiny_policy.variables, step=1, position=0)
+    plain = collector.sample(step=1, position=0)
     np.testing.assert_array_equal(rollout.tokens, plain.tokens)
 
 
-def test_completions_are_cut_to_the_bucket_of_the_longest(make_collector, tiny_policy):
+def test_completions_are_cut_to_the_bucket_of_the_longest(make_collector):
     everything = SamplingConfig(stop_ids=tuple(range(264)))
     collector = make_collector(constant, sampling=everything, max_new_tokens=40)
-    rollout = collector.sample(tiny_policy.variables, step=1, position=0)
+    rollout = collector.sample(step=1, position=0)
     assert rollout.tokens.shape == (4, 2, 16) == rollout.logp.shape
     assert (rollout.lengths == 1).all() and rollout.finished.all()
 
@@ -194,8 +231,3 @@ def test_columns_reach_rewards_without_the_prompt():
     rows = [{"prompt": "p", "answer": "1"}, {"prompt": "q", "answer": "2"}]
     scores = score_rows(runner, rows, ["1", "x"], [[1], [2]], step=1)
     assert scores.total.tolist() == [1.0, 0.0]
-
-
-def test_unpadded_ids_keep_the_stop_token():
-    tokens = np.array([[[5, 6, 0], [7, 0, 0]]])
-    assert unpadded(tokens, np.array([[3, 1]])) == [[5, 6, 0], [7]]

@@ -140,3 +140,8 @@ def test_a_prompt_leaves_room_for_its_completions():
     assert longest(512, new_tokens=600, context=1000) == 400
     with pytest.raises(ValueError, match="max_new_tokens 128 leaves no room.* of 128"):
         longest(512, new_tokens=128, context=128)
+
+
+def test_unpadded_ids_keep_the_stop_token():
+    tokens = np.array([[[5, 6, 0], [7, 0, 0]]])
+    assert texts.unpad(tokens, np.array([[3, 1]])) == [[5, 6, 0], [7]]

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from grpo_jax.config import SamplingConfig
+from grpo_jax.rollout.sampler import GroupSampler
 from grpo_jax.tasks import load_task
 from grpo_jax.tasks.answers import last_answer, tagged_answer
 from grpo_jax.tasks.base import Task
 from grpo_jax.training.evaluate import (
-    Evaluator,
     complete,
+    complete_share,
     evaluate,
     one_device,
 )
@@ -257,18 +258,17 @@ def test_the_size_of_batches_changes_no_completion(tiny_policy):
     rows = [{"prompt": f"q{c}"} for c in "abcde"]
 
     def texts(batch_size):
-        evaluator = Evaluator(
-            tiny_policy.model,
+        sampler = GroupSampler(tiny_policy.model, one_device(), max_prompt_tokens=16)
+        sampler.update(tiny_policy.variables, version=0)
+        return complete_share(
+            sampler,
             tiny_policy.tokenizer,
-            rows,
-            one_device(),
-            max_prompt_tokens=16,
+            [tiny_policy.tokenizer.encode_prompt(row["prompt"]) for row in rows],
             max_new_tokens=4,
             samples=2,
             sampling=SamplingConfig(stop_ids=()),
             batch_size=batch_size,
         )
-        return evaluator.complete({"params": tiny_policy.params})
 
     whole = texts(128)
     # Three batches of two prompts, the last of which is filled up; then one by one.

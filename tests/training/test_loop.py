@@ -663,6 +663,29 @@ def test_updates_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch)
     assert params_sha256(params) == two.summary["params_sha256"]
 
 
+def test_any_sampler_serves_a_run_with_weights_from_update_to_release(
+    config, fake_sampler, monkeypatch
+):
+    sampler = fake_sampler(lambda number, sample: f"{number}{sample}")
+    monkeypatch.setattr(
+        "grpo_jax.training.loop.GroupSampler", lambda *_, **options: sampler
+    )
+    update, held = Learner.update, []
+
+    def observed(learner, batch):
+        held.append(sampler.variables)
+        return update(learner, batch)
+
+    monkeypatch.setattr(Learner, "update", observed)
+    result = run(dataclasses.replace(config, steps=2))
+    # An evaluation at the start, two steps, an evaluation at the end.
+    assert sampler.versions == [0, 0, 1, 2]
+    # A copy for sampling does not take memory of the update.
+    assert held == [None, None] and sampler.variables is None
+    (*_, last) = read_completions(result.run_dir, 2)
+    assert last["completion"] == "151" and last["length"] == 3
+
+
 def test_a_run_whose_rewards_never_differ_ends_by_saying_so(config, undisturbed):
     config = dataclasses.replace(without_evaluation(config), steps=1)
     result = run(config, lambda completions, **_: [0.25] * len(completions))

@@ -13,6 +13,7 @@ from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rollout import collect
+from grpo_jax.rollout import sampler as samplers
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.training import evaluate, setup
@@ -40,8 +41,7 @@ def drawn(tiny_policy, monkeypatch):
         seen.append(sampling)
         raise Drawn
 
-    monkeypatch.setattr(collect, "generate", record)
-    monkeypatch.setattr(evaluate, "generate", record)
+    monkeypatch.setattr(samplers, "generate", record)
     task = load_task("arithmetic")
 
     def sampling_of(user, sampling, *flags):
@@ -54,14 +54,16 @@ def drawn(tiny_policy, monkeypatch):
             "grpo_jax.training.restore.open_policy", lambda **asked: restored
         )
         mesh = evaluate.one_device()
+        model = tiny_policy.model
+        sampler = samplers.GroupSampler(model, mesh, max_prompt_tokens=64)
+        sampler.update(tiny_policy.variables, version=0)
         with contextlib.suppress(Drawn):
             if user == "training":
                 runner = RewardRunner((lambda **_: [],), config.rewards)
                 rows = task_from_rows([{"prompt": "a"}], lambda **_: [])
-                collector = collect.Collector(
-                    *parts.values(), rows, runner, config, mesh=mesh
-                )
-                collector.sample(tiny_policy.variables, step=1, position=0)
+                collect.Collector(
+                    sampler, model.config, parts["tokenizer"], rows, runner, config
+                ).sample(step=1, position=0)
             elif user == "evaluation":
                 policy = Policy(trained=None, config=config, **parts)
                 small = dataclasses.replace(task, test=[task.test[0]])
@@ -72,9 +74,10 @@ def drawn(tiny_policy, monkeypatch):
                         runner,
                         config,
                         mesh,
+                        sampler=sampler,
                         agreement=Agreement(),
                         announce=lambda text: None,
-                    )(tiny_policy.variables)
+                    )()
             else:
                 asked = {"sample": ["--prompt", "1+1="], "eval": ["--prompts", "1"]}
                 cli._dispatch([user, "--run-dir", "unread", *asked[user], *flags])
@@ -124,7 +127,7 @@ def test_an_export_says_how_the_run_samples(tiny_policy, sampling):
     from transformers import GenerationConfig
 
     model, tokenizer = tiny_policy.model, tiny_policy.tokenizer
-    settled = policy_sampling(model, tokenizer, sampling)
+    settled = policy_sampling(model.config, tokenizer, sampling)
     written = GenerationConfig.from_dict(_generation(model.config, tokenizer, settled))
     assert written.do_sample and written.temperature == sampling.temperature
     assert written.eos_token_id == (list(settled.stop_ids) or None)

@@ -167,12 +167,9 @@ def test_held_out_rows_that_are_judged_by_comparing_need_no_columns_of_rewards()
 
 
 @pytest.fixture
-def evaluation(tiny_policy, monkeypatch):
+def evaluation(tiny_policy, fake_sampler):
     """What measures a policy whose completion of the row of a number is as long."""
-    texts = ["x" * (number % 4) for number in range(7)]
-    completed = Completed(texts=[[t] for t in texts], ids=[[[1]]] * len(texts))
-    evaluator = types.SimpleNamespace(complete=lambda variables: completed)
-    monkeypatch.setattr(setup, "Evaluator", lambda *_, **__: evaluator)
+    sampler = fake_sampler(lambda number, _: "x" * (number % 4))
     policy = types.SimpleNamespace(
         model=tiny_policy.model,
         tokenizer=tiny_policy.tokenizer,
@@ -192,17 +189,17 @@ def evaluation(tiny_policy, monkeypatch):
         task = task_from_rows(rows, scores, eval_rows=rows[:prompts])
         if judged:
             task = dataclasses.replace(task, is_correct=is_right)
-        completed.texts[prompts:], completed.ids[prompts:] = [], []
         with RewardRunner(task.rewards, RewardsConfig()) as runner:
             return make_evaluation(
                 policy,
                 task,
                 runner,
-                TrainConfig(model="tiny"),
+                TrainConfig(model="tiny", max_new_tokens=8),
                 None,
+                sampler=sampler,
                 agreement=Agreement(),
                 announce=lambda text: None,
-            )({})
+            )()
 
     return measure
 
