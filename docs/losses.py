@@ -1,10 +1,10 @@
 # %% [markdown]
 # # The losses in your own code
 #
-# The mathematics of GRPO as plain functions: arrays in, arrays out, no model, no
-# configuration, no trainer. This page is a notebook kept as a script (`docs/losses.py`,
-# percent format): run it with `python docs/losses.py`, or open it in an editor that
-# knows such cells.
+# The losses of GRPO are plain functions from arrays to arrays. They need no model, no
+# configuration and no trainer. This page is a notebook in percent format
+# (`docs/losses.py`). Run it with `python docs/losses.py`, or open it in an editor that
+# supports such cells.
 #
 # Shapes: `N` prompts, `G` completions of each, `T` tokens of each completion, `V`
 # vocabulary.
@@ -39,8 +39,8 @@ print(softmax_advantages(rewards))
 print(standardized_advantages(rewards))
 
 # %% [markdown]
-# A completion that could not be scored is marked by `valid`. It leaves the statistics
-# of its group and gets 0; whatever its reward holds, NaN included, goes nowhere.
+# `valid` marks the completions that have a reward. The others are left out of the
+# statistics of their group and get 0. Their rewards, even NaN, are not used.
 
 # %%
 unscored = jnp.array([1.0, 0.0, jnp.nan, 1.0])
@@ -49,8 +49,9 @@ print(softmax_advantages(unscored, valid=~jnp.isnan(unscored)))
 # %% [markdown]
 # ## A policy
 #
-# Anything that gives logits will do. This one knows nothing but the position: one row
-# of logits per token. It is rewarded for the share of tokens that equal a target.
+# Any function that returns logits can be the policy. This one depends only on the
+# position: it has one row of logits per token. The reward is the share of tokens that
+# equal a target.
 
 # %%
 N, G, T, V = 2, 16, 4, 8
@@ -77,9 +78,9 @@ def reward(tokens):
 # ## Two losses
 #
 # `weighted_likelihood_loss` is the simple form, $-\sum_i w_i \log \pi(y_i|x)$.
-# `grpo_loss` is the full one, with ratio, clip and, where asked for, KL and entropy.
+# `grpo_loss` is the full form, with ratio, clip and, optionally, KL and entropy.
 # Both return their loss as a `Mean`, a total and a weight; `value()` divides. The mask
-# says which tokens count: here all, usually those up to the end of a completion.
+# selects the tokens that count: here all, usually those up to the end of a completion.
 
 # %%
 mask = jnp.ones((N, G, T), bool)
@@ -124,15 +125,15 @@ for loss in (simple, clipped):
     assert last[1] > 0.9
 
 # %% [markdown]
-# The clipped loss is 0 from beginning to end, and the policy learns: at ratio 1 its
-# *value* is minus the mean advantage, which is 0, and its *gradient* is not
+# The clipped loss stays 0, although the policy learns. At ratio 1 its *value* is minus
+# the mean advantage, which is 0, but its *gradient* is not 0
 # ([theory](theory.md#at-ratio-1-they-have-the-same-gradient)). Watch the reward.
 #
 # ## Several updates on one batch
 #
-# From the second update on the policy is no longer the one that sampled. Give the
-# log-probabilities of before the first one as `old_logp`, and the clip begins to act.
-# `ref_logp` and `kl_coef` add a KL to a reference.
+# From the second update on, the policy is no longer the one that sampled. Pass the
+# log-probabilities from before the first update as `old_logp`; then the clip takes
+# effect. `ref_logp` and `kl_coef` add a KL to a reference.
 
 # %%
 uniform = jnp.zeros((T, V))
@@ -165,9 +166,9 @@ for name, value in second_update(moved).items():
 # %% [markdown]
 # ## Microbatches and devices
 #
-# Means add: sum the parts, over microbatches, devices or hosts, and divide once.
-# However the batch was cut, the result is the same up to rounding. (Averaging the
-# averages is not.)
+# A `Mean` can be added to another: sum the parts over microbatches, devices or hosts,
+# and divide once. The result does not depend on how the batch was split, up to
+# rounding. (The average of averages does.)
 
 # %%
 lengths = jnp.array([[1] * G, [T] * G])  # short completions, and long ones
@@ -195,9 +196,9 @@ assert abs(whole.value() - together.value()) < 1e-6
 # ## Large vocabularies
 #
 # Logits of 4,096 tokens over a vocabulary of 150,000 are 2.3 GiB, and their gradient as
-# much again. `chunked_logprobs` goes from hidden states to log-probabilities with one
-# chunk of logits at a time, forward and backward; the numbers are those of the dense
-# way.
+# much again. `chunked_logprobs` computes log-probabilities from hidden states with one
+# chunk of logits at a time, forward and backward. The results are those of the dense
+# computation.
 
 # %%
 numbers = np.random.default_rng(0)
