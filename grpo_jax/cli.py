@@ -236,8 +236,10 @@ def _check_task_is_known(run_dir: Path, config: TrainConfig) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    from grpo_jax.config.files import write_text
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def sample(

@@ -1,7 +1,4 @@
-"""Files of a configuration (YAML, presets), strict JSON, and whole files.
-
-What is written here a reader sees whole: the old one or the new one, never a part.
-"""
+"""YAML files of a configuration, strict JSON, and atomic writes."""
 
 import json
 import math
@@ -34,18 +31,36 @@ for _kind in (_Reader, _Writer):
     )
 
 
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Write strict JSON, for people to read as well."""
-    write_atomically(
-        file, json.dumps(to_jsonable(values), indent=2, allow_nan=False) + "\n"
-    )
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write indented, strict JSON with `write_text`."""
+    write_text(path, json.dumps(to_jsonable(values), indent=2, allow_nan=False) + "\n")
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: a reader, or a crash, sees the old file or the new one.
+
+    A pipe or a device, such as /dev/stdout, is written to and not replaced.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()  # where a link points: the link itself stays
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        # Without it the new name can reach the disk before the content does; after a
+        # power failure the file would then be empty.
+        fsync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def fsync(path: Path) -> None:
+    """Return once the content of a file is on disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def to_json_line(record: Mapping[str, Any]) -> str:

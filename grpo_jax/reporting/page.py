@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.config.files import to_json_line
+from grpo_jax.config.files import to_json_line, write_text
 from grpo_jax.reporting import metrics
 from grpo_jax.reporting.page_assets import SCRIPT, STYLE
 from grpo_jax.reporting.panels import panels_of
 from grpo_jax.reporting.text import duration_text, prompt_text, visible
-from grpo_jax.reporting.trackers import write_text
 
 _PER_STEP = 2  # best completions of a step, and as many worst
 _MAX_STEPS = 250  # with completions; of more, an even choice is shown

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grpo_jax.config import ReportConfig
-from grpo_jax.config.files import to_json_line, to_jsonable
+from grpo_jax.config.files import to_json_line, to_jsonable, write_text
 from grpo_jax.reporting import metrics as names
 from grpo_jax.reporting.text import prompt_text, visible
 
@@ -250,16 +250,6 @@ class CompositeTracker:
         with contextlib.ExitStack() as stack:
             for tracker in self._trackers:
                 stack.callback(tracker.close)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path`: a reader sees the old text or the new, never half."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import Any
 from grpo_jax.checkpointing.retention import best_mode
 from grpo_jax.checkpointing.step_folders import StepFolders
 from grpo_jax.config import EMBEDDED, TrainConfig, validation
-from grpo_jax.config.files import load_config, to_yaml, write_atomically
+from grpo_jax.config.files import load_config, to_yaml, write_text
 from grpo_jax.tasks import names_file
 from grpo_jax.training.manifest import (
     changes,
@@ -114,7 +114,7 @@ def _with_best_mode(config: TrainConfig) -> TrainConfig:
 
 
 def _write_config(path: Path, config: TrainConfig) -> None:
-    write_atomically(path / "config.yaml", to_yaml(config))
+    write_text(path / "config.yaml", to_yaml(config))
 
 
 def read_config(path: Path) -> TrainConfig:

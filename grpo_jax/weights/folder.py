@@ -10,6 +10,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from grpo_jax.config.files import fsync
+
 # What an export consists of; a folder that holds anything else is not replaced.
 _OURS = (
     "config.json",
@@ -43,6 +45,9 @@ def replaced_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
             written = scratch / "new"
             written.mkdir()
             yield written
+            for path in written.rglob("*"):
+                if path.is_file():
+                    fsync(path)
             _swap(folder, written, old=scratch / "old")
     finally:
         shutil.rmtree(scratch)

@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all."""
 
+import os
 import pathlib
 import shutil
 
@@ -42,6 +43,20 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path):
     with pytest.raises(OSError, match="disk full"), replaced_folder(folder) as place:
         (place / "config.json").write_text("new")
         raise OSError("disk full")
+    assert (folder / "config.json").read_text() == "old"
+    assert names(tmp_path) == {"export"}
+
+
+def test_an_export_is_on_disk_before_the_earlier_one_goes(tmp_path, monkeypatch):
+    folder = tmp_path / "export"
+    export(folder, "old")
+
+    def fail(number):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export(folder, "new")
     assert (folder / "config.json").read_text() == "old"
     assert names(tmp_path) == {"export"}
 
