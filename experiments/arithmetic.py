@@ -17,11 +17,11 @@ from grpo_jax.config import PRESETS
 
 @dataclass(frozen=True)
 class Options:
-    """What can be varied."""
+    """The options."""
 
     preset: str = PRESETS[0]  # objective of a paper
     seed: int = 0
-    steps: int | None = None  # None: those of the embedded run
+    steps: int | None = None  # None: the default of the embedded model
     run_dir: str | None = None
 
 

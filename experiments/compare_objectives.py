@@ -29,7 +29,7 @@ from grpo_jax.reporting.metrics import ACCURACY
 
 @dataclass(frozen=True)
 class Options:
-    """What is compared."""
+    """The options."""
 
     presets: tuple[str, ...] = PRESETS
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -40,7 +40,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out accuracy of one run, against what it had cost by then."""
+    """Held-out accuracy of one run, against completions and seconds."""
 
     preset: str
     seed: int
@@ -50,7 +50,7 @@ class Curve:
 
 
 def run(preset: str, seed: int, options: Options) -> Curve:
-    """Train, and read the curve off the metrics."""
+    """Train, and read the curve from the metrics."""
     config = TrainConfig(
         run_dir=str(options.runs / f"{preset}-{seed}"),
         seed=seed,
@@ -140,7 +140,7 @@ def draw(curves: Sequence[Curve], out: Path) -> None:
 
 
 def main(options: Options) -> None:
-    """Run what is missing, then write table, picture and numbers."""
+    """Run the missing runs, then write table, picture and numbers."""
     pairs = itertools.product(options.presets, options.seeds)
     curves = [run(preset, seed, options) for preset, seed in pairs]
     options.out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from grpo_jax.tasks.answers import last_number, parse_number
 
 
 def closeness(completions, answer, **columns):
-    """1 for the answer, less the further a number is from it, 0 for no number."""
+    """1 for the answer, less for a number further from it, 0 for no number."""
     found = [last_number(text) for text in completions]
     right = [parse_number(text) for text in answer]
     return [

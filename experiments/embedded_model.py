@@ -1,13 +1,14 @@
-"""Make the embedded model: a small Llama that can calculate but is careless.
+"""Make the embedded model: a small Llama that can calculate but makes mistakes.
 
     python experiments/embedded_model.py --out grpo_jax/assets/arithmetic-1m
 
 Supervised warm-up from random weights on the training problems of the arithmetic task:
-first on right solutions, until the model knows how; then shortly on text in which 17
-of 20 solutions are careless (no carry, no borrow, no minus sign). After that it takes
-the careless way when it must choose and answers about four of ten held-out problems;
-what it lacks is a reason to be careful, which GRPO gives.
-2 CPU cores, float32: about ten minutes.
+first on right solutions, until the model knows how. Then it trains briefly on text in
+which 17 of 20 solutions are careless (no carry, no borrow, no minus sign). Afterwards
+the careless way is the most likely one, and the model answers about four of ten
+held-out problems. GRPO can then teach it to be careful.
+
+Hardware: 2 CPU cores, float32. Time: about ten minutes.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ PAD, END = "<|pad|>", "<|end|>"
 
 @dataclass(frozen=True)
 class Options:
-    """How the model is made."""
+    """The options."""
 
     out: Path = Path("grpo_jax/assets/arithmetic-1m")
     know: float = 0.97  # held-out accuracy at which the first part ends
@@ -55,7 +56,7 @@ class Options:
 
 
 def careless_answer(problem: str) -> str:
-    """The answer of one who computes digit by digit: no carry, borrow or minus sign."""
+    """The answer computed digit by digit, without carry, borrow or minus sign."""
     add = "+" in problem
     first, second = (int(n) for n in problem.rstrip("=").split("+" if add else "-"))
     high, low = max(first, second), min(first, second)
@@ -101,7 +102,7 @@ def model_config(options: Options, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], *, end: bool) -> tuple:
-    """Right-padded ids and lengths, with the end token where asked for."""
+    """Right-padded ids and lengths; `end` appends the end token."""
     ids = [tokenizer.encode_prompt(t) + list(tokenizer.stop_ids) * end for t in texts]
     lengths = np.array([len(row) for row in ids], np.int32)
     padded = np.full((len(ids), lengths.max()), tokenizer.pad_id, np.int32)
@@ -111,7 +112,7 @@ def encode(tokenizer: Tokenizer, texts: list[str], *, end: bool) -> tuple:
 
 
 def main(options: Options) -> None:
-    """Train until the model is as good as it should be, then save it."""
+    """Train until the model is good enough, then save it."""
     task, tokenizer = load_task("arithmetic"), byte_tokenizer()
     model = Decoder(model_config(options, tokenizer))
     params = init_params(model, jax.random.key(options.seed))

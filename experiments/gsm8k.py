@@ -3,9 +3,11 @@
     python experiments/gsm8k.py --model Qwen/Qwen2.5-0.5B-Instruct
     python experiments/gsm8k.py --model SmolLM2-135M-Instruct.Q4_1.gguf --data DIR
 
-`--data` is a folder with train.jsonl and test.jsonl (question, answer); without it the
-rows come from the hub. Hardware: one accelerator for a real run; on 2 CPU cores the
-defaults below make 3 steps of a 135M model, to see that everything works.
+`--data` is a folder with train.jsonl and test.jsonl (question, answer). Without it the
+rows come from the hub.
+
+Hardware: one accelerator for a real run. On 2 CPU cores the defaults below run 3 steps
+of a 135M model, to check that everything works.
 Time: about three minutes on 2 CPU cores.
 Expected result: finite losses, sampler_logp_diff/max below 1e-3, seconds per phase.
 """
@@ -20,7 +22,7 @@ from grpo_jax import OptimizerConfig, TrainConfig, train
 
 @dataclass(frozen=True)
 class Options:
-    """What can be varied; None picks a value for the hardware at hand."""
+    """The options; None chooses a value for the hardware."""
 
     model: str
     data: str | None = None
@@ -35,7 +37,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Train, then print where the time went."""
+    """Train, then print the time of each phase."""
     on_cpu = jax.default_backend() == "cpu"
     config = TrainConfig(
         model=options.model,

@@ -5,9 +5,9 @@
 Hardware: 2 CPU cores. Time: a minute or two.
 Result: reward on 500 held-out rows 0.020 -> 0.998 (seeds 0 and 1), after 40 steps.
 
-The model that comes with the package forgets the minus sign of `12-57=` more often than
-not. It is right at times, and that is what GRPO needs: what is sampled and rewarded
-becomes likelier, and what is never sampled is never found.
+The packaged model usually forgets the minus sign of `12-57=`, but sometimes it is
+right. GRPO needs that: it makes rewarded samples more likely, and it cannot learn an
+answer that the model never samples.
 """
 
 import random
@@ -26,7 +26,7 @@ def signed(completions, answer, **columns):
 
 
 def main(steps: int = 40, seed: int = 0, run_dir: str | None = None) -> None:
-    """Train on most of the rows; print the mean reward on the others, before, after."""
+    """Train, then print the mean reward on held-out rows before and after."""
     pairs = [(a, b) for a in range(10, 100) for b in range(a + 1, 100)]
     random.Random(0).shuffle(pairs)
     rows = [{"prompt": f"{a}-{b}=", "answer": str(a - b)} for a, b in pairs]

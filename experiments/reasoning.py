@@ -4,13 +4,13 @@
     python experiments/reasoning.py --model SmolLM2-135M-Instruct.Q4_1.gguf \\
         --dataset chain_sum --steps 3 --eval-prompts 8
 
-Answers are read from `<answer>` tags and scored by the library's own scorers, in a
-worker process of their own: some evaluate what the model wrote. Needs the extra
-`tasks`. The format reward teaches the tags to a model that does not use them yet.
+Answers are read from `<answer>` tags. The scorers of reasoning-gym run in a separate
+process, because some of them evaluate the model's output. The extra `tasks` is needed.
+The format reward teaches the tags to a model that does not use them yet.
 
-Hardware: one accelerator for a real run; the second command is a check on 2 CPU cores.
-Time: the check, 80 s.
-Result: the check ends as it began, with none of 8 right; a real run was not measured.
+Hardware: one accelerator for a real run. The second command is a check on 2 CPU cores.
+Time: 80 s for the check.
+Result: the check has 0 of 8 right, before and after. A real run was not measured.
 """
 
 import jax
@@ -22,7 +22,7 @@ from grpo_jax.tasks.base import completion_text
 
 
 def format_reward(completions, **columns):
-    """1.0 for a completion that has an answer in tags, right or wrong."""
+    """1.0 for a completion with an answer in tags, right or wrong."""
     texts = map(completion_text, completions)
     return [float(tagged_answer(text) is not None) for text in texts]
 
@@ -39,7 +39,7 @@ def main(
     seed: int = 0,
     run_dir: str | None = None,
 ) -> None:
-    """Train, and print accuracy before and after; None suits the hardware at hand."""
+    """Train, and print accuracy before and after; None suits the hardware."""
     on_cpu = jax.default_backend() == "cpu"
     name = f"reasoning_gym:{dataset}"
     config = TrainConfig(

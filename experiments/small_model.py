@@ -7,23 +7,23 @@
     python experiments/small_model.py gsm8k --model $MODEL --data DIR
     python experiments/small_model.py shown_work --model $MODEL --data DIR
 
-`sums` asks for two-digit sums and differences in words (1,001 held-out problems);
-`calculations` for the first calculation in each solution of GSM8K (1,301); `gsm8k` for
-its word problems step by step (1,319), with the task's own rewards; `shown_work` for
-the same with a reward for every step. Completions are greedy; answers are read
-strictly, in the format asked for, and leniently, as the last number. `--data` is a
-folder with GSM8K's train.jsonl and test.jsonl. Every line of `--out` is the result of
-one seed; a run that is there already is not trained again.
+`sums` has two-digit sums and differences in words (1,001 held-out problems).
+`calculations` has the first calculation in each solution of GSM8K (1,301). `gsm8k` has
+its word problems (1,319), with the task's own rewards. `shown_work` is the same with a
+reward for every step. Completions are greedy. Answers are read strictly, in the
+requested format, and leniently, as the last number. `--data` is a folder with GSM8K's
+train.jsonl and test.jsonl. Every line of `--out` is the result of one seed. A finished
+run is not trained again.
 
 Hardware and time: the first two 13 minutes a seed on 2 CPU cores, the last two one
 and one and a half minutes on an H200.
 Result, accuracy in percent with seeds 0, 1, 2 and its standard error:
 `sums` lenient 12.3 -> 29.5, 22.9, 15.2 (1.4), strict 0 as before.
 `calculations` lenient 46.1 -> 51.7, 45.6, 53.7 (1.4), strict 0 -> 0, 0, 2.8.
-`gsm8k` strict 0.2 -> 2.7, 2.3, 2.7 (0.5), no more than the same answer to every
-problem gets: the reward for the format ended the reasoning (docs/troubleshooting.md).
-`shown_work` strict 0.2 -> 1.1, 1.2 (0.3; seeds 0 and 1), lenient 1.7 -> the same: it
-shows its work, which is wrong.
+`gsm8k` strict 0.2 -> 2.7, 2.3, 2.7 (0.5). The same answer to every problem would get
+as much: the reward for the format ended the reasoning (docs/troubleshooting.md).
+`shown_work` strict 0.2 -> 1.1, 1.2 (0.3; seeds 0 and 1), lenient 1.7 -> the same. It
+shows its work, but the work is wrong.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ WORDS = {
 
 
 class Recipe(NamedTuple):
-    """What is asked, given the folder of GSM8K, and how it is trained."""
+    """A task, made from the folder of GSM8K, and the configuration of its training."""
 
     task: Callable[[str], Task]
     config: TrainConfig
@@ -130,7 +130,7 @@ def gsm8k(data: str) -> Task:
 
 
 def shown_work(data: str) -> Task:
-    """GSM8K with rewards for the way, learned from problems of one or two steps."""
+    """GSM8K with rewards for each step, trained on problems of one or two steps."""
     task, (solved, _, _) = load_task("gsm8k", data=data), read_splits(data)
     steps = [len(ANNOTATED.findall(row["answer"])) for row in solved]
     return dataclasses.replace(
@@ -142,7 +142,7 @@ def shown_work(data: str) -> Task:
 
 
 def calculation_reward(completions, question, **columns):
-    """The share of calculations that are right and made of what the question gives.
+    """The share of calculations that are right and use numbers of the question.
 
     `3 * 16 = 48` counts where 3 and 16 are numbers of the question or results of
     calculations that count, each as often as it is there. 0 without a calculation.
@@ -154,7 +154,7 @@ def calculation_reward(completions, question, **columns):
 
 
 def share_right(text: str, question: str) -> float:
-    """The share of the calculations in `text` that count, as said above."""
+    """The share of the calculations in `text` that count, as defined above."""
     known = given(question)
     found = CALCULATION.findall(text)
     right = 0
@@ -167,14 +167,14 @@ def share_right(text: str, question: str) -> float:
 
 
 def given(question: str) -> Counter[Fraction]:
-    """How often a question names each number, but 0 and 1: they change little."""
+    """How often a question names each number, without 0 and 1: they change little."""
     words = re.findall(r"[a-z]+", question.lower())
     named = [Fraction(WORDS[word]) for word in words if word in WORDS]
     return Counter(n for n in numbers(question) + named if n > 1)
 
 
 def answer_last(completions, **columns):
-    """1.0 for completions that end with `####` and what was calculated last, else 0.0.
+    """1.0 for completions that end with `####` and their last result, else 0.0.
 
     Rewarded for any number at the end, the model stops calculating: that is shorter.
     """
@@ -182,7 +182,7 @@ def answer_last(completions, **columns):
 
 
 def follows(text: str) -> bool:
-    """Whether the one `####` stands before the result of the last calculation."""
+    """Whether the only `####` is followed by the result of the last calculation."""
     found, last = CALCULATION.findall(text), LAST.search(text)
     if not found or last is None or text.count("####") > 1:
         return False
@@ -209,8 +209,8 @@ def value(expression: str) -> Fraction:
     return total + sign * term
 
 
-# Nothing is measured on the way, and there is no KL penalty: the reference knows no
-# better than the policy.
+# There is no evaluation during training. There is no KL penalty, because the reference
+# is no better than the policy.
 _UNWATCHED = TrainConfig(
     eval_every=0,
     eval_prompts=0,
@@ -294,7 +294,7 @@ def main(
 
 
 def described(config: TrainConfig) -> dict[str, Any]:
-    """What a result depends on."""
+    """The settings that a result depends on."""
     return {
         "steps": config.steps,
         "max_new_tokens": config.max_new_tokens,
