@@ -268,7 +268,7 @@ def sample(
       seed: of the sampling.
     """
     _check_counts(samples=samples, max_new_tokens=max_new_tokens)
-    from grpo_jax.reporting.text import visible
+    from grpo_jax.reporting.text import escape_control_chars
     from grpo_jax.training.evaluate import complete
     from grpo_jax.training.restore import open_policy
 
@@ -287,7 +287,7 @@ def sample(
         seed=seed,
     )
     for text in texts[0]:
-        print(visible(text))
+        print(escape_control_chars(text))
 
 
 def export(

@@ -27,7 +27,12 @@ from grpo_jax.config import ReportConfig, TrainConfig
 from grpo_jax.config.files import to_jsonable
 from grpo_jax.reporting import logs
 from grpo_jax.reporting import metrics as names
-from grpo_jax.reporting.text import Prompt, duration_text, prompt_text, visible
+from grpo_jax.reporting.text import (
+    Prompt,
+    duration_text,
+    escape_control_chars,
+    prompt_text,
+)
 
 # Lines about single steps; a live display shows them in its own way.
 _PROGRESS = logs.LOGGER.getChild("progress")
@@ -160,7 +165,7 @@ class Console:
         if self._live is not None and record.name == _PROGRESS.name:
             return
         warns = record.levelno >= logging.WARNING
-        message = visible(record.getMessage())
+        message = escape_control_chars(record.getMessage())
         if warns:
             message = f"{record.levelname.lower()}: {message}"
         if self._live is not None:
@@ -309,13 +314,13 @@ def _sample_panel(
     body = Text()
     body.append(_shortened(prompt) + "\n", style="dim")
     body.append(_shortened(completion) + "\n")
-    body.append(visible(scores), style="bold")
+    body.append(escape_control_chars(scores), style="bold")
     return Panel(body, title=Text(title), title_align="left")
 
 
 def _shortened(text: str) -> str:
     """The last lines of a long text, where a prompt asks and a completion answers."""
-    lines = visible(text).expandtabs(4).strip("\n").split("\n")
+    lines = escape_control_chars(text).expandtabs(4).strip("\n").split("\n")
     cut = ["..."] if len(lines) > _SAMPLE_LINES else []
     lines = cut + lines[-_SAMPLE_LINES:]
     return "\n".join(line if len(line) <= 400 else line[:397] + "..." for line in lines)

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from grpo_jax.reporting.text import visible
+from grpo_jax.reporting.text import escape_control_chars
 
 LOGGER = logging.getLogger("grpo_jax")
 
@@ -46,4 +46,4 @@ class _VisibleFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's line, with the lines of its exception if it has one."""
-        return visible(super().format(record))
+        return escape_control_chars(super().format(record))

@@ -1,5 +1,6 @@
 """Curves of one run or several over each other, as a PNG."""
 
+import io
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from grpo_jax.reporting import metrics
 from grpo_jax.reporting.panels import PANELS, Panel, panels_of, trend
+from grpo_jax.reporting.text import escape_control_chars
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,13 +40,18 @@ def plot_runs(run_dirs: Sequence[str | Path], out_png: str | Path) -> Path:
     return path
 
 
-def make_figure(runs: dict[str, list[dict[str, Any]]]) -> "Figure":
-    """A figure of the histories by name, a panel for each metric that some run has."""
+def make_figure(
+    runs: dict[str, list[dict[str, Any]]], panels: Sequence[Panel] | None = None
+) -> "Figure":
+    """A figure of the histories by name.
+
+    It has the given panels; by default one for each metric that some run has.
+    """
     # Not pyplot: it keeps figures alive, and may look for a display.
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    panels = panels_of(runs.values())
+    panels = panels_of(runs.values()) if panels is None else panels
     if not panels:
         wanted = ", ".join(panel.metric for panel in PANELS)
         raise ValueError(f"nothing to draw: no run has any of {wanted}")
@@ -59,6 +66,24 @@ def make_figure(runs: dict[str, list[dict[str, Any]]]) -> "Figure":
         axes.set_xlim(*limits)
     _name_runs(figure, list(runs))
     return figure
+
+
+def to_svg(figure: "Figure") -> str:
+    """The figure as an SVG element, for a page that is read in the light or the dark.
+
+    Black becomes the color of the page's text, and the first curve has its `--curve`.
+    """
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    # Text stays text: small, searchable, and in the page's font. No date and no random
+    # ids, so that the same run gives the same curves.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": ""}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]  # an element of HTML has no declaration
+    return svg.replace("#000000", "currentColor").replace("#0072b2", "var(--curve)")
 
 
 def _draw_panel(
@@ -79,9 +104,13 @@ def _draw_panel(
         if panel.band is not None:
             _draw_band(axes, (panel.metric, panel.band), history, color)
     low, high = axes.dataLim.intervaly
-    if low == high:  # a flat curve needs no scale of hundredths
+    # A flat curve needs no scale of hundredths. A running mean of equal values is flat
+    # up to rounding.
+    if high - low <= 1e-9 * abs(high):
         axes.set_ylim(low - 0.05, low + 1.0)
-    axes.set_title(panel.title, loc="left", fontsize=11, pad=8)
+    # A reward's name may hold a dollar sign, which would begin a formula.
+    title = escape_control_chars(panel.title)
+    axes.set_title(title, loc="left", fontsize=11, pad=8, parse_math=False)
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel(panel.label, fontsize=9)
     axes.tick_params(labelsize=8)

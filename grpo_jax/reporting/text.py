@@ -1,7 +1,8 @@
 """Model text made safe to show: nothing in it can move a cursor or hide a letter.
 
-What a model writes is not trusted. It may hold terminal escapes, bidirectional
-overrides and half surrogates; every way out to human eyes goes through `visible`.
+The output of a model is not trusted. It may hold terminal escapes, bidirectional
+overrides and half surrogates. All of it passes `escape_control_chars` before it is
+shown.
 """
 
 import unicodedata
@@ -17,10 +18,10 @@ _UNSAFE = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp"])
 _KEPT = frozenset("\n\t\u200c\u200d")
 
 
-def visible(text: str) -> str:
+def escape_control_chars(text: str) -> str:
     r"""`text` with every control and format character written out as an escape.
 
-    >>> visible("\x1b[31mred")
+    >>> escape_control_chars("\x1b[31mred")
     '\\x1b[31mred'
     """
     text = text.replace("\r\n", "\n")

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from grpo_jax.config import ReportConfig
 from grpo_jax.config.files import to_json_line, to_jsonable, write_text
 from grpo_jax.reporting import metrics as names
-from grpo_jax.reporting.text import prompt_text, visible
+from grpo_jax.reporting.text import escape_control_chars, prompt_text
 
 # Completions of one step that TensorBoard shows; all of them are in the JSON lines.
 _SHOWN = 4
@@ -137,7 +137,9 @@ class TensorBoardTracker:
         for index, row in enumerate(rows[:_SHOWN]):
             text = f"{prompt_text(row['prompt'])}\n---\n{row['completion']}"
             text = f"reward {row['reward']}\n---\n{text}"
-            block = "\n".join(f"    {line}" for line in visible(text).split("\n"))
+            block = "\n".join(
+                f"    {line}" for line in escape_control_chars(text).split("\n")
+            )
             self._writer.add_text(f"completions/{index}", block, step)
 
     def flush(self) -> None:

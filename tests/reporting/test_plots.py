@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from grpo_jax.reporting import metrics
 from grpo_jax.reporting.panels import PANELS, trend
-from grpo_jax.reporting.plots import make_figure, plot_runs
+from grpo_jax.reporting.plots import make_figure, plot_runs, to_svg
 
 
 def _axes(figure, title):
@@ -74,6 +74,26 @@ def test_a_flat_curve_is_not_drawn_on_a_scale_of_hundredths():
     flat = [{"step": i, "reward": i, "kl": 0.0} for i in range(3)]
     low, high = _axes(make_figure({"a": flat}), "KL to the reference").get_ylim()
     assert low < 0.0 < 0.9 < high
+
+
+def test_a_flat_curve_is_flat_when_its_running_mean_is_rounded():
+    flat = [{"step": i, "kl": 0.8} for i in range(120)]
+    low, high = _axes(make_figure({"a": flat}), "KL to the reference").get_ylim()
+    assert low < 0.8 < 1.7 < high
+
+
+def test_the_name_of_a_reward_is_no_formula_and_moves_no_cursor(tmp_path):
+    line = {"step": 1, "rewards/$x$/mean": 1.0, "rewards/\x1b[1m$/mean": 2.0}
+    figure = make_figure({"a": [line]})
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["Reward: $x$", "Reward: \\x1b[1m$"]
+    assert ">Reward: $x$<" in to_svg(figure)  # and no italic x
+
+
+def test_the_same_figure_is_the_same_svg():
+    history = [{"step": i, "reward": i % 7, "reward_std": 1.0} for i in range(50)]
+    svgs = {to_svg(make_figure({"a": history})) for _ in range(2)}
+    assert len(svgs) == 1 and svgs.pop().startswith("<svg")
 
 
 def test_legend_names_every_run_once_and_one_run_is_the_title():

@@ -19,6 +19,7 @@ NAMES = {
     if name.isupper() and isinstance(value, str) and not name.startswith("_")
     if name not in NO_METRICS
 }
+EVERYTHING = dict.fromkeys(NAMES, 0.25)
 # Where a metric is left out on purpose.
 LEFT_OUT = {
     ("console", metrics.REWARD_STD),
@@ -54,17 +55,18 @@ def on_page(line, tmp_path):
     return cards, in_plot(line, tmp_path)
 
 
-@pytest.mark.parametrize("shown", [on_console, in_plot, on_page])
+@pytest.fixture(scope="module", params=[on_console, in_plot, on_page])
+def way(request, tmp_path_factory):
+    """A way to show metrics, and what it shows of all of them."""
+    return request.param, request.param(EVERYTHING, tmp_path_factory.mktemp("all"))
+
+
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_a_metric_with_a_name_is_shown_or_listed_as_not(name, shown, tmp_path):
-    everything = dict.fromkeys(NAMES, 0.25)
-    less = {metric: value for metric, value in everything.items() if metric != name}
-    folders = tmp_path / "all", tmp_path / "less"
-    for folder in folders:
-        folder.mkdir()
-    differ = shown(everything, folders[0]) != shown(less, folders[1])
+def test_a_metric_with_a_name_is_shown_or_listed_as_not(name, way, tmp_path):
+    shown, everything = way
+    less = {metric: value for metric, value in EVERYTHING.items() if metric != name}
     place = shown.__name__.rpartition("_")[2]
-    assert differ == ((place, name) not in LEFT_OUT)
+    assert (shown(less, tmp_path) != everything) == ((place, name) not in LEFT_OUT)
 
 
 def test_a_held_out_reward_stands_where_the_accuracy_would(tmp_path):

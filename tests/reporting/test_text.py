@@ -4,19 +4,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.reporting.text import duration_text, prompt_text, visible
+from grpo_jax.reporting.text import duration_text, escape_control_chars, prompt_text
 
 
 @given(st.text(st.characters(codec=None)))
 def test_visible_text_holds_no_control_format_or_surrogate_character(text):
     kept = "\n\t\u200c\u200d"
-    for char in visible(text):
+    for char in escape_control_chars(text):
         assert (
             char in kept
             or unicodedata.category(char)[0] != "C"
             or (unicodedata.category(char) in ("Cn", "Co"))
         )
-    visible(text).encode("utf-8")
+    escape_control_chars(text).encode("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_visible_text_holds_no_control_format_or_surrogate_character(text):
     ],
 )
 def test_visible_text_writes_out_what_could_act_and_keeps_the_rest(text, shown):
-    assert visible(text) == shown
+    assert escape_control_chars(text) == shown
 
 
 def test_chat_prompt_names_the_role_of_each_message():
