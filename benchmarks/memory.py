@@ -26,7 +26,7 @@ from grpo_jax.rollout.generate import generate
 from grpo_jax.training.optimizer import make_optimizer
 from grpo_jax.training.state import Batch, make_train_state
 from grpo_jax.training.step import score_batch
-from grpo_jax.weights.pretrained import load_config
+from grpo_jax.weights.pretrained import read_model_config
 
 MIB = 2**20
 
@@ -49,7 +49,7 @@ def main(
       out: a file to which the line is appended.
     """
     work = WORKLOADS[workload]
-    model = load_config(str(work.folder(models)))
+    model = read_model_config(str(work.folder(models)))
     rows = {}
     for choice in remat:
         config = run_config(work, choice, microbatch_size)

@@ -14,16 +14,11 @@ from jaxtyping import Array, Key, PyTree
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
+from grpo_jax.parallel.mesh import named_leaves
 
-# Target name -> module path of the projection.
-PATHS = {
-    "q": ("layers", "attn", "q"),
-    "k": ("layers", "attn", "k"),
-    "v": ("layers", "attn", "v"),
-    "o": ("layers", "attn", "o"),
-    "gate": ("layers", "mlp", "gate"),
-    "up": ("layers", "mlp", "up"),
-    "down": ("layers", "mlp", "down"),
+# Target name -> path of the projection in the parameters.
+PATHS = {name: f"layers/attn/{name}" for name in ("q", "k", "v", "o")} | {
+    name: f"layers/mlp/{name}" for name in ("gate", "up", "down")
 }
 
 
@@ -52,9 +47,9 @@ def init_lora(
         )
     if rank < 1:
         raise ValueError(f"lora rank must be at least 1, got {rank}")
-    shapes = _flat(abstract_params(model))
+    shapes = named_leaves(abstract_params(model))
     for name in targets:
-        sides = shapes[(*PATHS[name], "kernel")].shape[1:]
+        sides = shapes[f"{PATHS[name]}/kernel"].shape[1:]
         if rank > min(sides):
             raise ValueError(
                 f"lora rank must be at most {min(sides)}, got {rank}: the kernel of "
@@ -63,12 +58,12 @@ def init_lora(
     adapters = {}
     for name, one_key in zip(PATHS, jax.random.split(key, len(PATHS)), strict=True):
         if name in targets:
-            num_layers, fan_in, fan_out = shapes[(*PATHS[name], "kernel")].shape
+            num_layers, fan_in, fan_out = shapes[f"{PATHS[name]}/kernel"].shape
             shape, bound = (num_layers, fan_in, rank), fan_in**-0.5
             a = jax.random.uniform(one_key, shape, minval=-bound, maxval=bound)
-            adapters[(*PATHS[name], "a")] = a
-            adapters[(*PATHS[name], "b")] = jnp.zeros((num_layers, rank, fan_out))
-    return traverse_util.unflatten_dict(adapters)
+            adapters[f"{PATHS[name]}/a"] = a
+            adapters[f"{PATHS[name]}/b"] = jnp.zeros((num_layers, rank, fan_out))
+    return traverse_util.unflatten_dict(adapters, sep="/")
 
 
 def lora_axes(model: Decoder, adapters: PyTree) -> PyTree:
@@ -76,13 +71,14 @@ def lora_axes(model: Decoder, adapters: PyTree) -> PyTree:
 
     The rank is too small to split and has no name.
     """
-    kernels = _flat(param_axes(model))
+    kernels: dict[Any, Any] = traverse_util.flatten_dict(param_axes(model), sep="/")
     axes = {}
-    for path in _flat(adapters):
-        layers, inward, outward = kernels[(*path[:-1], "kernel")]
+    for path in named_leaves(adapters):
+        module, _, factor = path.rpartition("/")
+        layers, inward, outward = kernels[f"{module}/kernel"]
         ends = {"a": (layers, inward, None), "b": (layers, None, outward)}
-        axes[path] = ends[path[-1]]
-    return traverse_util.unflatten_dict(axes)
+        axes[path] = ends[factor]
+    return traverse_util.unflatten_dict(axes, sep="/")
 
 
 def merge_lora(params: PyTree, adapters: PyTree, config: ModelConfig) -> PyTree:
@@ -96,16 +92,11 @@ def merge_lora(params: PyTree, adapters: PyTree, config: ModelConfig) -> PyTree:
     """
     if config.lora_scale is None:
         raise ValueError("ModelConfig.lora_scale is None; set it to alpha / rank")
-    merged = {path: leaf.astype(jnp.float32) for path, leaf in _flat(params).items()}
-    factors = _flat(adapters)
-    for path in {path[:-1] for path in factors}:
-        a, b = factors[(*path, "a")], factors[(*path, "b")]
-        merged[(*path, "kernel")] += config.lora_scale * jnp.matmul(
+    merged = {k: leaf.astype(jnp.float32) for k, leaf in named_leaves(params).items()}
+    factors = named_leaves(adapters)
+    for path in {path.rpartition("/")[0] for path in factors}:
+        a, b = factors[f"{path}/a"], factors[f"{path}/b"]
+        merged[f"{path}/kernel"] += config.lora_scale * jnp.matmul(
             a, b, precision=jax.lax.Precision.HIGHEST
         )
-    return traverse_util.unflatten_dict(merged)
-
-
-def _flat(tree: PyTree) -> dict[tuple[str, ...], Any]:
-    flat: Any = traverse_util.flatten_dict(tree)
-    return flat
+    return traverse_util.unflatten_dict(merged, sep="/")

@@ -16,7 +16,7 @@ from grpo_jax.models.limits import check_stop_ids, longest_prompt
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.devices import find_device
 from grpo_jax.planning.memory import activation_bytes, estimate, evaluation_batch
-from grpo_jax.weights.pretrained import load_config, load_without_weights
+from grpo_jax.weights.pretrained import load_without_weights, read_model_config
 
 GIB = 2**30
 # The share of a device's memory that arrays may fill; the rest is the runtime's or lost
@@ -182,7 +182,7 @@ def _read_model(name: str) -> ModelConfig:
     """
     path = Path(name).expanduser()
     is_whole = path.is_file() or any(path.glob("*.safetensors"))
-    return load_without_weights(name)[0] if is_whole else load_config(name)
+    return load_without_weights(name)[0] if is_whole else read_model_config(name)
 
 
 def _refused(model: ModelConfig, config: TrainConfig) -> str | None:

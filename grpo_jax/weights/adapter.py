@@ -1,4 +1,4 @@
-"""Adapters as folders of PEFT, which loads them onto the base model, and back.
+"""Saves adapters as folders of PEFT, and loads such folders.
 
 Files: adapter_config.json and adapter_model.safetensors, with one pair of tensors per
 layer and projection. https://huggingface.co/docs/peft/developer_guides/checkpoint
@@ -16,8 +16,10 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import PyTree
 
+from grpo_jax.config.files import write_json
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.lora import PATHS, adaptable
+from grpo_jax.parallel.mesh import named_leaves
 from grpo_jax.weights import safetensors
 from grpo_jax.weights.folder import replaced_folder
 from grpo_jax.weights.names import (
@@ -28,17 +30,17 @@ from grpo_jax.weights.names import (
 )
 from grpo_jax.weights.pretrained import find_base
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+_TENSORS = "adapter_model.safetensors"
 
-# Keys without effect on what trained adapters compute, or told by the tensors.
+# Keys that do not change what trained adapters compute, or that the tensors imply.
 _IGNORED_KEYS = frozenset(
     """
     peft_version auto_mapping base_model_name_or_path revision task_type inference_mode
     target_modules exclude_modules lora_dropout megatron_core qalora_group_size
     """.split()
 )
-# Keys that change the adapters, and the values at which they are those of this package.
+# Keys that change the adapters, and the values that this package supports.
 _FIXED_KEYS: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -49,13 +51,13 @@ _FIXED_KEYS: Mapping[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """Trained adapters, with what it takes to use them.
+    """Trained adapters, their scale and their base model.
 
     Attributes:
         params: the collection `lora` of a model.
         alpha: the adapters' output is scaled by alpha / rank.
-        base_name: the model that they stand on, as it was loaded; written as
-            `find_base` gives it.
+        base_name: the name that the base model was loaded by. The folder has the name
+            that `find_base` returns.
     """
 
     params: PyTree
@@ -65,29 +67,24 @@ class Adapter:
     @property
     def rank(self) -> int:
         """The width of the adapters."""
-        return self._flat[(*PATHS[self.targets[0]], "a")].shape[-1]
+        return named_leaves(self.params)[f"{PATHS[self.targets[0]]}/a"].shape[-1]
 
     @property
     def targets(self) -> tuple[str, ...]:
         """The projections that have adapters."""
-        present = {path[:-1] for path in self._flat}
-        return tuple(name for name, path in PATHS.items() if path in present)
+        leaves = named_leaves(self.params)
+        return tuple(name for name, path in PATHS.items() if f"{path}/a" in leaves)
 
     @property
     def scale(self) -> float:
-        """What `ModelConfig.lora_scale` must be for these adapters."""
+        """The `ModelConfig.lora_scale` of a model that uses these adapters."""
         return self.alpha / self.rank
-
-    @property
-    def _flat(self) -> dict[tuple[str, ...], Any]:
-        flat: Any = traverse_util.flatten_dict(self.params)
-        return flat
 
 
 def save_adapter(
     folder: str | os.PathLike[str], adapter: Adapter, config: ModelConfig
 ) -> None:
-    """Writes a folder of PEFT, whole or not at all; an earlier export is replaced.
+    """Writes a folder of PEFT, atomically; it replaces an earlier export.
 
     Args:
         config: of the base model.
@@ -97,7 +94,7 @@ def save_adapter(
     """
     targets = adapter.targets
     if not targets:
-        raise ValueError(f"the adapters are of none of the projections {sorted(PATHS)}")
+        raise ValueError(f"params have adapters of none of {sorted(PATHS)}")
     rank = adapter.rank
     table = adapter_table(config, rank=rank, targets=targets)
     modules = sorted({row.names[0].split(".")[-3] for row in table})
@@ -118,49 +115,46 @@ def save_adapter(
     }
     with replaced_folder(pathlib.Path(folder)) as place:
         safetensors.write_file(
-            place / TENSORS, dict(table_tensors(table, adapter.params))
+            place / _TENSORS, dict(table_tensors(table, adapter.params))
         )
-        (place / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+        write_json(place / _CONFIG, values)
 
 
 def load_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter:
-    """The float32 adapters in a folder of PEFT, for a base model of this configuration.
+    """Returns the float32 adapters in a folder of PEFT, for a base model of `config`.
 
     Use them with `dataclasses.replace(config, lora_scale=adapter.scale)`.
 
     Raises:
-        ValueError: naming the file that is missing or damaged, an option that these
-            adapters do not have, or tensors that do not fit the config.
+        ValueError: naming the file that is missing or damaged, an option that is not
+            supported, or tensors that do not fit the config.
     """
     path = pathlib.Path(folder)
-    options = _read_options(path / CONFIG)
-    if not (path / TENSORS).is_file():
+    if not (path / _CONFIG).is_file():
+        raise ValueError(f"{path} is no adapter folder: it has no {_CONFIG}")
+    options = _read_options(path / _CONFIG)
+    file = path / _TENSORS
+    if not file.is_file():
         raise ValueError(
-            f"{path} has no {TENSORS}; pickled adapters are not supported, because "
+            f"{path} has no {_TENSORS}; pickled adapters are not supported, because "
             "they run code when they are read"
         )
-    tensors = safetensors.open_file(path / TENSORS)
-    rank = options["r"]
-    every = {
-        n: adapter_table(config, rank=rank, targets=(n,)) for n in adaptable(config)
+    tensors = safetensors.open_file(file)
+    every = adapter_table(config, rank=options["r"], targets=adaptable(config))
+    found = {
+        row.path.rpartition("/")[0]
+        for row in every
+        if any(name in tensors for name in row.names)
     }
-    # A target with any tensor must have all of them.
-    found = [
-        target
-        for target, rows in every.items()
-        if any(name in tensors for row in rows for name in row.names)
-    ]
     if not found:
-        raise ValueError(
-            f"{path / TENSORS} has no adapters of this model's projections"
-        )
-    table = adapter_table(config, rank=rank, targets=found)
+        raise ValueError(f"{file} has no adapters of this model's projections")
+    # A target with any tensor must have all of them.
+    table = [row for row in every if row.path.rpartition("/")[0] in found]
     check_tensors(table, tensors, source=str(path))
-    flat = {}
-    for row in table:
-        whole = (slice(None),) * len(row.shape)
-        values = read_parameter(row, tensors, whole, dtype=np.dtype(np.float32))
-        flat[row.path] = jnp.asarray(values)
+    flat = {
+        row.path: jnp.asarray(read_parameter(row, tensors, dtype=np.dtype(np.float32)))
+        for row in table
+    }
     return Adapter(
         params=traverse_util.unflatten_dict(flat, sep="/"),
         alpha=float(options["lora_alpha"]),
@@ -169,32 +163,28 @@ def load_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
 
 
 def _read_options(file: pathlib.Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"{file.parent} is no adapter folder: it has no {CONFIG}")
     try:
         options = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{file} is not a JSON object")
-    wrong = [
-        f"{key}={value!r}"
-        for key, value in options.items()
-        if not _is_supported(key, value)
-    ]
+
+    def supported(key: str, value: Any) -> bool:
+        if key in _IGNORED_KEYS:
+            return True
+        if key in _FIXED_KEYS:
+            return value in _FIXED_KEYS[key]
+        if key == "r":
+            return isinstance(value, int) and value > 0
+        if key == "lora_alpha":
+            return isinstance(value, int | float) and value > 0
+        # By convention an option that is null, false, zero or empty is not in use.
+        return not value
+
+    wrong = [f"{k}={v!r}" for k, v in options.items() if not supported(k, v)]
     if wrong:
-        raise ValueError(f"{file} asks for what is not supported: {', '.join(wrong)}")
+        raise ValueError(
+            f"{file} has options that are not supported: {', '.join(wrong)}"
+        )
     return options
-
-
-def _is_supported(key: str, value: Any) -> bool:
-    if key in _IGNORED_KEYS:
-        return True
-    if key in _FIXED_KEYS:
-        return value in _FIXED_KEYS[key]
-    if key == "r":
-        return isinstance(value, int) and value > 0
-    if key == "lora_alpha":
-        return isinstance(value, int | float) and value > 0
-    # By custom an option that is null, false, zero or empty is not in use.
-    return not value

@@ -1,16 +1,16 @@
 """GGUF files: weights, configuration and tokenizer of a model in one file.
 
-Tensors are dequantized to float32 and given the layout that Hugging Face files have.
-llama.cpp reorders two kinds of tensors on conversion, which is undone here: rows of the
-query and key projections of Llama (its rotary embedding pairs neighbors), and the norms
-of Gemma (it stores the whole multiplier, 1 + w).
+Tensors are dequantized to float32, in the layout of Hugging Face files. llama.cpp
+changes two kinds of tensors on conversion, and this module changes them back. It
+reorders the rows of Llama's query and key projections, because its rotary embedding
+pairs neighbors. And it stores the norms of Gemma as the whole multiplier, 1 + w.
 """
 
 import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -27,40 +27,38 @@ _ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
 }
-# The number of layers of the 27B models, whose attention scale is that of the width
-# per head instead of the head width; the files do not state it.
+# The number of layers of the 27B models. They scale attention by hidden size / heads
+# instead of the head width, and their files do not say so.
 _WIDE_GEMMA_LAYERS = {"gemma2": 46, "gemma3": 62}
 _ROPE_FACTORS = "rope_freqs.weight"
 
-# Fields of an architecture without effect on what it computes here: sizes told by
-# tensors, bookkeeping, and the layout of tensors in the file that was converted.
+# Fields that do not change what a model computes here: sizes that the tensors have too,
+# bookkeeping, and the layout of tensors in the file that was converted.
 _IGNORED = frozenset(
     """
     vocab_size tensor_data_layout pooling_type expert_used_count
     rope.scaling.finetuned rope.scaling.original_context_length
     """.split()
 )
-_ROPE = ("rope.dimension_count", "rope.freq_base")
-_SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear")
 _READ = frozenset(
-    (
-        *("context_length", "embedding_length", "block_count", "feed_forward_length"),
-        *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
-        *("attention.layer_norm_rms_epsilon", "expert_count", *_ROPE, *_SCALING),
-    )
+    """
+    context_length embedding_length block_count feed_forward_length expert_count
+    attention.head_count attention.head_count_kv attention.key_length
+    attention.layer_norm_rms_epsilon rope.dimension_count rope.freq_base
+    rope.scaling.type rope.scaling.factor rope.scale_linear
+    """.split()
 )
-_READ_OF_GEMMA = _READ | {
-    "attention.sliding_window",
-    "attention.sliding_window_pattern",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "rope.freq_base_swa",
-}
+_READ_OF_GEMMA = _READ.union(
+    """
+    attention.sliding_window attention.sliding_window_pattern rope.freq_base_swa
+    attn_logit_softcapping final_logit_softcapping
+    """.split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class GgufModel:
-    """What a GGUF file holds; tensors carry their Hugging Face names."""
+    """The content of a GGUF file; tensors have their Hugging Face names."""
 
     config: ModelConfig
     tensors: Mapping[str, Tensor]
@@ -73,33 +71,55 @@ class _GgufTensor:
 
     data: Any  # the reader's record
     file: str
-    order: Literal["as is", "rotary pairs", "shifted norm"]
-    heads: int  # whose rows are in rotary pairs
+    rotary_heads: int | None  # heads whose rows are in rotary pairs
+    shifted: bool  # a norm that is stored as 1 + w
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(int(size) for size in reversed(self.data.shape))
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        values = _dequantize(self.data, file=self.file).reshape(self.shape)
-        if self.order == "rotary pairs":
+        import gguf
+
+        kind = self.data.tensor_type
+        try:
+            values = gguf.dequantize(self.data.data, kind).reshape(self.shape)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self.data.name} in {self.file} has type {kind.name}, which cannot "
+                "be dequantized; use a file in F16, BF16, F32, Q8_0 or Q4_K_M"
+            ) from error
+        if self.rotary_heads is not None:
             # Rows (pair, first or second) of a head become (first or second, pair).
-            pairs = values.reshape(self.heads, -1, 2, *values.shape[1:])
+            pairs = values.reshape(self.rotary_heads, -1, 2, *values.shape[1:])
             values = pairs.swapaxes(1, 2).reshape(values.shape)
-        elif self.order == "shifted norm":
+        if self.shifted:
             values = values - np.float32(1.0)
         return values[index]
 
 
 def open_gguf(path: pathlib.Path) -> GgufModel:
-    """The model of a GGUF file, its tensors unread.
+    """Returns the model of a GGUF file, with its tensors unread.
 
     Raises:
-        ValueError: naming the file, if it is truncated or no GGUF file, a part of a
-            split model, or of an architecture or kind that is not supported.
+        ValueError: naming the file. It is truncated or no GGUF file, a part of a split
+            model, or of an architecture or kind that is not supported.
     """
-    reader = _open_reader(path)
-    fields = {name: _value(field) for name, field in reader.fields.items()}
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a complete GGUF file ({error}); download or copy it again"
+        ) from error
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    # Numbers are stored in float32: 1e-5 means that, not 9.999999747378752e-06.
+    fields |= {
+        name: float(str(np.float32(value)))
+        for name, value in fields.items()
+        if isinstance(value, float)
+    }
     stored: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
     if fields.get("split.count", 0) > 1:
         raise ValueError(
@@ -112,64 +132,29 @@ def open_gguf(path: pathlib.Path) -> GgufModel:
         raise ValueError(f"cannot load {path}: it has no {error}") from error
     except ValueError as error:
         raise ValueError(f"cannot load {path}: {error}") from error
-    renamed: dict[str, str] = {
+    hf_names = {
         gguf_name: name
         for row in parameter_table(config)
         for gguf_name, name in zip(row.gguf_names, row.names, strict=True)
     }
+    rotary = {}
+    if fields["general.architecture"] == "llama":
+        rotary = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
     tensors: dict[str, Tensor] = {
-        renamed.get(name, name): _tensor(tensor, fields, config, file=str(path))
+        hf_names.get(name, name): _GgufTensor(
+            data=tensor,
+            file=str(path),
+            rotary_heads=rotary.get(name.split(".")[-2]) if "." in name else None,
+            shifted=bool(config.norm_offset) and name.endswith("norm.weight"),
+        )
         for name, tensor in stored.items()
         if name != _ROPE_FACTORS
     }
     return GgufModel(config=config, tensors=tensors, fields=fields)
 
 
-def _open_reader(path: pathlib.Path) -> Any:
-    import gguf
-
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(
-            f"{path} is not a complete GGUF file ({error}); download or copy it again"
-        ) from error
-
-
-def _value(field: Any) -> Any:
-    value = field.contents()
-    # Numbers are stored in float32: 1e-5 means that, not 9.999999747378752e-06.
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def _dequantize(tensor: Any, *, file: str) -> np.ndarray:
-    import gguf
-
-    try:
-        return gguf.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{tensor.name} in {file} has type {tensor.tensor_type.name}, which cannot "
-            "be dequantized; use a file in F16, BF16, F32, Q8_0 or Q4_K_M"
-        ) from error
-
-
-def _tensor(
-    tensor: Any, fields: Mapping[str, Any], config: ModelConfig, *, file: str
-) -> _GgufTensor:
-    architecture, name = fields["general.architecture"], tensor.name
-    order, heads = "as is", config.num_heads
-    if architecture == "llama" and ".attn_q." in name:
-        order = "rotary pairs"
-    elif architecture == "llama" and ".attn_k." in name:
-        order, heads = "rotary pairs", config.num_kv_heads
-    elif config.norm_offset and name.endswith("norm.weight"):
-        order = "shifted norm"
-    return _GgufTensor(tensor, file, order, heads)
-
-
 def _hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json that says what the fields say."""
+    """Returns the config.json that is equivalent to the fields."""
     name = fields.get("general.architecture")
     if name not in _ARCHITECTURES:
         raise ValueError(
@@ -177,13 +162,14 @@ def _hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
             f"{sorted(_ARCHITECTURES)}"
         )
     own = {
-        key.removeprefix(f"{name}."): _same(key, value)
+        key.removeprefix(f"{name}."): _one_value(key, value)
         for key, value in fields.items()
         if key.startswith(f"{name}.")
     }
     if own.get("expert_count"):
         raise ValueError("mixtures of experts are not supported")
     heads, width = own["attention.head_count"], own["embedding_length"]
+    head_dim = own.get("attention.key_length", width // heads)
     hf = {
         "architectures": [_ARCHITECTURES[name]],
         "model_type": FAMILIES[_ARCHITECTURES[name]].model_type,
@@ -193,7 +179,7 @@ def _hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
         "num_hidden_layers": own["block_count"],
         "num_attention_heads": heads,
         "num_key_value_heads": own.get("attention.head_count_kv", heads),
-        "head_dim": own.get("attention.key_length", width // heads),
+        "head_dim": head_dim,
         "max_position_embeddings": own["context_length"],
         "rms_norm_eps": own["attention.layer_norm_rms_epsilon"],
         "rope_theta": own.get("rope.freq_base", 10_000.0),
@@ -202,7 +188,11 @@ def _hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
         "eos_token_id": list(stop_ids(fields)) or None,
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
     }
-    _check_rotary_width(own.get("rope.dimension_count"), hf["head_dim"])
+    rotary = own.get("rope.dimension_count", head_dim)
+    if rotary != head_dim:
+        raise ValueError(
+            f"rotary embeddings of {rotary} of {head_dim} dimensions are not supported"
+        )
     hf["rope_scaling"] = _rope_scaling(own, hf, stored)
     if name == "llama":
         hf["attention_bias"] = "blk.0.attn_q.bias" in stored
@@ -210,13 +200,13 @@ def _hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
     gemma = name in _WIDE_GEMMA_LAYERS
     if gemma:
         wide = own["block_count"] == _WIDE_GEMMA_LAYERS[name]
-        hf |= _gemma_options(own, width // heads if wide else hf["head_dim"])
-    _check_unread(name, own, _READ_OF_GEMMA if gemma else _READ, hf["head_dim"])
+        hf |= _gemma_options(own, width // heads if wide else head_dim)
+    _check_unread(name, own, _READ_OF_GEMMA if gemma else _READ, head_dim)
     return hf
 
 
-def _same(key: str, value: Any) -> Any:
-    """A number that may be given once for each layer, as it is in all of them."""
+def _one_value(key: str, value: Any) -> Any:
+    """Returns the value of a number that may be given once for each layer."""
     if key.endswith("sliding_window_pattern") or not isinstance(value, list):
         return value
     if len(set(value)) != 1:
@@ -227,11 +217,11 @@ def _same(key: str, value: Any) -> Any:
 def _check_unread(
     name: str, own: Mapping[str, Any], read: frozenset[str], head_dim: int
 ) -> None:
-    """Refuses fields that change the model and that nothing here reads.
+    """Refuses fields that change the model and that this module does not read.
 
-    By custom one that is false, zero or empty is not in use.
+    By convention a field that is false, zero or empty is not in use.
     """
-    as_here = {
+    accepted = {
         "attention.causal": True,
         "attention.value_length": head_dim,
         "attention.key_length_swa": head_dim,
@@ -243,7 +233,7 @@ def _check_unread(
         f"{name}.{key}={value!r}"
         for key, value in own.items()
         if key not in read | _IGNORED
-        and (not math.isclose(value, as_here[key]) if key in as_here else value)
+        and (not math.isclose(value, accepted[key]) if key in accepted else value)
     ]
     if unread:
         raise ValueError(f"not supported: {', '.join(unread)}")
@@ -267,19 +257,30 @@ def _gemma_options(own: Mapping[str, Any], attention_width: int) -> dict[str, An
     return options
 
 
-def _check_rotary_width(rotary: int | None, head_dim: int) -> None:
-    if rotary not in (None, head_dim):
-        raise ValueError(
-            f"rotary embeddings of {rotary} of {head_dim} dimensions are not supported"
-        )
-
-
 def _rope_scaling(
     own: Mapping[str, Any], hf: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     if _ROPE_FACTORS in stored:
-        return _llama3_scaling(stored[_ROPE_FACTORS].data, hf)
-    # A factor without a kind scales linearly, as does the older of its two names.
+        # Llama 3.1, of which the file has the frequency divisors alone. The largest is
+        # the factor. The other settings are taken to be those of all Llama 3 models,
+        # which must give the divisors back.
+        factors = stored[_ROPE_FACTORS].data
+        scaling = {
+            "factor": float(factors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        plain, scaled = (
+            inverse_frequencies(
+                RopeConfig(theta=hf["rope_theta"], **options), head_dim=hf["head_dim"]
+            )
+            for options in ({}, {"kind": "llama3", **scaling})
+        )
+        if not np.allclose(plain / scaled, factors, rtol=1e-3):
+            raise ValueError(f"{_ROPE_FACTORS} are not those of a Llama 3 model")
+        return {"rope_type": "llama3", **scaling}
+    # A factor without a kind scales linearly, and so does the older of its two names.
     kind = own.get("rope.scaling.type", "linear")
     factor = own.get("rope.scaling.factor", own.get("rope.scale_linear")) or 1.0
     if kind == "none" or factor == 1.0:
@@ -287,25 +288,3 @@ def _rope_scaling(
     if kind != "linear":
         raise ValueError(f"rotary scaling {kind!r} is not supported in GGUF")
     return {"rope_type": "linear", "factor": float(factor)}
-
-
-def _llama3_scaling(factors: np.ndarray, hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The scaling of Llama 3.1 whose frequency divisors are `factors`.
-
-    The file has only the divisors. The largest is the factor; the other settings are
-    taken to be those of all Llama 3 models, which must give the divisors back.
-    """
-    scaling = {
-        "factor": float(factors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    theta, head_dim = hf["rope_theta"], hf["head_dim"]
-    plain = inverse_frequencies(RopeConfig(theta=theta), head_dim=head_dim)
-    scaled = inverse_frequencies(
-        RopeConfig(theta=theta, kind="llama3", **scaling), head_dim=head_dim
-    )
-    if not np.allclose(plain / scaled, factors, rtol=1e-3):
-        raise ValueError(f"{_ROPE_FACTORS} are not those of a Llama 3 model")
-    return {"rope_type": "llama3", **scaling}

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from flax import traverse_util
 from jaxtyping import PyTree
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.lora import PATHS
+from grpo_jax.parallel.mesh import named_leaves
 
 # Architecture -> the router, the list of experts, and gate, up and down in each. These
 # are the tensors of files; transformers 5 joins those of experts when it reads them.
@@ -89,7 +89,7 @@ def adapter_table(
     kernels = {row.path: row for row in parameter_table(config)}
     rows = []
     for target in targets:
-        path = "/".join(PATHS[target])
+        path = PATHS[target]
         kernel = kernels[f"{path}/kernel"]
         num_layers, inward, outward = kernel.shape
         for factor, kind, shape in (
@@ -155,11 +155,12 @@ def check_tensors(
 def read_parameter(
     parameter: Parameter,
     tensors: Mapping[str, Tensor],
-    index: tuple[slice, ...],
+    index: tuple[slice, ...] | None = None,
     *,
     dtype: np.dtype,
 ) -> np.ndarray:
-    """The part of a parameter in `index`, reading only that part of its tensors."""
+    """The part of a parameter in `index`, or all; no other part is read."""
+    index = index or (slice(None),) * len(parameter.shape)
     bounds = tuple(
         slice(*part.indices(size)[:2])
         for part, size in zip(index, parameter.shape, strict=True)
@@ -192,7 +193,7 @@ def table_tensors(
     Raises:
         ValueError: the tree is not one of this table.
     """
-    flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
+    flat = named_leaves(params)
     given = {path: tuple(values.shape) for path, values in flat.items()}
     needed = {row.path: row.shape for row in table}
     if given != needed:

@@ -1,8 +1,8 @@
-"""Models with their parameters and tokenizer, from files or the hub and back.
+"""Loads and saves models with their parameters and tokenizer.
 
-Files are Hugging Face's: config.json, safetensors, tokenizer.json, a chat template. A
-GGUF file is read too. Parameters are read tensor by tensor into their places, and where
-shardings are given, each device's part by itself.
+Files are those of Hugging Face: config.json, safetensors, tokenizer.json and a chat
+template. A GGUF file can be loaded, too. Parameters are read one tensor at a time. With
+shardings, each process reads only the parts of its own devices.
 """
 
 import dataclasses
@@ -20,9 +20,11 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import PyTree
 
-from grpo_jax.config import SamplingConfig
+from grpo_jax.config import EMBEDDED, SamplingConfig
+from grpo_jax.config.files import write_json
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.parallel.mesh import named_leaves
 from grpo_jax.weights import safetensors
 from grpo_jax.weights.folder import replaced_folder
 from grpo_jax.weights.gguf import GgufModel, open_gguf
@@ -41,25 +43,23 @@ from grpo_jax.weights.names import (
 )
 from grpo_jax.weights.tokenizer import Tokenizer
 
-EMBEDDED = "embedded"
-
 # A model -> the tree of its parameters' shardings.
-Placement = Callable[[Decoder], PyTree]
+_Placement = Callable[[Decoder], PyTree]
 # The path of a parameter, as in "layers/attn/q/kernel" -> the name of its dtype.
-DtypeOf = Callable[[str], str]
+_DtypeOf = Callable[[str], str]
 
-# A part that begins with a dot, as in ./model, is one of a path.
+# A name that begins with a dot, as in ./model, is a path.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 _DTYPES = ("float32", "bfloat16", "float16")
-_ROWS = 4096  # of a matrix, compared at a time
+_ROWS = 4096  # rows of a matrix that are compared at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """A language model: module, parameters, tokenizer and configuration.
 
-    `commit` is that of the hub, of a model that came from there.
+    `commit` is the commit of a model from the hub.
     """
 
     model: Decoder
@@ -73,8 +73,8 @@ def load_pretrained(
     name_or_path: str | os.PathLike[str],
     *,
     revision: str | None = None,
-    dtype: str | DtypeOf = "float32",
-    sharding: Placement | None = None,
+    dtype: str | _DtypeOf = "float32",
+    sharding: _Placement | None = None,
 ) -> Pretrained:
     """The model in a folder, a GGUF file, on the Hugging Face hub, or "embedded".
 
@@ -82,30 +82,42 @@ def load_pretrained(
 
     Args:
         revision: branch, tag or commit on the hub.
-        dtype: of the parameters, one for all or by path; that of compute is the
-            configuration's.
-        sharding: gives the sharding with which each parameter is born, as a tree like
-            the parameters. Only the parts of this process's devices are read. None is
-            the default device.
+        dtype: of the parameters, one for all or by path. The configuration has the
+            compute dtype.
+        sharding: returns the sharding of each parameter, as a tree like the parameters.
+            Only the parts of this process's devices are read. None is the default
+            device.
 
     Raises:
-        ValueError: naming the file or name: not found, incomplete, damaged, of a kind
-            that is not supported, or whose parts do not fit each other.
+        ValueError: naming the file or name. It was not found, is incomplete, damaged,
+            of a kind that is not supported, or its parts do not fit each other.
     """
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
     source = _open(str(name_or_path), revision)
-    params = _read_params(source.config, source.tensors, dtype, sharding)
     model = Decoder(source.config)
+    shardings = {} if sharding is None else named_leaves(sharding(model))
+    params = {}
+    for row in parameter_table(source.config):
+        name = dtype if isinstance(dtype, str) else dtype(row.path)
+        params[row.path] = _load_parameter(
+            row, source.tensors, np.dtype(jnp.dtype(name)), shardings.get(row.path)
+        )
     return Pretrained(
-        model, params, source.tokenizer, source.config, commit=source.commit
+        model,
+        traverse_util.unflatten_dict(params, sep="/"),
+        source.tokenizer,
+        source.config,
+        commit=source.commit,
     )
 
 
 def load_without_weights(
     name_or_path: str | os.PathLike[str], *, revision: str | None = None
 ) -> tuple[ModelConfig, Tokenizer]:
-    """The configuration and the tokenizer of a model; checks its files as loading does.
+    """The configuration and the tokenizer of a model.
+
+    Its files are checked as `load_pretrained` checks them.
 
     Raises:
         ValueError: as `load_pretrained`.
@@ -114,12 +126,12 @@ def load_without_weights(
     return source.config, source.tokenizer
 
 
-def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
+def read_model_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
     """The configuration of a model alone; a folder needs no other file for it.
 
-    Whatever else a local file or folder holds is checked as loading does, as far as
-    that is possible without reading tensors or building a tokenizer: what a plan
-    accepts, a run can load.
+    The other files of a local model are checked as `load_pretrained` checks them, as
+    far as that needs neither values of tensors nor a tokenizer. A run can therefore
+    load what a plan accepts.
 
     Raises:
         ValueError: as `load_pretrained`.
@@ -131,7 +143,7 @@ def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
         _describes_tokenizer(path, model)
     else:
         config, tensors = _read_config(path), None
-        # A snapshot of the hub may lack what was not asked for yet.
+        # A snapshot of the hub may lack files that nobody asked for yet.
         if path == _local(str(name_or_path)) and any(path.glob("*.safetensors")):
             tensors = safetensors.open_folder(path)
     if tensors is not None:
@@ -140,7 +152,7 @@ def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
 
 
 def check_name(name_or_path: str) -> None:
-    """Raises ValueError unless a model is here, or has a name as on the hub."""
+    """Raises ValueError unless this is a local model or a possible name on the hub."""
     path = _local(name_or_path)
     named = path.suffix != ".gguf" and _HUB_NAME.fullmatch(name_or_path)
     if not path.exists() and not named:
@@ -148,10 +160,10 @@ def check_name(name_or_path: str) -> None:
 
 
 def find_base(name_or_path: str) -> str:
-    """What other programs, in any folder, call a model that is loaded by this name.
+    """The name by which other programs, in any folder, find this model.
 
-    A local file or folder by its absolute path, the embedded model by the folder of its
-    files, a model of the hub by its name there.
+    It is the absolute path of a local model (for "embedded" that of its folder), and
+    the same name for a model on the hub.
     """
     path = _local(name_or_path)
     return str(path.absolute()) if path.exists() else name_or_path
@@ -166,16 +178,16 @@ def save_pretrained(
 ) -> None:
     """Writes a Hugging Face folder, whole or not at all.
 
-    It is written beside its place and moved there when complete. An earlier export in
-    `folder` is replaced. Parameters must be addressable by this process.
+    The files are written to a folder beside `folder`, which is renamed when complete.
+    It replaces an earlier export. Parameters must be addressable by this process.
 
     Args:
         dtype: of the stored weights; None keeps that of the parameters.
-        sampling: how the model is to draw, with the tokens that end a completion; None
-            leaves it to whoever loads it, and the ends are the tokenizer's.
+        sampling: written to generation_config.json, with the stop tokens. None writes
+            only the stop tokens of the tokenizer.
 
     Raises:
-        ValueError: the folder holds other files, or params do not fit the config.
+        ValueError: the folder has other files, or params do not fit the config.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {_DTYPES} or None, got {dtype!r}")
@@ -187,9 +199,9 @@ def save_pretrained(
         tensors = parameter_tensors(config, pretrained.params, dtype=stored)
         safetensors.write_folder(place, tensors)
         tokenizer.save(place)
-        _write_json(place / "config.json", hf)
+        write_json(place / "config.json", hf)
         generation = _generation(config, tokenizer, sampling)
-        _write_json(place / "generation_config.json", generation)
+        write_json(place / "generation_config.json", generation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,9 +217,12 @@ class _Source:
 def _open(name: str, revision: str | None) -> _Source:
     path = _find(name, revision)
     if path.is_file():
-        gguf_model = open_gguf(path)
-        config, tensors = gguf_model.config, gguf_model.tensors
-        tokenizer = _gguf_tokenizer(path, gguf_model)
+        model = open_gguf(path)
+        config, tensors = model.config, model.tensors
+        if _describes_tokenizer(path, model):
+            tokenizer = build_tokenizer(model.fields, file=str(path))
+        else:
+            tokenizer = Tokenizer.from_folder(path.parent, config)
     else:
         config = _read_config(path)
         tensors = safetensors.open_folder(path)
@@ -220,7 +235,7 @@ def _open(name: str, revision: str | None) -> _Source:
             f"{config.vocab_size} embeddings; they are not from the same model, or the "
             "model was not resized after tokens were added"
         )
-    # Whoever samples by the configuration alone stops where the tokenizer does.
+    # Code that samples with the configuration alone stops at the same tokens.
     config = dataclasses.replace(config, eos_token_ids=tokenizer.stop_ids)
     # The cache of the hub has a folder for each commit.
     commit = path.name if path.parent.name == "snapshots" else None
@@ -230,7 +245,7 @@ def _open(name: str, revision: str | None) -> _Source:
 def _check_head(
     config: ModelConfig, tensors: Mapping[str, Tensor], *, source: str
 ) -> None:
-    """A head in the files of a model whose embeddings are tied must repeat them."""
+    """Refuses a head that differs from the embeddings of a model that ties them."""
     head = tensors.get("lm_head.weight")
     if head is None or not config.tie_embeddings:
         return
@@ -260,17 +275,6 @@ def _find(
             )
         return path
     check_name(name)
-    return _download(name, revision, files)
-
-
-def _local(name: str) -> pathlib.Path:
-    """Where a model is if it is a file or folder here."""
-    if name == EMBEDDED:
-        name = str(resources.files("grpo_jax") / "assets" / "arithmetic-1m")
-    return pathlib.Path(name).expanduser()
-
-
-def _download(name: str, revision: str | None, files: tuple[str, ...]) -> pathlib.Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -281,11 +285,18 @@ def _download(name: str, revision: str | None, files: tuple[str, ...]) -> pathli
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise ValueError(
-            f"{name} is no local folder, and it could not be had from the Hugging Face "
-            f"hub{at}: {error}. Check the name and the network; with HF_HUB_OFFLINE=1 "
-            "only models that were downloaded before can be loaded"
+            f"{name} is no local folder, and the download from the Hugging Face hub"
+            f"{at} failed: {error}. Check the name and the network; with "
+            "HF_HUB_OFFLINE=1 only models that were downloaded before can be loaded"
         ) from error
     return pathlib.Path(folder)
+
+
+def _local(name: str) -> pathlib.Path:
+    """The path of a model that is a local file or folder."""
+    if name == EMBEDDED:
+        name = str(resources.files("grpo_jax") / "assets" / "arithmetic-1m")
+    return pathlib.Path(name).expanduser()
 
 
 def _read_config(folder: pathlib.Path) -> ModelConfig:
@@ -303,17 +314,11 @@ def _read_config(folder: pathlib.Path) -> ModelConfig:
         raise ValueError(f"cannot load {path}: {error}") from error
 
 
-def _gguf_tokenizer(path: pathlib.Path, model: GgufModel) -> Tokenizer:
-    if _describes_tokenizer(path, model):
-        return build_tokenizer(model.fields, file=str(path))
-    return Tokenizer.from_folder(path.parent, model.config)
-
-
 def _describes_tokenizer(path: pathlib.Path, model: GgufModel) -> bool:
-    """Whether the tokenizer is that of the GGUF file, not of the files beside it.
+    """Whether the GGUF file has the tokenizer, and not the files beside it.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: neither has it.
     """
     beside = (path.parent / "tokenizer.json").is_file()
     try:
@@ -325,42 +330,19 @@ def _describes_tokenizer(path: pathlib.Path, model: GgufModel) -> bool:
     return names_pre_tokenizer(model.fields) or not beside
 
 
-def _read_params(
-    config: ModelConfig,
-    tensors: Mapping[str, Tensor],
-    dtype: str | DtypeOf,
-    sharding: Placement | None,
-) -> PyTree:
-    places: dict[str, Any] = {}
-    if sharding is not None:
-        tree = sharding(Decoder(config))
-        places = dict(traverse_util.flatten_dict(tree, sep="/"))
-    flat = {}
-    for row in parameter_table(config):
-        stored = np.dtype(
-            jnp.dtype(dtype if isinstance(dtype, str) else dtype(row.path))
-        )
-        if row.path in places:
-            flat[row.path] = _read_sharded(row, tensors, stored, places[row.path])
-        else:
-            whole = (slice(None),) * len(row.shape)
-            flat[row.path] = jnp.asarray(
-                read_parameter(row, tensors, whole, dtype=stored)
-            )
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _read_sharded(
+def _load_parameter(
     parameter: Parameter,
     tensors: Mapping[str, Tensor],
     dtype: np.dtype,
-    sharding: jax.sharding.Sharding,
+    sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(read_parameter(parameter, tensors, dtype=dtype))
     parts: dict[tuple, np.ndarray] = {}
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None, "jax passes an index to every call"
-        # Devices that hold copies of the same part share one reading.
+        # Devices with copies of the same part share one read.
         key = tuple((s.start, s.stop) for s in index)
         if key not in parts:
             parts[key] = read_parameter(parameter, tensors, index, dtype=dtype)
@@ -372,7 +354,11 @@ def _read_sharded(
 def _generation(
     config: ModelConfig, tokenizer: Tokenizer, sampling: SamplingConfig | None
 ) -> dict[str, Any]:
-    """The generation_config.json; 0 and 1 switch off cuts that readers have set."""
+    """The generation_config.json.
+
+    Readers such as transformers have defaults for cuts: top_k 0 and top_p 1.0 switch
+    them off.
+    """
     ends = tokenizer.stop_ids
     if sampling is not None and sampling.stop_ids is not None:
         ends = sampling.stop_ids
@@ -393,7 +379,3 @@ def _generation(
         "top_p": sampling.top_p or 1.0,
         **cut,
     }
-
-
-def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")

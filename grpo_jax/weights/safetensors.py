@@ -1,6 +1,6 @@
 """Folders of safetensors files: one `model.safetensors`, or shards with an index.
 
-Reading opens the files and reads values only when a part of a tensor is asked for.
+Opening a folder reads no values. `Tensor.read` reads the part that it is asked for.
 """
 
 import dataclasses
@@ -13,11 +13,12 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from grpo_jax.config.files import write_json
 from grpo_jax.weights.names import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5_000_000_000
+_MAX_SHARD_BYTES = 5_000_000_000
 
 _DTYPES = ("F32", "F16", "BF16")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -45,27 +46,43 @@ def open_folder(folder: pathlib.Path) -> Mapping[str, Tensor]:
     """
     if (folder / SINGLE).is_file():
         return open_file(folder / SINGLE)
-    if (folder / INDEX).is_file():
-        return _open_shards(folder)
-    pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
-    if pickles:
-        raise ValueError(
-            f"{folder} holds pickled weights only ({', '.join(pickles)}), which run "
-            "code when they are read. Convert them once, where they are trusted: load "
-            "with transformers, then save_pretrained(..., safe_serialization=True)"
-        )
-    raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    if not (folder / INDEX).is_file():
+        pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
+        if pickles:
+            raise ValueError(
+                f"{folder} has pickled weights only ({', '.join(pickles)}), which run "
+                "code when they are read. Convert them once on a machine where you "
+                "trust them: load them with transformers, then call "
+                "save_pretrained(..., safe_serialization=True)"
+            )
+        raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    weight_map = _read_index(folder / INDEX)
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise ValueError(f"{folder / INDEX} lists shards that are missing: {missing}")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        shard = open_file(folder / file)
+        listed = {name for name, place in weight_map.items() if place == file}
+        if shard.keys() != listed:
+            raise ValueError(
+                f"{folder / file} and {folder / INDEX} disagree about these tensors: "
+                f"{sorted(shard.keys() ^ listed)}"
+            )
+        tensors.update(shard)
+    return tensors
 
 
 def write_folder(
     folder: pathlib.Path,
     tensors: Iterable[tuple[str, np.ndarray]],
     *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> None:
     """Writes named C-contiguous arrays: one file, or shards with an index if larger.
 
-    At most one shard is held at a time.
+    Host memory holds at most one shard at a time.
     """
     shards: list[tuple[pathlib.Path, list[str]]] = []
     pending: dict[str, np.ndarray] = {}
@@ -84,20 +101,7 @@ def write_folder(
         pending[name] = values
         total += values.nbytes
     flush()
-    _name_shards(folder, shards, total)
-
-
-def write_file(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes named C-contiguous arrays into one file."""
-    # transformers refuses files that do not say which framework wrote them.
-    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
-    # It makes files that only the owner can read; the folder says who should.
-    path.chmod(path.parent.stat().st_mode & 0o666)
-
-
-def _name_shards(
-    folder: pathlib.Path, shards: list[tuple[pathlib.Path, list[str]]], total: int
-) -> None:
+    # A name has the number of shards, which is known only now.
     if len(shards) == 1:
         shards[0][0].rename(folder / SINGLE)
         return
@@ -107,7 +111,15 @@ def _name_shards(
         path.rename(folder / file)
         weight_map.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / INDEX, index)
+
+
+def write_file(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes named C-contiguous arrays into one file."""
+    # transformers refuses files that do not say which framework wrote them.
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    # save_file makes files that only the owner can read. Take the folder's permissions.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def open_file(path: pathlib.Path) -> dict[str, Tensor]:
@@ -132,25 +144,6 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
                 f"{', '.join(_DTYPES)}. Use a checkpoint that is not quantized"
             )
         tensors[name] = _FileTensor(handle, name, tuple(part.get_shape()), str(path))
-    return tensors
-
-
-def _open_shards(folder: pathlib.Path) -> dict[str, Tensor]:
-    weight_map = _read_index(folder / INDEX)
-    files = sorted(set(weight_map.values()))
-    lost = [file for file in files if not (folder / file).is_file()]
-    if lost:
-        raise ValueError(f"{folder / INDEX} lists shards that are lost: {lost}")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        shard = open_file(folder / file)
-        listed = {name for name, place in weight_map.items() if place == file}
-        if shard.keys() != listed:
-            raise ValueError(
-                f"{folder / file} and {folder / INDEX} disagree about these tensors: "
-                f"{sorted(shard.keys() ^ listed)}"
-            )
-        tensors.update(shard)
     return tensors
 
 

@@ -9,7 +9,7 @@ import pytest
 from grpo_jax import cli
 from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
 from grpo_jax.planning.resolve import GIB, USABLE, _refused, make_plan
-from grpo_jax.weights.pretrained import load_config, load_pretrained
+from grpo_jax.weights.pretrained import load_pretrained, read_model_config
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_plan_says_what_a_run_would_refuse(capsys, folder):
     told = "would be refused: max_new_tokens 128 leaves no room"
     flags = ["--model", folder, "--mesh.fsdp", 1, "--max-new-tokens"]
     config = TrainConfig(model="tiny", sampling=SamplingConfig(stop_ids=(263, 264)))
-    assert "stop_ids 264: the model's" in _refused(load_config(folder), config)
+    assert "stop_ids 264: the model's" in _refused(read_model_config(folder), config)
     assert told in " ".join(planned(capsys, *flags, 128).split())
     assert json.loads(planned(capsys, *flags, 127, "--json"))["refused"] is None
 

@@ -192,7 +192,7 @@ def test_adapters_of_another_model_are_not_written(reference, adapter, tmp_path)
         save_adapter(tmp_path / "out", adapter, other)
     assert not (tmp_path / "out").exists()
     empty = Adapter(params={}, alpha=1.0, base_name=None)
-    with pytest.raises(ValueError, match="none of the projections"):
+    with pytest.raises(ValueError, match="adapters of none of"):
         save_adapter(tmp_path / "out", empty, reference.config)
 
 

@@ -10,7 +10,7 @@ import pytest
 from grpo_jax.models.decoder import abstract_params
 from grpo_jax.models.rope import RopeConfig, inverse_frequencies
 from grpo_jax.weights import load_pretrained, save_pretrained
-from grpo_jax.weights.pretrained import load_config
+from grpo_jax.weights.pretrained import read_model_config
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 
@@ -112,7 +112,7 @@ def test_windows_and_the_second_rotary_base_of_gemma_3_are_read(tmp_path, tools)
         "gemma3.rope.freq_base_swa": 500.0,
     }
     path = tools.write_gguf(tmp_path / "m.gguf", model, arch="gemma3", fields=fields)
-    assert load_config(path) == model.config
+    assert read_model_config(path) == model.config
 
 
 def llama3_factors(factor, high=4.0):
@@ -194,7 +194,7 @@ def test_fields_that_change_nothing_are_accepted(tmp_path, untied, tools):
         "training.epochs": 3,
     }
     path = tools.write_gguf(tmp_path / "m.gguf", untied, fields=fields)
-    assert load_config(path) == untied.config
+    assert read_model_config(path) == untied.config
 
 
 def test_a_file_without_a_size_is_refused_by_its_key(tmp_path, untied, tools):
@@ -202,7 +202,7 @@ def test_a_file_without_a_size_is_refused_by_its_key(tmp_path, untied, tools):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"qwen2.block_count", b"qwen2.block_kount"))
     with pytest.raises(ValueError, match=r"m\.gguf: it has no 'block_count'"):
-        load_config(path)
+        read_model_config(path)
 
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path, untied, tools):

@@ -10,7 +10,7 @@ from grpo_jax.weights.gguf_tokenizer import (
     check_tokenizer,
     stop_ids,
 )
-from grpo_jax.weights.pretrained import load_config
+from grpo_jax.weights.pretrained import read_model_config
 
 # Bytes of printable ASCII stand for themselves in byte-level BPE, the space is "Ġ".
 ALPHABET = [chr(code) for code in range(33, 127)] + ["Ġ"]
@@ -292,8 +292,8 @@ def test_hugging_face_files_beside_the_gguf_file_stand_in(tmp_path, untied, tool
     with pytest.raises(ValueError, match="pre-tokenizer 'tekken'"):
         load_pretrained(path)
     with pytest.raises(ValueError, match="pre-tokenizer 'tekken'"):
-        load_config(path)
+        read_model_config(path)
     tools.make_fast().save_pretrained(tmp_path)
-    load_config(path)
+    read_model_config(path)
     tokenizer = load_pretrained(path).tokenizer
     assert tokenizer.encode_prompt("the") == untied.tokenizer.encode_prompt("the")

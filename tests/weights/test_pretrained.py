@@ -15,7 +15,7 @@ from grpo_jax.models.decoder import abstract_params
 from grpo_jax.weights import load_pretrained, pretrained, save_pretrained
 from grpo_jax.weights import safetensors as our_safetensors
 from grpo_jax.weights.names import parameter_table
-from grpo_jax.weights.pretrained import load_config
+from grpo_jax.weights.pretrained import read_model_config
 
 REFERENCES = pathlib.Path(__file__).parents[1] / "models" / "references"
 FAMILIES = sorted(path.stem for path in REFERENCES.glob("*.npz"))
@@ -266,9 +266,9 @@ def test_the_configuration_stops_where_the_tokenizer_does(folder, tools):
     ],
 )
 def test_what_a_plan_accepts_can_be_loaded(folder, change, message):
-    load_config(folder)
+    read_model_config(folder)
     change(folder)
-    for read in (load_config, load_pretrained):
+    for read in (read_model_config, load_pretrained):
         with pytest.raises(ValueError, match=message):
             read(folder)
 
@@ -285,7 +285,7 @@ def test_a_folder_of_a_configuration_alone_can_be_planned(folder, untied):
     for file in folder.iterdir():
         if file.name != "config.json":
             file.unlink()
-    assert load_config(folder) == untied.config
+    assert read_model_config(folder) == untied.config
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(folder, tools):

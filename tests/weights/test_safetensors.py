@@ -91,7 +91,7 @@ def test_a_truncated_shard_is_refused_by_name(tmp_path):
 def test_a_lost_shard_is_refused_by_name(tmp_path):
     write_shards(tmp_path)
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="lost.*model-00001-of-00002.safetensors"):
+    with pytest.raises(ValueError, match="missing.*model-00001-of-00002.safetensors"):
         open_folder(tmp_path)
 
 
