@@ -86,7 +86,7 @@ def main(
     beside = [row["time/step"] for row in rows if row["step"] % EVERY == 1]
     alone = [row["time/step"] for row in rows if row["step"] % EVERY != 1]
     step = statistics.median(alone)
-    # The first save compiles the digests.
+    # The first save compiles the checksums.
     seconds = {name: statistics.median(times[1:]) for name, times in spent.items()}
     slower = statistics.median(beside) - step
     publish(
@@ -96,7 +96,7 @@ def main(
             {"step": step, "step_beside_save": step + slower, **seconds},
             share_of_step={
                 "blocked": round(seconds["blocked"] / step, 4),
-                "digests": round(seconds["digests"] / step, 4),
+                "checksums": round(seconds["checksums"] / step, 4),
                 "blocked_and_beside": round((seconds["blocked"] + slower) / step, 4),
             },
             checkpoint_gib=round(size / 2**30, 3),
@@ -112,9 +112,9 @@ def main(
 def saves_timed() -> Iterator[dict[str, list[float]]]:
     """Seconds of each save inside `with`, by what is measured.
 
-    ``blocked``: until the loop may go on; ``digests``: of these, the inventory.
+    ``blocked``: until the loop may go on; ``checksums``: of these, the metadata.
     """
-    spent: dict[str, list[float]] = {"blocked": [], "digests": []}
+    spent: dict[str, list[float]] = {"blocked": [], "checksums": []}
 
     def timed(function: Callable[..., Any], times: list[float]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -126,10 +126,10 @@ def saves_timed() -> Iterator[dict[str, list[float]]]:
         return call
 
     save = timed(checkpoint.Checkpoints.save, spent["blocked"])
-    inventory = timed(checkpoint.make_inventory, spent["digests"])
+    metadata = timed(checkpoint.make_metadata, spent["checksums"])
     with (
         mock.patch.object(checkpoint.Checkpoints, "save", save),
-        mock.patch.object(checkpoint, "make_inventory", inventory),
+        mock.patch.object(checkpoint, "make_metadata", metadata),
     ):
         yield spent
 

@@ -1,10 +1,10 @@
-"""Checkpoints of a run: saved while it goes on, verified when they are read.
+"""Checkpoints of a run, saved in the background and verified when they are read.
 
 Layout, readable with Orbax alone: ``<directory>/<step>/`` holds the checkpointables
 ``params``, ``optimizer`` (``step`` and ``opt_state``) and ``meta`` (JSON: ``schema``,
 ``run``, ``metrics`` by name, ``arrays`` with shape, dtype and digest by path,
 ``sha256``). A frozen base under adapters is not saved. Orbax itself has no checksums
-and never falls back.
+and does not fall back to an older step.
 
     from orbax.checkpoint import v1 as ocp
     meta = ocp.load_checkpointables("checkpoints/100", {"meta": None})["meta"]
@@ -30,34 +30,28 @@ from orbax.checkpoint import v1 as ocp
 from grpo_jax.checkpointing.corruption import (
     BROKEN,
     READ_ERRORS,
-    DamageError,
-    damage_of,
-    no_good_one,
-    patiently,
+    CorruptCheckpointError,
+    corruption_of,
+    with_retries,
 )
 from grpo_jax.checkpointing.metadata import (
-    check_digests,
+    check_checksums,
     check_fits,
-    check_inventory,
-    make_inventory,
+    check_metadata,
+    make_metadata,
 )
-from grpo_jax.checkpointing.retention import BestStep
-from grpo_jax.checkpointing.step_folders import StepFolders
-from grpo_jax.checkpointing.targets import (
-    host_targets,
-    restore_targets,
-    savable,
-)
+from grpo_jax.checkpointing.retention import BestStep, StepFolders
+from grpo_jax.checkpointing.targets import host_targets, restore_targets, savable
 from grpo_jax.config import CheckpointConfig
-from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement, end_of_work
+from grpo_jax.parallel.mesh import gather_rows
 
 _LOG = logging.getLogger(__name__)
 
-# Seconds that a process which fails waits for what it still writes.
+# Seconds that a failing process waits for its own unfinished save.
 _LAST_SECONDS = 60.0
 
-# A step by its number, or the best one that is kept; None is the newest.
+# Which checkpoint to read: a step, the best one that is kept, or (None) the newest.
 Step = int | Literal["best"] | None
 
 
@@ -78,12 +72,12 @@ class Checkpoints:
         report: Callable[[str], None] = _LOG.warning,
         read_only: bool = False,
     ) -> None:
-        """Opens a folder, which need not be there yet.
+        """Opens a folder, which need not exist yet.
 
         Args:
-          report: is told of each damaged step and each failed save, with the step.
-          read_only: leave the folder as it is, whatever is found in it: for all but
-            the run that holds the lock of its directory.
+          report: called with a message for each corrupt step and each failed save.
+          read_only: never change the folder. Set by all readers but the run that holds
+            the lock of its directory.
         """
         self.failed_saves = 0
         self._read_only = read_only
@@ -91,10 +85,10 @@ class Checkpoints:
         self._config = config
         self._report = report
         self._running: tuple[int, ocp.AsyncResponse[None] | Future] | None = None
-        self._best = BestStep(config, self._inventory, report=report)
+        self._best = BestStep(config, self._read_metadata, report=report)
 
     def steps(self) -> list[int]:
-        """The steps on disk, oldest first; waits for the save that still runs."""
+        """The steps on disk, oldest first; waits for a running save."""
         self._finish()
         return self._folders.steps()
 
@@ -116,22 +110,34 @@ class Checkpoints:
         Args:
           items: the pytrees of arrays, by the name of their folder: `params` and
             `optimizer`.
-          meta: JSON values to remember beside the arrays.
-          metrics: numbers of the step by name, by which the best one is known.
+          meta: JSON values to store beside the arrays.
+          metrics: numbers of the step by name; the best step is chosen by them.
           wait: return only when the checkpoint is complete.
         """
+
+        def prepare(_: float) -> None:
+            if jax.process_index() == 0:
+                self._folders.directory.mkdir(parents=True, exist_ok=True)
+                self._folders.remove_leftovers()
+
         self._finish()
         saved = jax.tree.map(savable, dict(items))
-        inventory = make_inventory(saved, meta, metrics)
-        error = end_of_work(lambda _: self._prepare())
+        metadata = make_metadata(saved, meta, metrics)
+        error = end_of_work(prepare)
         if error is not None:
             self._count_failure(step, error)
             return
-        self._best.saving(step, inventory["metrics"])
-        self._running = (
-            step,
-            _save(self._folders.path(step), {**saved, "meta": inventory}),
-        )
+        self._best.saving(step, metadata["metrics"])
+        path = str(self._folders.path(step))
+        content = {**saved, "meta": metadata}
+        try:
+            with _handlers():
+                running = ocp.save_checkpointables_async(path, content, overwrite=True)
+        except OSError as failure:
+            # Kept until `_finish`, where all processes learn of it together.
+            running = Future()
+            running.set_exception(failure)
+        self._running = step, running
         if wait:
             self._finish()
 
@@ -140,22 +146,22 @@ class Checkpoints:
     ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
         """The newest good checkpoint: its step, its pytrees, its `meta`.
 
-        Newer steps that are damaged are renamed to ``<step>.damaged`` once an older
-        good one is found, unless the folder is only read. An error of the storage that
-        may pass (EIO) is waited for, some seconds, and then raised as it is.
+        Newer steps that are corrupt are renamed to ``<step>.damaged`` once an older
+        good one is found, unless the folder is read-only. A storage error that may pass
+        (EIO) is retried for some seconds, then raised unchanged.
 
         Args:
           like: arrays or `ShapeDtypeStruct` with the wanted shardings, whatever mesh
             the checkpoint was saved on. Arrays without a mesh beside others with one
             are replicated on it.
-          step: exactly this step, or "best"; None takes the newest.
+          step: exactly this step, or "best"; None is the newest.
 
         Returns:
           None if there is no checkpoint.
 
         Raises:
-          ValueError: if `step` does not exist or is damaged, if every checkpoint is
-            damaged, if the arrays on disk differ from `like` in path, shape or dtype,
+          ValueError: if `step` does not exist or is corrupt, if every checkpoint is
+            corrupt, if the arrays on disk differ from `like` in path, shape or dtype,
             or do not divide over its mesh, or if a newer version wrote them. Nothing
             is renamed then.
         """
@@ -180,13 +186,14 @@ class Checkpoints:
         return step, items["params"], meta
 
     def close(self) -> None:
-        """Waits for the save that still runs."""
+        """Waits for a running save."""
         self._finish()
 
     def abandon(self) -> None:
-        """Waits for what this process still writes, after an error that ends it.
+        """Waits for this process's part of a running save, after an error.
 
-        Other processes may be elsewhere; a step that they do not complete is none.
+        The other processes may be anywhere, so nothing is agreed with them. A step that
+        they do not complete does not count as one.
         """
         if self._running is not None:
             (_, response), self._running = self._running, None
@@ -194,31 +201,22 @@ class Checkpoints:
                 response.result(_LAST_SECONDS)
 
     def _finish(self) -> None:
-        """Wait for the running save, then remove steps that are no longer kept."""
+        """Waits for a running save, then removes steps that are no longer kept."""
         if self._running is None:
             return
         (step, response), self._running = self._running, None
         error = end_of_work(response.result)
         if error is not None:
             self._count_failure(step, error)
-        else:
-            if jax.process_index() == 0:
-                self._remove_old()
-
-    def _remove_old(self) -> None:
-        try:
-            self._folders.remove_old(
-                keep=self._config.keep,
-                keep_every=self._config.keep_every,
-                best=self._best.among(self._folders.steps()),
-            )
-        except OSError as error:
-            self._report(f"old checkpoints stay until the next save: {error}")
-
-    def _prepare(self) -> None:
-        if jax.process_index() == 0:
-            self._folders.directory.mkdir(parents=True, exist_ok=True)
-            self._folders.remove_leftovers()
+        elif jax.process_index() == 0:
+            try:
+                self._folders.remove_old(
+                    keep=self._config.keep,
+                    keep_every=self._config.keep_every,
+                    best=self._best.among(self._folders.steps()),
+                )
+            except OSError as failure:
+                self._report(f"old checkpoints stay until the next save: {failure}")
 
     def _count_failure(self, step: int, error: Exception) -> None:
         # What TensorStore and JAX raise when storage or another process fails.
@@ -226,7 +224,7 @@ class Checkpoints:
             raise error
         self.failed_saves += 1
         if jax.process_index() == 0:
-            # What was written so far would keep a full disk full.
+            # The files of the failed save would keep a full disk full.
             self._folders.remove_leftovers()
         self._report(
             f"checkpoint {step} could not be saved: {str(error)[:300]} "
@@ -236,92 +234,93 @@ class Checkpoints:
     def _find(
         self, step: Step, like: dict[str, PyTree] | None
     ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
+        """The first good candidate; corrupt ones before it are quarantined."""
         self._finish()
-        _wait_for_all("old checkpoints are removed")
-        damaged: dict[int, DamageError] = {}
-        wanted = self._best.named(self._folders.steps()) if step == "best" else step
-        for candidate in patiently(lambda: self._folders.candidates(wanted)):
+        _barrier("old checkpoints are removed")
+        directory, wanted = self._folders.directory, step
+        if wanted == "best":
+            wanted = self._best.among(steps := self._folders.steps())
+            if wanted is None:
+                raise ValueError(
+                    "no checkpoint is known to be the best: the run's checkpoint."
+                    f"keep_best is {self._config.keep_best!r}; steps that exist: "
+                    f"{steps}."
+                )
+        corrupt: dict[int, CorruptCheckpointError] = {}
+        for candidate in with_retries(lambda: self._folders.candidates(wanted)):
             try:
-                items, inventory = self._load(candidate, like)
-            except DamageError as error:
+                items, metadata = self._load(candidate, like)
+            except CorruptCheckpointError as error:
                 if self._read_only and candidate not in self._folders.steps():
                     self._report(
                         f"checkpoint {candidate} was removed while it was read"
                     )
-                    return self._find(step, like)  # which has newer ones
-                damaged[candidate] = error
+                    return self._find(step, like)  # there are newer ones by now
+                corrupt[candidate] = error
                 continue
-            for bad, reason in damaged.items():
-                self._set_aside(bad, str(reason), instead=candidate)
-            return candidate, items, inventory["run"]
-        if damaged:
-            others = [other for other in self.steps() if other not in damaged]
-            raise ValueError(
-                f"no good checkpoint in {self._folders.directory}: "
-                + no_good_one(damaged, others)
-            ) from next(iter(damaged.values()))
-        return None
+            for bad, reason in corrupt.items():
+                self._quarantine(bad, str(reason), instead=candidate)
+            return candidate, items, metadata["run"]
+        if not corrupt:
+            return None
+        reasons = "; ".join(f"{bad} is damaged ({why})" for bad, why in corrupt.items())
+        others = [other for other in self.steps() if other not in corrupt]
+        remedy = "Bring the files back, or start over in another directory"
+        if others:
+            remedy = f"Other steps that exist: {others}"
+        raise ValueError(
+            f"no good checkpoint in {directory}: {reasons}. {remedy}."
+        ) from next(iter(corrupt.values()))
 
     def _load(
         self, step: int, like: dict[str, PyTree] | None
     ) -> tuple[dict[str, PyTree], dict[str, Any]]:
-        """The items of a step and its inventory, verified; raises DamageError."""
+        """The verified items and metadata; raises CorruptCheckpointError."""
         path = self._folders.path(step)
-        inventory = _read_together(path, {"meta": None})["meta"]
-        check_inventory(inventory, name=str(path))
+        metadata = _read_together(path, {"meta": None})["meta"]
+        check_metadata(metadata, name=str(path))
         if like is None:
-            targets = {"params": host_targets(inventory)}
+            targets = {"params": host_targets(metadata)}
         else:
-            check_fits(inventory, like, name=str(path))
+            check_fits(metadata, like, name=str(path))
             targets = restore_targets(like)
         items = _read_together(path, targets)
         if like is not None:
-            # Host arrays become arrays of the default device, free to join any mesh.
+            # NumPy arrays become uncommitted JAX arrays, which can join any mesh.
             items = jax.tree.map(jnp.asarray, items)
-        check_digests(inventory, items)
-        return items, inventory
+        check_checksums(metadata, items)
+        return items, metadata
 
-    def _inventory(self, step: int) -> dict[str, Any]:
-        """The inventory alone, read by this process for itself."""
+    def _read_metadata(self, step: int) -> dict[str, Any]:
+        """The metadata alone, read by this process without the others."""
         path = self._folders.path(step)
-        # Without Orbax, which counts what it reads and saves: a process that read more
-        # than the others would wait for them under another number.
+        # Not with Orbax. It numbers its barriers by counting calls, so a process that
+        # reads more often than the others would wait for them at another number.
         file = path / "meta" / "data.json"
-        inventory = json.loads(patiently(lambda: file.read_text(encoding="utf-8")))
-        check_inventory(inventory, name=str(path))
-        return inventory
+        metadata = json.loads(with_retries(lambda: file.read_text(encoding="utf-8")))
+        check_metadata(metadata, name=str(path))
+        return metadata
 
-    def _set_aside(self, step: int, reason: str, *, instead: int) -> None:
+    def _quarantine(self, step: int, reason: str, *, instead: int) -> None:
         fate = "it stays where it is"
         if not self._read_only:
             name = f"{step}.damaged"
             if jax.process_index() == 0:
-                name = self._folders.set_aside(step)
-            _wait_for_all(f"checkpoint {step} is set aside")
-            fate = f"it was set aside as {name}"
+                name = self._folders.quarantine(step)
+            _barrier(f"checkpoint {step} is quarantined")
+            fate = f"it was renamed to {name}"
         self._report(
             f"checkpoint {step} is damaged ({reason}); {fate}, step {instead} is used"
         )
 
 
-def _save(path: Path, items: dict[str, Any]) -> "ocp.AsyncResponse[None] | Future":
-    """Starts to write a folder; what fails at once is told like what fails later."""
-    try:
-        with _handlers():
-            return ocp.save_checkpointables_async(str(path), items, overwrite=True)
-    except OSError as error:
-        failed: Future[None] = Future()
-        failed.set_exception(error)
-        return failed
-
-
-def _wait_for_all(what: str) -> None:
+def _barrier(name: str) -> None:
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)
 
 
 def _handlers(*, alone: bool = False) -> ocp.Context:
-    """How each folder is written and read, whatever Orbax's own notes on it say.
+    """How Orbax writes and reads each folder, whatever its own metadata says.
 
     Args:
       alone: do not wait for other processes.
@@ -332,7 +331,7 @@ def _handlers(*, alone: bool = False) -> ocp.Context:
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
     context = ocp.Context()
     context.checkpointables_options.registry = registry
-    # Float32 weights shrink by 8 %, for half the processor time of a save.
+    # Compression saves 8 % of float32 weights and doubles the processor time of a save.
     context.array_options.saving.use_compression = False
     if alone:
         process = jax.process_index()
@@ -343,16 +342,18 @@ def _handlers(*, alone: bool = False) -> ocp.Context:
 
 
 def _read_together(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
-    """What `_read` returns; damage that one process meets is damage for all."""
-    items, damage = None, None
+    """`_read` on all processes; if one finds corruption, all raise it."""
+    items, corruption = None, None
     with Agreement().phase(f"reading {path}"):
         try:
-            items = patiently(lambda: _read(path, targets))
-        except DamageError as error:
-            damage = error
-    damaged = meshes.gather_rows(np.array([damage is not None]))
-    if items is None or damaged.any():
-        raise damage or DamageError(f"process {damaged.argmax()} cannot read it")
+            items = with_retries(lambda: _read(path, targets))
+        except CorruptCheckpointError as error:
+            corruption = error
+    failed = gather_rows(np.array([corruption is not None]))
+    if items is None or failed.any():
+        raise corruption or CorruptCheckpointError(
+            f"process {failed.argmax()} cannot read it"
+        )
     return items
 
 
@@ -361,9 +362,9 @@ def _read(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
         try:
             (path / name / ".").stat()
         except BROKEN as error:
-            raise DamageError(f"folder {name} is missing") from error
-    # Orbax leaves coroutines behind when it fails. They are collected here: the warning
-    # that they were never awaited says nothing.
+            raise CorruptCheckpointError(f"folder {name} is missing") from error
+    # A failed read of Orbax leaves coroutines that were never awaited. They are
+    # collected here, where Python's warning about them is ignored.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         try:
@@ -371,8 +372,8 @@ def _read(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
             with _handlers(alone=jax.process_count() > 1):
                 return ocp.load_checkpointables(str(path), targets)
         except READ_ERRORS as error:
-            damage = damage_of(error)
-            if damage is None:
+            corruption = corruption_of(error)
+            if corruption is None:
                 raise
         gc.collect()
-    raise damage
+    raise corruption

@@ -1,7 +1,7 @@
-"""Digests of arrays: one number that changes when any bit of an array does.
+"""Checksums of arrays.
 
-`array_digests` runs on the devices and does not depend on how arrays are sharded;
-`params_sha256` is for people and other programs: it needs the bytes on the host.
+`array_checksums` runs on the devices and does not depend on how arrays are sharded.
+`params_sha256` is for people and other programs; it copies the arrays to the host.
 """
 
 import hashlib
@@ -18,32 +18,29 @@ from grpo_jax.parallel.mesh import named_leaves
 
 
 @jax.jit
-def array_digests(arrays: Sequence[Array]) -> UInt32[Array, " arrays"]:
-    """One digest per array: Σ_p mix(bits(x_p) xor hash(p)) mod 2^32, p a position.
+def array_checksums(arrays: Sequence[Array]) -> UInt32[Array, " arrays"]:
+    """One checksum per array: Σ_p mix(bits(x_p) xor hash(p)) mod 2^32, p a position.
 
-    Integer sums wrap and commute, so any mesh and sharding gives the same digest.
+    Integer sums wrap and commute, so any mesh and sharding gives the same checksum.
     `mix` is a bijection: a change of one element is always found, any other change
     with probability 1 - 2^-32. Its constants are those of the finalizer of MurmurHash3
     (Appleby 2011, https://github.com/aappleby/smhasher).
     """
-    return jnp.stack([_digest(array) for array in arrays])
+    return jnp.stack([_checksum(array) for array in arrays])
 
 
-def _digest(array: Array) -> UInt32[Array, ""]:
-    bits = _bits(array)
+def _checksum(array: Array) -> UInt32[Array, ""]:
+    if array.dtype == jnp.bool_:
+        bits = array.astype(jnp.uint32)
+    else:
+        # An element of 8 bytes becomes two of 4, in a last axis of its own.
+        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+        bits = lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
     position = jnp.full(bits.shape, 0x9E3779B9, jnp.uint32)
     for axis in range(bits.ndim):
         index = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         position = _mix(position ^ index)
     return jnp.sum(_mix(bits ^ position), dtype=jnp.uint32)
-
-
-def _bits(array: Array) -> UInt32[Array, "..."]:
-    """The bits of each element; an element of 8 bytes becomes two."""
-    if array.dtype == jnp.bool_:
-        return array.astype(jnp.uint32)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
-    return lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
 
 
 def _mix(value: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
@@ -55,18 +52,14 @@ def _mix(value: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 def params_sha256(params: PyTree) -> str:
     """SHA-256, in hexadecimal, of all parameters: paths, dtypes, shapes and bytes.
 
-    Arrays are taken in the order of their paths, one at a time, so the host holds one
-    of them. With several processes each must call it; all get the same text.
+    Arrays are read in the order of their paths, one at a time, so the host holds one
+    of them. All processes must call it; all get the same text.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(named_leaves(params).items()):
-        values = np.asarray(_on_host(leaf), order="C")
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        values = np.asarray(leaf, order="C")
         digest.update(f"{path} {values.dtype} {values.shape}\n".encode())
         digest.update(values.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _on_host(leaf: Array | np.ndarray) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return np.asarray(leaf)

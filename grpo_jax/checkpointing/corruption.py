@@ -1,11 +1,12 @@
-"""Which errors are held against the files of a checkpoint.
+"""Which read errors mean that a checkpoint is corrupt, and which are the machine's.
 
-Bytes that were changed make readers fail in ways that nobody lists. So whatever reading
-raises counts as damage, unless it tells of the machine: memory, permission, a storage
-that is away, or that fails for a moment, which is tried again. What could blame good
-files is excluded otherwise: the inventory and the targets are checked before anything
-is read, and a step is set aside only once an older one was read in the same way, so a
-bug costs none.
+Changed bytes make readers fail in ways that nobody can list. Therefore every error in
+reading counts as corruption, except errors of the machine: memory, permission, storage
+that is away. Errors that may pass are retried.
+
+Two rules protect good files from a bug in the reader. Metadata and targets are checked
+before anything is read. A step is quarantined only after an older one was read in the
+same way.
 """
 
 import errno
@@ -27,18 +28,18 @@ READ_ERRORS = (
     TypeError,
     ValueError,
 )
-# Of these, what a missing or broken file does. Any other error number is the machine's:
-# a mounted bucket, a network or a disk gives EIO for files that are good.
+# The OSErrors that a missing or broken file raises. Any other error number is the
+# machine's: a mounted bucket, a network or a disk gives EIO for files that are good.
 BROKEN = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _BROKEN_NUMBERS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-# What may be over in a moment.
+# Errors that may pass.
 _TRANSIENT_NUMBERS = (
     *(errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET),
     *(errno.ECONNABORTED, errno.ENOTCONN, errno.EREMOTEIO, errno.EHOSTUNREACH),
 )
-# TensorStore's errors begin with a code; what the system said stands at their end.
+# TensorStore's errors begin with a code and end with the error of the system.
 _TRANSIENT_CODES = ("ABORTED", "DEADLINE_EXCEEDED", "UNAVAILABLE")
-_OF_THE_MACHINE = (
+_MACHINE_CODES = (
     *_TRANSIENT_CODES,
     *("CANCELLED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED"),
 )
@@ -47,67 +48,61 @@ _SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
 PAUSES = (1.0, 4.0, 10.0)
 
 
-class DamageError(Exception):
-    """A checkpoint whose files do not hold what was written; the text says why."""
+class CorruptCheckpointError(Exception):
+    """The files of a checkpoint have changed or are missing; the text says how."""
 
 
-def damage_of(error: BaseException) -> DamageError | None:
-    """The damage that an error in reading tells of; None if files are not to blame.
+def corruption_of(error: BaseException) -> CorruptCheckpointError | None:
+    """The corruption that a read error shows; None if the files are not to blame.
 
-    It carries the traceback as a note and not as its cause, whose frames would keep
-    alive what the reader has open.
+    The traceback is attached as a note. As the cause it would keep its frames alive,
+    and with them the files that the reader has open.
     """
-    cause, number = _cause_of(error)
+    cause, number = _root_cause(error)
     text = str(cause)
-    if not isinstance(cause, READ_ERRORS) or text.startswith(_OF_THE_MACHINE):
+    if not isinstance(cause, READ_ERRORS) or text.startswith(_MACHINE_CODES):
         return None
     if isinstance(cause, OSError) or number is not None:
         if not isinstance(cause, BROKEN) and number not in _BROKEN_NUMBERS:
             return None
-    damage = DamageError(f"{type(cause).__name__}: {text[:200]}")
-    damage.add_note("".join(traceback.format_exception(error)))
-    return damage
+    corruption = CorruptCheckpointError(f"{type(cause).__name__}: {text[:200]}")
+    corruption.add_note("".join(traceback.format_exception(error)))
+    return corruption
 
 
-def patiently(read: Callable[[], T]) -> T:
-    """What `read` returns, tried again while it fails in ways that may pass."""
-    for pause in (*PAUSES, None):
+def with_retries(read: Callable[[], T]) -> T:
+    """The result of `read`, which is retried after errors that may pass."""
+    for pause in PAUSES:
         try:
             return read()
         except Exception as error:
-            if pause is None and _may_pass(error):
-                error.add_note(
-                    f"The storage failed {len(PAUSES) + 1} times; nothing was changed. "
-                    "Start again when it works; where it is broken for good, move what "
-                    "cannot be read away."
-                )
-            if pause is None or not _may_pass(error):
+            if not _is_transient(error):
                 raise
         time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
+    try:
+        return read()
+    except Exception as error:
+        if _is_transient(error):
+            error.add_note(
+                f"The storage failed {len(PAUSES) + 1} times; nothing was changed. "
+                "Start again when it works. If it stays broken, move the files that "
+                "cannot be read elsewhere."
+            )
+        raise
 
 
-def _may_pass(error: BaseException) -> bool:
-    cause, number = _cause_of(error)
+def _is_transient(error: BaseException) -> bool:
+    cause, number = _root_cause(error)
     if isinstance(cause, BROKEN):
         return False
     return number in _TRANSIENT_NUMBERS or str(cause).startswith(_TRANSIENT_CODES)
 
 
-def _cause_of(error: BaseException) -> tuple[BaseException, int | None]:
-    """The first of the errors that led to this one, and its number in the system."""
+def _root_cause(error: BaseException) -> tuple[BaseException, int | None]:
+    """The first error of the chain, and its number in the operating system."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, OSError):
         return error, error.errno
-    told = _SYSTEM_ERROR.search(str(error))
-    return error, int(told.group(1)) if told else None
-
-
-def no_good_one(damaged: dict[int, DamageError], others: list[int]) -> str:
-    """What is wrong with each damaged step and what to do; `others` were not tried."""
-    reasons = "; ".join(f"{step} is damaged ({why})" for step, why in damaged.items())
-    remedy = "Bring the files back, or start over in another directory"
-    if others:
-        remedy = f"Steps that exist besides: {others}"
-    return f"{reasons}. {remedy}."
+    number = _SYSTEM_ERROR.search(str(error))
+    return error, int(number.group(1)) if number else None

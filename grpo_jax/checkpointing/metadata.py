@@ -1,7 +1,7 @@
-"""What a checkpoint holds, as JSON beside its arrays: written, read, compared.
+"""The metadata of a checkpoint, as JSON beside its arrays: written, read, compared.
 
-The inventory names each array with shape, dtype and digest, carries what the run wants
-to remember, and is sealed by a checksum of its own.
+It lists each array with shape, dtype and checksum, and carries the run's own values. A
+checksum of its own protects it.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from grpo_jax.checkpointing.checksum import array_digests
-from grpo_jax.checkpointing.corruption import DamageError
+from grpo_jax.checkpointing.checksum import array_checksums
+from grpo_jax.checkpointing.corruption import CorruptCheckpointError
 from grpo_jax.config.files import to_jsonable
 from grpo_jax.parallel.mesh import named_leaves
 
@@ -22,12 +22,12 @@ SCHEMA = 1
 _SHOWN = 8  # differences that an error message lists
 
 
-def make_inventory(
+def make_metadata(
     items: Mapping[str, PyTree],
     run: Mapping[str, Any],
     metrics: Mapping[str, Any] | None = None,
 ) -> dict:
-    """The inventory of `items`, with the run's own JSON values under ``run``.
+    """The metadata of `items`, with the run's own JSON values under ``run``.
 
     Returns:
       ``schema`` (1), ``run``, ``metrics`` (numbers by name, null for those that are not
@@ -35,51 +35,47 @@ def make_inventory(
       all these as sorted JSON. Waits until the arrays are computed.
     """
     leaves = named_leaves(items)
-    digests = np.asarray(array_digests(list(leaves.values()))).tolist()
+    checksums = np.asarray(array_checksums(list(leaves.values()))).tolist()
     content = {
         "schema": SCHEMA,
         "run": dict(run),
         "metrics": to_jsonable(metrics or {}),
         "arrays": {
-            path: {
-                "shape": list(leaf.shape),
-                "dtype": str(leaf.dtype),
-                "digest": digest,
-            }
-            for (path, leaf), digest in zip(leaves.items(), digests, strict=True)
+            path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": value}
+            for (path, leaf), value in zip(leaves.items(), checksums, strict=True)
         },
     }
-    # Through text and back: the checksum is of what a reader will see.
+    # To text and back, so that the checksum is that of the values a reader will see.
     content = json.loads(json.dumps(content))
-    return content | {"sha256": checksum(content)}
+    return content | {"sha256": metadata_sha256(content)}
 
 
-def checksum(content: Mapping[str, Any]) -> str:
-    """SHA-256, in hexadecimal, of the JSON of all but the checksum itself."""
-    plain = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+def metadata_sha256(content: Mapping[str, Any]) -> str:
+    """SHA-256, in hexadecimal, of the sorted JSON of all entries but ``sha256``."""
+    others = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
-def check_inventory(inventory: Any, *, name: str) -> None:
-    """Raises unless the inventory is whole and of a schema that is known here.
+def check_metadata(metadata: Any, *, name: str) -> None:
+    """Raises unless the metadata is intact and its schema is known.
 
     Raises:
       ValueError: if a newer version of the package wrote it.
-      DamageError: if it is not what was written.
+      CorruptCheckpointError: if it has changed since it was written.
     """
-    if not isinstance(inventory, dict) or not isinstance(inventory.get("schema"), int):
-        raise DamageError("its inventory is not one")
-    # Whatever its schema, it is sealed like this: a changed number is damage.
-    if inventory.get("sha256") != checksum(inventory):
-        raise DamageError("its inventory does not match its checksum")
-    if inventory["schema"] > SCHEMA:
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("schema"), int):
+        raise CorruptCheckpointError("its metadata cannot be read")
+    # First the checksum, which every schema has: a changed schema is corruption.
+    if metadata.get("sha256") != metadata_sha256(metadata):
+        raise CorruptCheckpointError("its metadata does not match its checksum")
+    if metadata["schema"] > SCHEMA:
         raise ValueError(
-            f"checkpoint {name} has schema {inventory['schema']}, this version of "
+            f"checkpoint {name} has schema {metadata['schema']}, this version of "
             f"grpo_jax reads schema {SCHEMA}; use the version that wrote it, or newer."
         )
 
 
-def check_fits(inventory: Mapping[str, Any], like: PyTree, *, name: str) -> None:
+def check_fits(metadata: Mapping[str, Any], like: PyTree, *, name: str) -> None:
     """Raises unless the arrays on disk are those of `like`: same paths, shapes, dtypes.
 
     Only the top-level entries that `like` has are compared.
@@ -89,7 +85,7 @@ def check_fits(inventory: Mapping[str, Any], like: PyTree, *, name: str) -> None
     """
     there = {
         path: f"{array['dtype']} {tuple(array['shape'])}"
-        for path, array in inventory["arrays"].items()
+        for path, array in metadata["arrays"].items()
         if path.split("/")[0] in like
     }
     here = {
@@ -103,32 +99,35 @@ def check_fits(inventory: Mapping[str, Any], like: PyTree, *, name: str) -> None
         if there.get(path) != here.get(path)
     ]
     if differences:
-        more = len(differences) - _SHOWN
-        shown = differences[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])
         raise ValueError(
             f"checkpoint {name} does not fit this model and optimizer:\n  "
-            + "\n  ".join(shown)
+            + "\n  ".join(_shortened(differences))
             + "\nUse the configuration that it was saved with, or another directory."
         )
 
 
-def check_digests(inventory: Mapping[str, Any], items: PyTree) -> None:
-    """Raises unless every array of `items` has the digest that it was saved with.
+def check_checksums(metadata: Mapping[str, Any], items: PyTree) -> None:
+    """Raises unless every array of `items` has the checksum that it was saved with.
 
     Raises:
-      DamageError: naming the arrays that differ.
+      CorruptCheckpointError: naming the arrays that differ.
     """
     leaves = named_leaves(items)
     if all(isinstance(leaf, jax.Array) for leaf in leaves.values()):
-        digests = np.asarray(array_digests(list(leaves.values()))).tolist()
+        checksums = np.asarray(array_checksums(list(leaves.values()))).tolist()
     else:
         # Host arrays visit the device one by one: together they may not fit.
-        digests = [int(array_digests([leaf])[0]) for leaf in leaves.values()]
+        checksums = [int(array_checksums([leaf])[0]) for leaf in leaves.values()]
     changed = [
         path
-        for path, digest in zip(leaves, digests, strict=True)
-        if inventory["arrays"][path]["digest"] != digest
+        for path, checksum in zip(leaves, checksums, strict=True)
+        if metadata["arrays"][path]["digest"] != checksum
     ]
     if changed:
-        more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-        raise DamageError(f"changed values in {', '.join(changed[:_SHOWN])}{more}")
+        shown = ", ".join(_shortened(changed))
+        raise CorruptCheckpointError(f"changed values in {shown}")
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    more = len(lines) - _SHOWN
+    return lines[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])

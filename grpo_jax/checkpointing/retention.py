@@ -1,11 +1,19 @@
-"""Which checkpoint is the best, by a number that was saved with each."""
+"""Which checkpoints are stored, which is the best, and which are removed."""
 
+import os
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from grpo_jax.checkpointing.corruption import BROKEN, DamageError
+from grpo_jax.checkpointing.corruption import BROKEN, CorruptCheckpointError
 from grpo_jax.config import CheckpointConfig
+
+# Orbax writes a checkpoint into a folder with this in its name, and renames the folder
+# when it is complete.
+TEMPORARY = "orbax-checkpoint-tmp"
 
 _BETTER: dict[str, Literal["max", "min"]] = {
     "eval/accuracy": "max",
@@ -16,11 +24,78 @@ _BETTER: dict[str, Literal["max", "min"]] = {
 }
 
 
+@dataclass(frozen=True)
+class StepFolders:
+    """The folders of a run's checkpoints, one per step, named by its number.
+
+    Methods that change files must be called on one process only.
+    """
+
+    directory: Path
+
+    def path(self, step: int) -> Path:
+        """The folder of a step."""
+        return self.directory / str(step)
+
+    def steps(self) -> list[int]:
+        """The complete steps, oldest first; none if there is no folder."""
+        # Path.is_dir would report a folder as absent when a mounted bucket fails for a
+        # moment; the run would then start over.
+        try:
+            with os.scandir(self.directory) as entries:
+                names = [entry.name for entry in entries if entry.is_dir()]
+        except BROKEN:
+            return []
+        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+    def candidates(self, step: int | None) -> list[int]:
+        """The steps to try in order: only `step`, or with None all, newest first.
+
+        Raises:
+          ValueError: if `step` does not exist.
+        """
+        steps = self.steps()
+        if step is None:
+            return steps[::-1]
+        if step in steps:
+            return [step]
+        raise ValueError(
+            f"there is no checkpoint {step} in {self.directory}; steps that exist: "
+            f"{steps}."
+        )
+
+    def remove_old(
+        self, *, keep: int, keep_every: int | None, best: int | None
+    ) -> None:
+        """Removes all but the newest `keep`, `best`, and multiples of `keep_every`."""
+        for step in self.steps()[:-keep]:
+            if step != best and (keep_every is None or step % keep_every):
+                path = self.path(step)
+                # Renamed first: a half-removed step must not look corrupt.
+                path = path.rename(f"{path}.old.{TEMPORARY}")
+                shutil.rmtree(path, ignore_errors=True)
+
+    def remove_leftovers(self) -> None:
+        """Removes files of killed processes and failed saves, as far as possible."""
+        for path in self.directory.glob(f"*{TEMPORARY}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def quarantine(self, step: int) -> str:
+        """Renames a corrupt step so that its number is free; returns the new name."""
+        name = f"{step}.damaged"
+        number = 1
+        while (self.directory / name).exists():
+            number += 1
+            name = f"{step}.damaged-{number}"
+        self.path(step).rename(self.directory / name)
+        return name
+
+
 def best_mode(config: CheckpointConfig) -> Literal["max", "min"]:
     """Whether the best step has the largest value or the smallest ("max" without one).
 
     Raises:
-      ValueError: for a metric of which that must be said, and is not.
+      ValueError: if `config` does not say so and the metric is not a known one.
     """
     name = config.keep_best
     if config.best_mode is not None:
@@ -29,66 +104,55 @@ def best_mode(config: CheckpointConfig) -> Literal["max", "min"]:
         return "max"
     if name not in _BETTER:
         raise ValueError(
-            f"checkpoint.best_mode is needed for checkpoint.keep_best {name!r}: 'max' "
-            "or 'min', of which nothing is known for this metric."
+            f"checkpoint.best_mode is needed for checkpoint.keep_best {name!r}: set "
+            "'max' or 'min'; this metric has no default."
         )
     return _BETTER[name]
 
 
 class BestStep:
-    """Compares steps by `config.keep_best`; without one no step is the best."""
+    """Compares steps by `config.keep_best`; if that is None, no step is the best."""
 
     def __init__(
         self,
         config: CheckpointConfig,
-        inventory_of: Callable[[int], Mapping[str, Any]],
+        read_metadata: Callable[[int], Mapping[str, Any]],
         *,
         report: Callable[[str], None],
     ) -> None:
-        """`inventory_of` reads the inventory of a step; damage means none."""
+        """`read_metadata` returns the metadata of a step on disk."""
         self._name = config.keep_best
         self._choose = max if best_mode(config) == "max" else min
-        self._inventory_of = inventory_of
+        self._read_metadata = read_metadata
         self._report = report
         self._values: dict[int, float | None] = {}
         self._warned = False
 
     def among(self, steps: Sequence[int]) -> int | None:
-        """The first of those with the best value; None where no step has one."""
+        """The first step with the best value; None if no step has a value."""
         if self._name is None:
             return None
-        values = {step: self._value(step) for step in sorted(steps)}
+        for step in sorted(set(steps) - self._values.keys()):
+            try:
+                value = self._read_metadata(step)["metrics"].get(self._name)
+            # Corrupt, written by another version, or by one that saved no metrics.
+            # Any other error is raised: a step that cannot be read at the moment may
+            # be the best one.
+            except (CorruptCheckpointError, *BROKEN, ValueError, KeyError):
+                value = None
+            self._values[step] = value
+        values = {step: self._values[step] for step in sorted(steps)}
         found = {step: value for step, value in values.items() if value is not None}
         return self._choose(found, key=found.__getitem__, default=None)
 
-    def named(self, steps: Sequence[int]) -> int:
-        """As `among`; raises ValueError where no step is known to be the best."""
-        best = self.among(steps)
-        if best is None:
-            raise ValueError(
-                "no checkpoint is known to be the best: the run's checkpoint.keep_best "
-                f"is {self._name!r}; steps that exist: {list(steps)}."
-            )
-        return best
-
     def saving(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Forget what the step was before; tell, once, if it cannot be the best."""
+        """Forgets the old value of a step; warns once if it has no new one."""
         self._values.pop(step, None)
         if self._name is None or self._warned or metrics.get(self._name) is not None:
             return
         self._warned = True
         self._report(
-            f"checkpoint {step} has no {self._name!r} and cannot be the best (told "
-            "once); evaluate where you save, or name another metric"
+            f"checkpoint {step} has no {self._name!r} and cannot be the best "
+            "(reported once); evaluate at the steps that are saved, or name another "
+            "metric"
         )
-
-    def _value(self, step: int) -> float | None:
-        if step not in self._values:
-            try:
-                value = self._inventory_of(step)["metrics"].get(self._name)
-            # Damaged, of another version, or of one that saved no metrics. What cannot
-            # be read just now may be the best: such an error is the caller's.
-            except (DamageError, *BROKEN, ValueError, KeyError):
-                value = None
-            self._values[step] = value
-        return self._values[step]

@@ -1,7 +1,7 @@
-"""Where arrays go when they are read.
+"""The targets that Orbax restores into.
 
-A target is what Orbax restores into: a `ShapeDtypeStruct` with a sharding, or a NumPy
-array for values that stay on the host.
+A target is a `ShapeDtypeStruct` with a sharding, or a NumPy array for a value that
+stays on the host.
 """
 
 from collections.abc import Mapping
@@ -14,30 +14,29 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from grpo_jax.parallel.mesh import named_leaves, path_name
+from grpo_jax.parallel.mesh import path_name
 
 
 def savable(leaf: Array) -> Array | np.ndarray:
-    """The array, or its values where each of several processes holds it whole.
+    """The array, or its values if each of several processes has its own whole copy.
 
-    Such is the step count of a fresh optimizer state; Orbax writes it only as values.
+    The step count of a fresh optimizer state is such an array, and Orbax refuses it.
     """
     local = jax.process_count() > 1 and leaf.is_fully_addressable
     return np.asarray(leaf) if local else leaf
 
 
 def restore_targets(like: dict[str, PyTree]) -> dict[str, PyTree]:
-    """Targets laid out as `like`, arrays or `ShapeDtypeStruct`.
+    """Targets with the shardings of `like`, arrays or `ShapeDtypeStruct`.
 
-    Beside arrays on a mesh, arrays without one are replicated on it: committed to one
-    device they would stop the next jit. Without any mesh, arrays that are committed to
-    a device go there and others to the host.
+    If some leaves are on a mesh, leaves without one are replicated on it: jit refuses
+    arguments on a mesh beside arguments committed to one device. Without any mesh,
+    committed arrays go to their device and others to the host.
 
     Raises:
       ValueError: for an array that does not divide over its mesh.
     """
-    leaves = named_leaves(like)
-    shardings = [leaf.sharding for leaf in leaves.values()]
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(like)]
     meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
     home = NamedSharding(meshes[0], P()) if meshes else None
 
@@ -59,20 +58,20 @@ def restore_targets(like: dict[str, PyTree]) -> dict[str, PyTree]:
     return jax.tree_util.tree_map_with_path(target, like)
 
 
-def host_targets(inventory: Mapping[str, Any]) -> PyTree:
-    """Targets on the host for the parameters that an inventory lists."""
+def host_targets(metadata: Mapping[str, Any]) -> PyTree:
+    """Targets on the host for the parameters that the metadata lists."""
     params: dict[str, Any] = {}
-    for path, array in inventory["arrays"].items():
+    for path, array in metadata["arrays"].items():
         top, *parents, name = path.split("/")
         if top != "params":
             continue
-        place = params
+        inner = params
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = _abstract_host(tuple(array["shape"]), jnp.dtype(array["dtype"]))
+            inner = inner.setdefault(parent, {})
+        inner[name] = _abstract_host(tuple(array["shape"]), jnp.dtype(array["dtype"]))
     return params
 
 
 def _abstract_host(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    # Takes the memory of one element, whatever the shape.
+    # A broadcast view: it has the memory of one element, whatever the shape.
     return np.broadcast_to(np.zeros((), dtype), shape)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, UInt32
 
-from grpo_jax.checkpointing.checksum import array_digests
+from grpo_jax.checkpointing.checksum import array_checksums
 from grpo_jax.models.config import RUN_FIELDS, ModelConfig
 from grpo_jax.parallel.mesh import named_leaves
 
@@ -24,8 +24,9 @@ def describe_weights(params: PyTree, *, frozen: bool) -> dict[str, str]:
     All processes must call it.
     """
     leaves = named_leaves(params)
-    digests = np.asarray(_digests(list(leaves.values()), rounded=frozen))
-    return {path: f"{d:08x}" for path, d in zip(leaves, digests.tolist(), strict=True)}
+    checksums = np.asarray(_checksums(list(leaves.values()), rounded=frozen))
+    numbers = zip(leaves, checksums.tolist(), strict=True)
+    return {path: f"{number:08x}" for path, number in numbers}
 
 
 def describe_architecture(config: ModelConfig) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def describe_architecture(config: ModelConfig) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnames="rounded")
-def _digests(arrays: Sequence[Array], *, rounded: bool) -> UInt32[Array, " arrays"]:
+def _checksums(arrays: Sequence[Array], *, rounded: bool) -> UInt32[Array, " arrays"]:
     if rounded:
         arrays = [array.astype(jnp.bfloat16) for array in arrays]
-    return array_digests(arrays)
+    return array_checksums(arrays)

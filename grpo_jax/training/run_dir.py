@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.checkpointing.retention import best_mode
-from grpo_jax.checkpointing.step_folders import StepFolders
+from grpo_jax.checkpointing.retention import StepFolders, best_mode
 from grpo_jax.config import EMBEDDED, TrainConfig, validation
 from grpo_jax.config.files import load_config, to_yaml, write_text
 from grpo_jax.tasks import names_file

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from grpo_jax.checkpointing import corruption as damage
+from grpo_jax.checkpointing import corruption
 from grpo_jax.checkpointing.checkpoints import Checkpoints
 from grpo_jax.checkpointing.retention import best_mode
 from grpo_jax.config import CheckpointConfig, ObjectiveConfig, TrainConfig
@@ -106,7 +106,7 @@ def test_a_step_without_a_value_is_never_the_best_and_is_told_once(tmp_path):
     assert "checkpoint 1 has no 'eval/accuracy'" in report
 
 
-def test_a_step_whose_inventory_is_damaged_is_not_the_best(tmp_path):
+def test_a_step_whose_metadata_is_damaged_is_not_the_best(tmp_path):
     checkpoints, _ = open_checkpoints(tmp_path, keep=2)
     save_all(checkpoints, [0.9, 0.3])
     checkpoints.close()
@@ -119,7 +119,7 @@ def test_a_step_whose_inventory_is_damaged_is_not_the_best(tmp_path):
 
 
 def test_a_best_step_that_cannot_be_read_just_now_is_not_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(damage, "PAUSES", ())
+    monkeypatch.setattr(corruption, "PAUSES", ())
     before, _ = open_checkpoints(tmp_path)
     save_all(before, [0.9, 0.3])
     before.close()

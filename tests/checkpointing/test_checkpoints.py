@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from grpo_jax.checkpointing.checkpoints import Checkpoints
-from grpo_jax.checkpointing.metadata import checksum
+from grpo_jax.checkpointing.metadata import metadata_sha256
 from grpo_jax.config import CheckpointConfig, MeshConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.mesh import named_leaves
@@ -317,7 +317,7 @@ def test_files_that_hold_no_values_may_be_lost(copy, loss):
     assert reports == []
 
 
-def test_two_damaged_steps_are_both_set_aside_and_can_be_saved_again(copy):
+def test_two_damaged_steps_are_both_quarantined_and_can_be_saved_again(copy):
     path, states = copy
     flip(data_file(path / "30"))
     truncate(path / "20" / "meta" / "data.json")
@@ -401,7 +401,7 @@ def test_a_newer_schema_is_refused_not_damaged(copy):
 
     def renew(meta):
         meta["schema"] = 2
-        meta["sha256"] = checksum(meta)
+        meta["sha256"] = metadata_sha256(meta)
 
     change_json(path / "30" / "meta" / "data.json", renew)
     checkpoints, _ = open_checkpoints(path)

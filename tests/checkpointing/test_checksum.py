@@ -1,4 +1,4 @@
-"""Digests change with every bit, and with nothing else."""
+"""Checksums change with every bit, and with nothing else."""
 
 import hashlib
 
@@ -9,21 +9,21 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from grpo_jax.checkpointing.checksum import array_digests, params_sha256
+from grpo_jax.checkpointing.checksum import array_checksums, params_sha256
 from grpo_jax.config import MeshConfig
 from grpo_jax.parallel.mesh import make_mesh
 
 
-def digest(array) -> int:
-    return int(array_digests([array])[0])
+def checksum(array) -> int:
+    return int(array_checksums([array])[0])
 
 
-def test_the_digest_does_not_depend_on_the_sharding():
+def test_the_checksum_does_not_depend_on_the_sharding():
     array = jax.random.normal(jax.random.key(0), (16, 8, 4))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     specs = [P(), P("fsdp"), P(None, "tensor"), P(("data", "fsdp"), None, "tensor")]
     sharded = [jax.device_put(array, NamedSharding(mesh, spec)) for spec in specs]
-    assert {digest(array)} == {digest(one) for one in sharded}
+    assert {checksum(array)} == {checksum(one) for one in sharded}
 
 
 @pytest.mark.parametrize(
@@ -31,39 +31,39 @@ def test_the_digest_does_not_depend_on_the_sharding():
 )
 def test_every_element_counts(dtype):
     zeros = np.zeros((3, 4), dtype)
-    seen = {digest(jnp.asarray(zeros))}
+    seen = {checksum(jnp.asarray(zeros))}
     for place in np.ndindex(zeros.shape):
         changed = zeros.copy()
         changed[place] = 1
-        seen.add(digest(jnp.asarray(changed)))
+        seen.add(checksum(jnp.asarray(changed)))
     assert len(seen) == 1 + zeros.size
 
 
 def test_every_bit_of_an_element_counts():
     values = np.full((4,), 1.5, np.float32)
-    seen = {digest(values)}
+    seen = {checksum(values)}
     for bit in range(32):
         changed = values.copy()
         changed.view(np.uint32)[2] ^= np.uint32(1 << bit)
-        seen.add(digest(changed))
+        seen.add(checksum(changed))
     assert len(seen) == 33
 
 
 def test_the_order_counts():
     array = np.arange(24, dtype=np.float32).reshape(4, 6)
     orders = [array, array[::-1], array[:, ::-1], array[[1, 0, 2, 3]]]
-    assert len({digest(one) for one in orders}) == 4
+    assert len({checksum(one) for one in orders}) == 4
 
 
-def test_scalars_and_empty_arrays_have_digests():
-    seven, eight = digest(jnp.int32(7)), digest(jnp.int32(8))
+def test_scalars_and_empty_arrays_have_checksums():
+    seven, eight = checksum(jnp.int32(7)), checksum(jnp.int32(8))
     assert seven != eight
-    assert digest(jnp.zeros((0, 3))) == 0  # an empty sum
+    assert checksum(jnp.zeros((0, 3))) == 0  # an empty sum
 
 
 def test_not_a_number_and_minus_zero_keep_their_bits():
-    assert digest(jnp.array([0.0])) != digest(jnp.array([-0.0]))
-    assert digest(jnp.array([jnp.nan])) == digest(jnp.array([jnp.nan]))
+    assert checksum(jnp.array([0.0])) != checksum(jnp.array([-0.0]))
+    assert checksum(jnp.array([jnp.nan])) == checksum(jnp.array([jnp.nan]))
 
 
 def test_the_sha256_is_that_of_paths_dtypes_shapes_and_bytes():

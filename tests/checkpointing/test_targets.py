@@ -49,7 +49,7 @@ trees = st.recursive(
 
 @settings(max_examples=30)
 @given(tree=st.dictionaries(names, trees, min_size=1, max_size=3))
-def test_parameters_of_an_inventory_come_back_as_their_tree(tree):
+def test_parameters_in_the_metadata_come_back_as_their_tree(tree):
     def listed(place, path):
         if isinstance(place, tuple):
             yield path, {"shape": list(place), "dtype": "bfloat16"}
