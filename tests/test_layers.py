@@ -70,6 +70,7 @@ TESTED_IN = {
     "checkpointing.metadata": "checkpointing/test_checkpoints.py",
     "training.scores": "training/test_evaluate.py",
     "training.reference": "training/test_lora.py",
+    "training.run": "training/test_loop.py",
     "training.state": "training/test_step.py",
 }
 # Deprecated, private, or not to be mixed with Linen.

@@ -1,10 +1,18 @@
 """Where prompts and their rewards come from: `load_task` finds a task by its name."""
 
+import dataclasses
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_jax.tasks.arithmetic import arithmetic_task
-from grpo_jax.tasks.base import RewardFunction, Task, task_from_rows
+from grpo_jax.tasks.base import (
+    RewardFunction,
+    Row,
+    Task,
+    reward_functions,
+    task_from_rows,
+)
 from grpo_jax.tasks.gsm8k import gsm8k_task
 from grpo_jax.tasks.jsonl import jsonl_task
 from grpo_jax.tasks.reasoning_gym import reasoning_gym_task
@@ -49,3 +57,34 @@ def load_task(name: str, *, data: str | None = None, seed: int = 0) -> Task:
         f"unknown task {name!r}.{hint} Choices: {', '.join(_CHOICES)} or a folder with "
         "train.jsonl."
     )
+
+
+def choose_task(
+    name: str,
+    *,
+    data: str | None = None,
+    seed: int = 0,
+    dataset: Sequence[Row] | None = None,
+    rewards: RewardFunction | Sequence[RewardFunction] | None = None,
+    eval_dataset: Sequence[Row] | None = None,
+) -> Task:
+    """The caller's own rows and rewards if there are any, else the task of that name.
+
+    Rewards without rows replace those of the task.
+
+    Raises:
+      ValueError: if rows come without rewards, or the task cannot be loaded.
+    """
+    if dataset is not None:
+        if rewards is None:
+            raise ValueError(
+                "a dataset needs rewards: functions that score completions."
+            )
+        return task_from_rows(dataset, rewards, eval_rows=eval_dataset)
+    if eval_dataset is not None:
+        raise ValueError("eval_dataset needs a dataset; give both or neither.")
+    task = load_task(name, data=data, seed=seed)
+    if rewards is None:
+        return task
+    functions = reward_functions(rewards)
+    return dataclasses.replace(task, rewards=functions, reward_weights=None)

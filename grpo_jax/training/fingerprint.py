@@ -1,7 +1,9 @@
-"""What the numbers of a run follow from besides its configuration, in a few digests."""
+"""What the numbers of a run follow from besides its configuration, as digests."""
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,31 @@ from jaxtyping import Array, PyTree, UInt32
 from grpo_jax.checkpointing.checksum import array_checksums
 from grpo_jax.models.config import RUN_FIELDS, ModelConfig
 from grpo_jax.parallel.mesh import named_leaves
+from grpo_jax.rewards.source import describe_rewards
+from grpo_jax.tasks.base import Row, Task
+
+
+def describe_data(task: Task, held_out: Sequence[Row]) -> dict[str, Any]:
+    """What a run learns from and is measured on, as far as no model is needed for it.
+
+    Digests are those of up to 1,000 rows, evenly chosen, or of 3 where rows are made or
+    read on demand; values that JSON does not know count by their type.
+    """
+    return {
+        "task": task.name,
+        "rows": len(task.train),
+        "rows_sha256": _rows_sha256(task.train),
+        "test_rows": len(held_out),
+        "test_rows_sha256": _rows_sha256(held_out),
+        "rewards": describe_rewards(task.rewards),
+    }
+
+
+def _rows_sha256(rows: Sequence[Row]) -> str:
+    count = min(len(rows), 1000 if isinstance(rows, list | tuple) else 3)
+    chosen = [dict(rows[i * len(rows) // count]) for i in range(count)]
+    text = json.dumps(chosen, skipkeys=True, default=lambda value: str(type(value)))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def describe_weights(params: PyTree, *, frozen: bool) -> dict[str, str]:

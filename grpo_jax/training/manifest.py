@@ -16,7 +16,6 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from grpo_jax.config import TrainConfig
 from grpo_jax.config.files import to_jsonable, write_json
 from grpo_jax.reporting.metrics import METRICS_FILE
 
@@ -94,13 +93,13 @@ class Record:
     def __init__(
         self,
         path: Path,
-        config: TrainConfig,
+        seed: int,
         mesh: Mesh,
         origin: Origin,
         *,
         enabled: bool = True,
     ) -> None:
-        self._path, self._seed, self._origin = path, config.seed, origin
+        self._path, self._seed, self._origin = path, seed, origin
         self._enabled = enabled
         # Read once: who edits the code while it runs does not change what runs.
         self._machine = _machine(mesh) if enabled else {}

@@ -19,9 +19,16 @@ from grpo_jax.rollout.rollout import Rollout
 class Measures:
     """Makes the metrics of a run's steps."""
 
-    def __init__(self, model: ModelConfig, config: TrainConfig, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TrainConfig,
+        mesh: Mesh,
+        compiles: names.CompileCounter,
+    ) -> None:
         self._refills = bool(config.objective.resample_limit)
         self._utilization = Utilization(model, config, mesh)
+        self._compiles = compiles
 
     def of_step(
         self, sampled: Rollout, kept: Rollout, seconds: Mapping[str, float]
@@ -40,12 +47,17 @@ class Measures:
             of_kept, learned = _described(kept)
             metrics |= {f"kept/{name}": value for name, value in of_kept.items()}
         tokens = float(lengths[1].sum())
+        rewards, failures = meshes.gather_rows(
+            (sampled.rewards_by_name, sampled.failures_by_name)
+        )
         return {
             **metrics,
-            **_of_functions(sampled),
+            **function_metrics(rewards, failures),
+            **logged_metrics(meshes.gather_lists([sampled.logged])),
             **self._utilization.metrics(lengths, learned, seconds),
             "tokens_per_second/rollout": tokens / seconds["time/rollout"],
             names.TOKENS_PER_SECOND: tokens / seconds["time/step"],
+            **self._compiles.metrics(),
         }
 
 
@@ -63,12 +75,3 @@ def _described(rollout: Rollout) -> tuple[dict[str, float], Lengths]:
         rewards
     )
     return metrics, (prompts, lengths)
-
-
-def _of_functions(rollout: Rollout) -> dict[str, float]:
-    rewards, failures = meshes.gather_rows(
-        (rollout.rewards_by_name, rollout.failures_by_name)
-    )
-    return function_metrics(rewards, failures) | logged_metrics(
-        meshes.gather_lists([rollout.logged])
-    )

@@ -68,8 +68,9 @@ class GraceCheck:
         self._compiled = -1.0
         self._told = False
 
-    def check(self, metrics: Mapping[str, float]) -> None:
+    def check(self, step: int, metrics: Mapping[str, float]) -> None:
         """Look at the times of one more step."""
+        del step  # as `EqualGroups.check`, which names it
         before, self._compiled = self._compiled, metrics.get("compile/count", 0.0)
         seconds, name = max((metrics.get(name, 0.0), name) for name in _PHASES)
         if self._told or seconds <= self._grace or self._compiled > before:

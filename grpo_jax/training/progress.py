@@ -31,6 +31,19 @@ class Progress:
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in saved.items() if name in known})
 
+    def is_due(self, every: int | None) -> bool:
+        """Whether something happens after this step that happens `every` so many."""
+        return bool(every) and self.step % every == 0
+
+    def after_step(self, *, drawn: int, skipped: bool) -> "Progress":
+        """After one more step, which drew that many prompts."""
+        return dataclasses.replace(
+            self,
+            step=self.step + 1,
+            position=self.position + drawn,
+            skipped=self.skipped + 1 if skipped else 0,
+        )
+
     def evaluated(self, metrics: Mapping[str, float]) -> "Progress":
         """With the numbers of an evaluation, which is the first one before any step."""
         after = "" if self.step else "_before"

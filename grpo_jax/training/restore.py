@@ -44,7 +44,7 @@ class Policy:
     Attributes:
       model: the decoder with the compute dtype and remat of the run.
       tokenizer: its tokenizer.
-      trained: the parameters that are trained: all of them, or adapters; float32.
+      params: what is trained: all parameters, or adapters; float32.
       config: the run, with a choice in place of each "auto" about memory.
       warning: what to change where the memory of the devices will not do; else None.
       base: the frozen parameters under adapters, in the compute dtype, which needs no
@@ -54,17 +54,17 @@ class Policy:
 
     model: Decoder
     tokenizer: Tokenizer
-    trained: PyTree
+    params: PyTree
     config: TrainConfig
     warning: str | None = None
     base: PyTree | None = None
     commit: str | None = None
 
-    def merged(self, trained: PyTree) -> PyTree:
+    def merged(self, params: PyTree) -> PyTree:
         """Float32 parameters of the plain model that acts like the trained one."""
         if self.base is None:
-            return trained
-        return _merge(self.base, trained, self.model.config)
+            return params
+        return _merge(self.base, params, self.model.config)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -77,7 +77,7 @@ class Policy:
         return {
             "model_config": describe_architecture(self.model.config),
             "weights": describe_weights(
-                self.base if frozen else self.trained, frozen=frozen
+                self.base if frozen else self.params, frozen=frozen
             ),
         }
 
@@ -136,15 +136,22 @@ def load_policy(
     limit = device_memory(mesh)
     chosen = for_run(loaded.config, config)
     chosen, config = settled(chosen, config, mesh, limit=limit)
-    model, trained, base = Decoder(chosen), loaded.params, None
+    model, params, base = Decoder(chosen), loaded.params, None
     if (rank := config.lora.rank) is not None:
         model = Decoder(dataclasses.replace(chosen, lora_scale=config.lora.scale))
-        trained = _fresh_adapters(model, config, mesh, rank=rank)
-        base = loaded.params
+        init = functools.partial(
+            init_lora, model, rank=rank, targets=config.lora.targets
+        )
+        # Rollouts fold their step into the same key, from 1 on.
+        key = jax.random.fold_in(jax.random.key(config.seed), 0)
+        shapes = jax.eval_shape(init, key)
+        places = meshes.parameter_shardings(lora_axes(model, shapes), shapes, mesh)
+        # Each adapter is born where the mesh wants it.
+        params, base = jax.jit(init, out_shardings=places)(key), loaded.params
     return Policy(
         model=model,
         tokenizer=loaded.tokenizer.dated(origin.started),
-        trained=trained,
+        params=params,
         config=config,
         warning=None if limit is None else advice(chosen, config, mesh, limit=limit),
         base=base,
@@ -264,20 +271,8 @@ def _load(config: TrainConfig, mesh: Mesh | None, *, commit: str | None) -> Pret
     return load_pretrained(config.model, revision=commit, dtype=dtype, sharding=place)
 
 
-def _fresh_adapters(
-    model: Decoder, config: TrainConfig, mesh: Mesh, *, rank: int
-) -> PyTree:
-    """Adapters that change nothing yet, each born where the mesh wants it."""
-    init = functools.partial(init_lora, model, rank=rank, targets=config.lora.targets)
-    # Rollouts fold in their step, from 1 on.
-    key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    shapes = jax.eval_shape(init, key)
-    places = meshes.parameter_shardings(lora_axes(model, shapes), shapes, mesh)
-    return jax.jit(init, out_shardings=places)(key)
-
-
-def _merge(base: PyTree, adapters: PyTree, config: ModelConfig) -> PyTree:
-    """Adapters and base as plain parameters, which lie where those of the base do."""
+def _merge(base: PyTree, params: PyTree, config: ModelConfig) -> PyTree:
+    """Base and adapters as plain parameters, with the shardings of the base."""
     places = jax.tree.map(lambda leaf: leaf.sharding, base)
     merge = functools.partial(merge_lora, config=config)
-    return jax.jit(merge, out_shardings=places)(base, adapters)
+    return jax.jit(merge, out_shardings=places)(base, params)

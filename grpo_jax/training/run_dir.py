@@ -6,6 +6,7 @@ A lock keeps two runs apart; `config.yaml` says what the run is and refuses anot
 import contextlib
 import dataclasses
 import fcntl
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 from grpo_jax.checkpointing.retention import StepFolders, best_mode
 from grpo_jax.config import EMBEDDED, TrainConfig, validation
 from grpo_jax.config.files import load_config, to_yaml, write_text
+from grpo_jax.reporting.logs import attach_log_file
 from grpo_jax.tasks import names_file
 from grpo_jax.training.manifest import (
+    Origin,
     changes,
     has_begun,
     read_data,
     read_manifest,
 )
+from grpo_jax.weights.folder import remove_unfinished
 
 # What does not make another run of it: where it is kept, what is kept of it, and how
 # work is spread over time and devices.
@@ -59,6 +63,28 @@ def claim(path: Path) -> Iterator[None]:
         yield
 
 
+def run_path(run_dir: str | None, task: str) -> Path:
+    """The directory of a run; by default a folder of `runs` named after its task."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(task).stem).strip("-.") or "run"
+    return Path(run_dir or Path("runs") / name).expanduser()
+
+
+@contextlib.contextmanager
+def open_run_dir(
+    path: Path, config: TrainConfig, data: Mapping[str, Any]
+) -> Iterator[Origin]:
+    """Claims the directory for a run, logs into it, and gives where the run began.
+
+    Raises:
+      ValueError: as `claim` and `check_config`.
+    """
+    with claim(path):
+        remove_unfinished(path)
+        check_config(path, config, data)
+        with attach_log_file(path):
+            yield Origin.read(read_manifest(path))
+
+
 def check_config(
     path: Path, config: TrainConfig, data: Mapping[str, Any] | None = None
 ) -> None:
@@ -69,7 +95,7 @@ def check_config(
     learning rate is constant.
 
     Args:
-      data: what `setup.describe_data` says of its rows and rewards; None compares the
+      data: what `describe_data` says of its rows and rewards; None compares the
         configuration alone.
 
     Raises:
@@ -77,7 +103,7 @@ def check_config(
         rows, with the fields in which they differ. Other rewards are not refused.
     """
     if not (path / "config.yaml").exists() or not has_begun(path):
-        _write_config(path, config)
+        write_text(path / "config.yaml", to_yaml(config))
         return
     before = read_config(path)
     steps = config.steps
@@ -102,7 +128,7 @@ def check_config(
             f"same configuration to resume.{hints}"
         )
     if moved:
-        _write_config(path, before)
+        write_text(path / "config.yaml", to_yaml(before))
 
 
 def _with_best_mode(config: TrainConfig) -> TrainConfig:
@@ -110,10 +136,6 @@ def _with_best_mode(config: TrainConfig) -> TrainConfig:
     mode = best_mode(config.checkpoint)
     checkpoint = dataclasses.replace(config.checkpoint, best_mode=mode)
     return dataclasses.replace(config, checkpoint=checkpoint)
-
-
-def _write_config(path: Path, config: TrainConfig) -> None:
-    write_text(path / "config.yaml", to_yaml(config))
 
 
 def read_config(path: Path) -> TrainConfig:

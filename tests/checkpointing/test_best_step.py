@@ -16,8 +16,8 @@ from grpo_jax.checkpointing.retention import best_mode
 from grpo_jax.config import CheckpointConfig, ObjectiveConfig, TrainConfig
 from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.tasks import load_task, task_from_rows
+from grpo_jax.training import rewarding
 from grpo_jax.training import run_dir as directories
-from grpo_jax.training import setup
 from grpo_jax.training.restore import restore
 from grpo_jax.training.state import make_train_state, state_items
 
@@ -177,7 +177,7 @@ def make_runner(name, function=plain, mode=None):
     best = CheckpointConfig(keep_best=name, best_mode=mode)
     config = TrainConfig(checkpoint=best)
     rows = [{"prompt": "a"}]
-    return setup.make_runner(config, task_from_rows(rows, function, eval_rows=rows))
+    return rewarding.make_runner(config, task_from_rows(rows, function, eval_rows=rows))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_metric_of_nothing_that_the_run_does_is_refused():
             objective=objective, checkpoint=CheckpointConfig(keep_best=name)
         )
         with pytest.raises(ValueError, match=f"'{name}' is no metric of this run"):
-            setup.make_runner(config, task_from_rows(rows, logging))
+            rewarding.make_runner(config, task_from_rows(rows, logging))
 
 
 def test_the_name_of_the_accuracy_on_the_console_is_not_that_of_the_metric():
@@ -215,7 +215,7 @@ def test_the_name_of_the_accuracy_on_the_console_is_not_that_of_the_metric():
     task = dataclasses.replace(load_task("arithmetic"), rewards=(correct,))
     config = TrainConfig(checkpoint=CheckpointConfig(keep_best="accuracy"))
     with pytest.raises(ValueError, match="did you mean 'eval/accuracy'"):
-        setup.make_runner(config, task)
+        rewarding.make_runner(config, task)
 
 
 def test_metrics_that_the_run_will_have_are_taken():

@@ -4,26 +4,31 @@ import dataclasses
 import itertools
 import json
 import math
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from grpo_jax.config import SamplingConfig
+from grpo_jax.config import RewardsConfig, SamplingConfig, TrainConfig
+from grpo_jax.parallel.agreement import Agreement
+from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rollout.sampler import GroupSampler
-from grpo_jax.tasks import load_task
+from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.answers import last_answer, tagged_answer
 from grpo_jax.tasks.base import Task
 from grpo_jax.training.evaluate import (
     complete,
     complete_share,
     evaluate,
+    held_out_values,
+    make_evaluation,
     one_device,
 )
 from grpo_jax.training.scores import Completed, Evaluation, judge
 
 
-def make_evaluation(correct, completions=None):
+def make_scores(correct, completions=None):
     correct = np.array(correct, bool)
     texts = completions or [["x"] * correct.shape[1]] * len(correct)
     return Evaluation(correct=correct, completions=texts)
@@ -41,12 +46,12 @@ def counted_pass_at(correct, k):
 @pytest.mark.parametrize("k", range(1, 7))
 def test_pass_at_k_counts_every_choice_of_k_samples(k):
     correct = np.random.default_rng(k).random((7, 6)) < 0.3
-    given = make_evaluation(correct).pass_at(k)
+    given = make_scores(correct).pass_at(k)
     assert given == pytest.approx(counted_pass_at(correct, k))
 
 
 def test_pass_at_one_is_the_accuracy_and_at_all_any_right_one():
-    evaluation = make_evaluation([[1, 0, 0, 0], [0, 0, 0, 0]])
+    evaluation = make_scores([[1, 0, 0, 0], [0, 0, 0, 0]])
     assert evaluation.accuracy == 0.125 == evaluation.pass_at(1)
     assert evaluation.pass_at(4) == 0.5
     # 1 - C(3, 2) / C(4, 2) = 1/2 for the first prompt, 0 for the second.
@@ -56,11 +61,11 @@ def test_pass_at_one_is_the_accuracy_and_at_all_any_right_one():
 @pytest.mark.parametrize("k", [0, 5])
 def test_pass_at_more_than_was_sampled_is_refused(k):
     with pytest.raises(ValueError, match=f"between 1 and 4 samples, got {k}"):
-        make_evaluation([[1, 0, 0, 0]]).pass_at(k)
+        make_scores([[1, 0, 0, 0]]).pass_at(k)
 
 
 def test_the_majority_s_answer_decides():
-    evaluation = make_evaluation(
+    evaluation = make_scores(
         [[0, 1, 1], [1, 0, 0], [1, 0, 1], [0, 1, 0]],
         [["2", "3", " 3 "], ["1", "4", "4"], ["5", "6", "5"], ["7", "8", "9"]],
     )
@@ -70,21 +75,21 @@ def test_the_majority_s_answer_decides():
 
 def test_completions_without_an_answer_do_not_vote():
     evaluation = dataclasses.replace(
-        make_evaluation([[0, 0, 1], [0, 0, 0]]),
+        make_scores([[0, 0, 1], [0, 0, 0]]),
         answers=[[None, None, "3"], [None, None, None]],
     )
     assert evaluation.majority() == 0.5
 
 
 def test_the_standard_error_is_over_prompts():
-    evaluation = make_evaluation([[1, 1], [1, 0], [0, 0], [0, 0]])
+    evaluation = make_scores([[1, 1], [1, 0], [0, 0], [0, 0]])
     # Shares 1, 0.5, 0, 0: mean 0.375, variance 0.6875 / 3.
     assert evaluation.standard_error == pytest.approx(math.sqrt(0.6875 / 3 / 4))
-    assert math.isnan(make_evaluation([[1, 0]]).standard_error)
+    assert math.isnan(make_scores([[1, 0]]).standard_error)
 
 
 def test_the_summary_has_powers_of_two_up_to_the_samples():
-    summary = make_evaluation([[1, 0, 0, 0, 1, 0], [0] * 6]).summary()
+    summary = make_scores([[1, 0, 0, 0, 1, 0], [0] * 6]).summary()
     assert [
         name for name in summary if name.startswith("pass@") and "/" not in name
     ] == [
@@ -97,10 +102,10 @@ def test_the_summary_has_powers_of_two_up_to_the_samples():
     # Both prompts have pass@2 and a standard error of their mean: 1 - C(4, 2)/C(6, 2)
     # = 0.6 and 0, so sqrt(0.18 / 2) = 0.3.
     assert summary["pass@2/standard_error"] == pytest.approx(0.3)
-    single = make_evaluation([[1], [0]]).summary()
+    single = make_scores([[1], [0]]).summary()
     assert set(single) == {"prompts", "samples", "accuracy", "standard_error"}
     # One prompt has no standard error, and JSON no NaN.
-    alone = make_evaluation([[1, 0]]).summary()
+    alone = make_scores([[1, 0]]).summary()
     assert alone["standard_error"] is None is alone["majority@2/standard_error"]
     json.dumps(alone, allow_nan=False)
 
@@ -319,3 +324,77 @@ def test_a_task_that_cannot_be_judged_is_refused(changes, tiny_policy):
     task = make_task(["a"], **changes)
     with pytest.raises(ValueError, match="task 'copying' has no held-out prompts"):
         evaluate(tiny_policy.model, {}, tiny_policy.tokenizer, task)
+
+
+def lengths(completions, prompts, **_):
+    """Rewards that differ, and none for the empty text."""
+    return [len(text) / 7 if text else None for text in completions]
+
+
+def test_rewards_of_held_out_rows_come_in_batches_as_their_completions_do():
+    seen = []
+
+    def count(completions, **_):
+        seen.append(len(completions))
+        return [float(text) for text in completions]
+
+    rows = [{"prompt": "a"}] * 7
+    completed = Completed(texts=[[str(n)] for n in range(7)], ids=[[[1]]] * 7)
+    task = task_from_rows(rows, count, eval_rows=rows)
+    with RewardRunner(task.rewards, RewardsConfig()) as runner:
+        given = held_out_values(completed, rows, task, runner, 3)
+    assert given == list(range(7)) and seen == [3, 3, 1]
+
+
+@pytest.fixture
+def evaluation(tiny_policy, fake_sampler):
+    """What measures a policy whose completion of the row of a number is as long."""
+    sampler = fake_sampler(lambda number, _: "x" * (number % 4))
+    policy = types.SimpleNamespace(
+        model=tiny_policy.model,
+        tokenizer=tiny_policy.tokenizer,
+        config=TrainConfig(model="tiny", eval_batch_size=8, max_new_tokens=8),
+    )
+    rows = [{"prompt": str(number)} for number in range(7)]
+
+    def measure(seen, prompts, judged):
+        def scores(completions, prompts, **_):
+            seen.extend(prompts)
+            return lengths(completions, prompts)
+
+        def is_right(text, row):
+            seen.append(row["prompt"])
+            return len(text) == 2
+
+        task = task_from_rows(rows, scores, eval_rows=rows[:prompts])
+        if judged:
+            task = dataclasses.replace(task, is_correct=is_right)
+        with RewardRunner(task.rewards, RewardsConfig()) as runner:
+            return make_evaluation(
+                policy,
+                task,
+                task.test,
+                runner,
+                None,
+                sampler=sampler,
+                agreement=Agreement(),
+                announce=lambda text: None,
+            )()
+
+    return measure
+
+
+@pytest.mark.parametrize("judged", [False, True])
+@pytest.mark.parametrize(("prompts", "count"), [(7, 3), (2, 4), (1, 2)])
+def test_processes_score_each_held_out_row_once_and_agree(
+    prompts, count, judged, evaluation, on_processes
+):
+    seen = []
+    alone = evaluation(seen, prompts, judged)
+    assert sorted(seen) == [str(number) for number in range(prompts)]
+    seen.clear()
+    together = on_processes(lambda _: evaluation(seen, prompts, judged), count)
+    assert sorted(seen) == [str(number) for number in range(prompts)]
+    for metrics in together:
+        for name in metrics.keys() - {"time/eval"}:
+            np.testing.assert_array_equal(metrics[name], alone[name])

@@ -22,7 +22,7 @@ def test_weights_have_the_same_digests_wherever_they_lie_and_others_differ(
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     spread = load_policy(
         TrainConfig(model=str(tiny_policy.folder)), meshes_of(1, 4, 2)
-    ).trained
+    ).params
     whole = describe_weights(params, frozen=False)
     assert describe_weights(spread, frozen=False) == whole
     # A base is held in the number type of the machine: both give the same.

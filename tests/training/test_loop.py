@@ -603,6 +603,12 @@ def test_rewards_of_a_wrong_length_are_refused_and_nothing_is_lost(
     assert resumed.summary["params_sha256"] == result.summary["params_sha256"]
 
 
+@pytest.mark.parametrize("config", ["embedded", {"steps": 1}, {}, 3, TrainConfig])
+def test_a_run_is_described_by_a_configuration(config):
+    with pytest.raises(ValueError, match="config must be a TrainConfig, got "):
+        train(config)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -668,7 +674,7 @@ def test_any_sampler_serves_a_run_with_weights_from_update_to_release(
 ):
     sampler = fake_sampler(lambda number, sample: f"{number}{sample}")
     monkeypatch.setattr(
-        "grpo_jax.training.loop.GroupSampler", lambda *_, **options: sampler
+        "grpo_jax.training.run.GroupSampler", lambda *_, **options: sampler
     )
     update, held = Learner.update, []
 

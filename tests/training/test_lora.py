@@ -225,7 +225,7 @@ def make_learner(tools, policy, place, **changes):
         **changes,
     )
     loaded = load_policy(config, place)
-    learner = Learner(loaded.model, loaded.trained, config, place, base=loaded.base)
+    learner = Learner(loaded.model, loaded.params, config, place, base=loaded.base)
     return loaded, learner
 
 
@@ -335,8 +335,8 @@ def test_a_frozen_base_is_kept_in_the_compute_dtype(tiny_policy, tools, meshes_o
     for path, leaf in flat(policy.base).items():
         # Norms multiply in float32.
         assert leaf.dtype == ("float32" if path.endswith("scale") else "bfloat16")
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(policy.trained)} == {"float32"}
-    merged = flat(policy.merged(policy.trained))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(policy.params)} == {"float32"}
+    merged = flat(policy.merged(policy.params))
     assert {leaf.dtype.name for leaf in merged.values()} == {"float32"}
     for path, leaf in flat(tiny_policy.params).items():
         rounded = leaf if path.endswith("scale") else leaf.astype(jnp.bfloat16)

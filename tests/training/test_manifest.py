@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.config import MeshConfig, TrainConfig
-from grpo_jax.config.files import to_jsonable
+from grpo_jax.config.files import to_jsonable, to_yaml, write_text
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training import manifest as manifests
 from grpo_jax.training import run_dir as directories
@@ -24,7 +24,7 @@ def begun(tmp_path):
 
 def record(path, **origin):
     mesh = meshes.make_mesh(MeshConfig())
-    return Record(path, TrainConfig(), mesh, Origin(**origin))
+    return Record(path, 0, mesh, Origin(**origin))
 
 
 def read(path):
@@ -120,7 +120,7 @@ def test_the_manifest_of_an_earlier_version_is_the_first_part(begun):
 
 def test_processes_after_the_first_write_and_compare_nothing(begun):
     mesh = meshes.make_mesh(MeshConfig())
-    other = Record(begun, TrainConfig(), mesh, Origin(), enabled=False)
+    other = Record(begun, 0, mesh, Origin(), enabled=False)
     other.check({"rows": 1})
     other.write("running")
     assert other.changed_machine() == []
@@ -186,6 +186,6 @@ def test_names_are_no_paths(begun, monkeypatch):
     record(begun).write("finished")
     assert directories.read_located_config(begun) == config
     hub = dataclasses.replace(TrainConfig(model="someone/model"), task="gsm8k")
-    directories._write_config(begun, hub)
+    write_text(begun / "config.yaml", to_yaml(hub))
     record(begun, commit="0123").write("finished")
     assert directories.read_located_config(begun) == hub

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from grpo_jax.config import ObjectiveConfig, TrainConfig
 from grpo_jax.planning import utilization
+from grpo_jax.reporting.metrics import CompileCounter
 from grpo_jax.rollout.rollout import Rollout, join, refill
 from grpo_jax.training.measures import Measures, slowest
 
@@ -61,7 +62,7 @@ def measures(tiny_policy, meshes_of):
             model="tiny", objective=ObjectiveConfig(resample_limit=limit)
         )
         mesh = meshes_of(1, 1, 1)
-        made[limit] = Measures(tiny_policy.model.config, config, mesh)
+        made[limit] = Measures(tiny_policy.model.config, config, mesh, CompileCounter())
     return made
 
 

@@ -120,7 +120,7 @@ def make_learner(tiny_policy, name, tmp_path):
         mesh = meshes.make_mesh(config.mesh)
         policy = load_policy(config, mesh)
         with jax.set_mesh(mesh):
-            return Learner(policy.model, policy.trained, config, mesh)
+            return Learner(policy.model, policy.params, config, mesh)
 
 
 def test_moments_lie_as_their_parameters_do(tiny_policy, tmp_path):

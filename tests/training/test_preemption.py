@@ -59,10 +59,10 @@ def test_a_phase_that_outlasts_the_grace_is_told_once_if_nothing_was_compiled():
     told = []
     check = preemption.GraceCheck(30.0, report=told.append).check
     slow, quick = {"time/rollout": 31.0, "time/update": 5.0}, {"time/rollout": 2.0}
-    check(slow | {"compile/count": 9})  # the first step
-    check(quick | {"compile/count": 9})
-    check(slow | {"compile/count": 11})  # prompts of another length
+    check(1, slow | {"compile/count": 9})  # the first step
+    check(1, quick | {"compile/count": 9})
+    check(1, slow | {"compile/count": 11})  # prompts of another length
     assert not told
-    check(slow | {"compile/count": 11})
-    check(slow | {"compile/count": 11})
+    check(1, slow | {"compile/count": 11})
+    check(1, slow | {"compile/count": 11})
     assert len(told) == 1 and told[0].startswith("rollout took 31 s, longer than")

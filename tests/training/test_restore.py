@@ -153,9 +153,9 @@ def test_a_run_keeps_to_the_commit_of_the_hub_with_which_it_began(
     path.mkdir()
     directories.check_config(path, config)
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint)
-    state = TrainState(step=jnp.int32(1), params=policy.trained, opt_state=())
+    state = TrainState(step=jnp.int32(1), params=policy.params, opt_state=())
     checkpoints.save(1, state_items(state), {}, wait=True)
-    Record(path, config, mesh, Origin(commit=policy.commit)).write("preempted")
+    Record(path, config.seed, mesh, Origin(commit=policy.commit)).write("preempted")
     newest.append("second")  # pushed since then; no folder here
     with pytest.raises(ValueError, match="no config.json"):
         load_policy(config, mesh)
@@ -173,10 +173,10 @@ def test_exactly_one_of_run_and_model_is_needed(run, tiny_policy):
 def test_a_model_is_loaded_onto_the_mesh(tiny_policy, meshes_of):
     mesh = meshes_of(1, 4, 2)
     policy = load_policy(TrainConfig(model=str(tiny_policy.folder)), mesh)
-    assert_same_bits(policy.trained, tiny_policy.params)
+    assert_same_bits(policy.params, tiny_policy.params)
     model = policy.model
     place = meshes.parameter_shardings(param_axes(model), abstract_params(model), mesh)
-    assert jax.tree.map(lambda leaf: leaf.sharding, policy.trained) == place
+    assert jax.tree.map(lambda leaf: leaf.sharding, policy.params) == place
     assert policy.base is None
     # No choice is left open.
     assert (policy.config.remat, policy.config.mesh.sampler) == ("dots", "gathered")
@@ -213,7 +213,7 @@ def test_the_memory_of_the_smallest_device_counts(meshes_of):
 def test_the_trained_policy_is_ready_for_export(tiny_policy, meshes_of):
     config = TrainConfig(model=str(tiny_policy.folder))
     policy = load_policy(config, meshes_of(1, 1, 1))
-    exported = policy.pretrained(policy.trained)
+    exported = policy.pretrained(policy.params)
     assert_same_bits(exported.params, tiny_policy.params)
     assert exported.tokenizer is policy.tokenizer
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,22 @@ def write_yaml(path, text):
     file = path / "config.yaml"
     file.write_text(text)
     return file
+
+
+# --- The path
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("arithmetic", "arithmetic"),
+        ("data/my rows.jsonl", "my-rows"),
+        ("reasoning_gym:countdown", "reasoning_gym-countdown"),
+        ("…", "run"),
+    ],
+)
+def test_a_task_names_a_folder(task, name):
+    assert directories.run_path(None, task) == pathlib.Path("runs") / name
 
 
 # --- The lock
@@ -215,7 +232,7 @@ def test_other_data_are_refused_and_unknown_data_are_not(tmp_path):
     directories.check_config(tmp_path, config, data)
     begun(tmp_path)
     directories.check_config(tmp_path, config, data)  # no manifest yet
-    record = Record(tmp_path, config, mesh, Origin())
+    record = Record(tmp_path, config.seed, mesh, Origin())
     record.check(data)
     record.write("running")
     directories.check_config(tmp_path, config, data)
@@ -349,7 +366,7 @@ def manifest(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["grpo-jax", "train", "--steps", "3"])
     config = TrainConfig(seed=11, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     mesh = meshes.make_mesh(config.mesh)
-    Record(tmp_path, config, mesh, Origin()).write("running")
+    Record(tmp_path, config.seed, mesh, Origin()).write("running")
     return json.loads((tmp_path / "manifest.json").read_text())
 
 
@@ -390,7 +407,7 @@ def copied(tmp_path, monkeypatch):
 
 def revision(tmp_path):
     mesh = meshes.make_mesh(MeshConfig())
-    Record(tmp_path, TrainConfig(), mesh, Origin()).write("running")
+    Record(tmp_path, 0, mesh, Origin()).write("running")
     return json.loads((tmp_path / "manifest.json").read_text())["git_revision"]
 
 

@@ -16,7 +16,7 @@ from grpo_jax.rollout import collect
 from grpo_jax.rollout import sampler as samplers
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.tasks import load_task, task_from_rows
-from grpo_jax.training import evaluate, setup
+from grpo_jax.training import evaluate
 from grpo_jax.training.restore import Policy, Restored
 from grpo_jax.weights.pretrained import _generation, save_pretrained
 
@@ -65,14 +65,14 @@ def drawn(tiny_policy, monkeypatch):
                     sampler, model.config, parts["tokenizer"], rows, runner, config
                 ).sample(step=1, position=0)
             elif user == "evaluation":
-                policy = Policy(trained=None, config=config, **parts)
+                policy = Policy(params=None, config=config, **parts)
                 small = dataclasses.replace(task, test=[task.test[0]])
                 with RewardRunner(task.rewards, config.rewards) as runner:
-                    setup.make_evaluation(
+                    evaluate.make_evaluation(
                         policy,
                         small,
+                        small.test,
                         runner,
-                        config,
                         mesh,
                         sampler=sampler,
                         agreement=Agreement(),
@@ -147,7 +147,7 @@ def test_every_export_of_a_run_says_so(tiny_policy, tmp_path, monkeypatch):
         "grpo_jax.training.restore.open_policy", lambda **asked: restored
     )
     cli._dispatch(["export", "--run-dir", "unread", "--out", str(tmp_path / "one")])
-    policy = Policy(trained=tiny_policy.params, config=config, **parts)
+    policy = Policy(params=tiny_policy.params, config=config, **parts)
     exported = policy.pretrained(tiny_policy.params)
     save_pretrained(tmp_path / "two", exported, sampling=policy.sampling)
     one, two = (

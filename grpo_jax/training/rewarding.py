@@ -1,0 +1,50 @@
+"""The reward functions of a run, checked against its rows and its best step."""
+
+import dataclasses
+import difflib
+
+from grpo_jax.checkpointing.retention import best_mode
+from grpo_jax.config import TrainConfig
+from grpo_jax.reporting import metrics as names
+from grpo_jax.rewards.runner import RewardRunner
+from grpo_jax.tasks.base import Task
+from grpo_jax.training.evaluate import held_out_rows
+from grpo_jax.training.scores import is_judged
+
+
+def make_runner(config: TrainConfig, task: Task) -> RewardRunner:
+    """The reward functions of the task, called as `config` and the task ask for.
+
+    Raises:
+      ValueError: for rows without a column that a function needs, and for a
+        `checkpoint.keep_best` that is no metric of this run.
+    """
+    chosen = dataclasses.replace(
+        config.rewards,
+        weights=config.rewards.weights or task.reward_weights,
+        isolate=config.rewards.isolate or task.isolate,
+    )
+    runner = RewardRunner(task.rewards, chosen, max_steps=config.steps)
+    runner.check_columns(task.train[0])
+    known = [names.REWARD, "loss", names.ENTROPY]
+    if held_out := held_out_rows(task, config):
+        known.insert(0, names.ACCURACY if is_judged(task) else names.EVAL_REWARD)
+        if not is_judged(task):
+            runner.check_columns(held_out[0], of="the held-out rows")
+    if config.objective.kl_coef:
+        known.append(names.KL)
+    known += [f"rewards/{function}/mean" for function in runner.names]
+    best = config.checkpoint.keep_best
+    reserved = (best or "").startswith("eval/") or best in ("accuracy", names.KL)
+    logged = runner.may_log_metrics and not reserved
+    if best is not None and best not in known and not logged:
+        near = difflib.get_close_matches(best, known, n=1)
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+        )
+        raise ValueError(
+            f"checkpoint.keep_best {best!r} is no metric of this run to choose by; "
+            f"{hint}"
+        )
+    best_mode(config.checkpoint)  # which must be known before anything is saved
+    return runner

@@ -1,0 +1,180 @@
+"""A run that is open: its model, its files, its sampler and learner."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from grpo_jax.checkpointing.checkpoints import Checkpoints
+from grpo_jax.config import TrainConfig
+from grpo_jax.parallel import mesh as meshes
+from grpo_jax.parallel.agreement import Agreement
+from grpo_jax.reporting.console import Console
+from grpo_jax.reporting.equal_groups import EqualGroups
+from grpo_jax.reporting.metrics import CompileCounter
+from grpo_jax.reporting.trackers import Tracker, make_tracker
+from grpo_jax.rollout.collect import Collector
+from grpo_jax.rollout.encoding import encode_prompt, prompts_sha256
+from grpo_jax.rollout.sampler import GroupSampler, Sampler
+from grpo_jax.tasks import choose_task
+from grpo_jax.tasks.base import RewardFunction, Row, Task
+from grpo_jax.training.announce import describe_run, warnings
+from grpo_jax.training.evaluate import held_out_rows, make_evaluation
+from grpo_jax.training.fingerprint import describe_data
+from grpo_jax.training.learner import Learner
+from grpo_jax.training.manifest import Origin, Record
+from grpo_jax.training.measures import Measures
+from grpo_jax.training.preemption import GraceCheck
+from grpo_jax.training.reference import References
+from grpo_jax.training.restore import Policy, load_policy
+from grpo_jax.training.rewarding import make_runner
+from grpo_jax.training.run_dir import open_run_dir, run_path
+from grpo_jax.weights.pretrained import check_name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is open while a run goes on. Where the run stands is in `Progress` alone."""
+
+    config: TrainConfig
+    task: Task
+    path: Path
+    agreement: Agreement
+    policy: Policy
+    sampler: Sampler
+    collector: Collector
+    evaluate: Callable[[], dict[str, float]]
+    learner: Learner
+    checkpoints: Checkpoints
+    references: References
+    record: Record
+    tracker: Tracker
+    console: Console
+    measures: Measures
+    # Each looks at the metrics of a step, and warns.
+    checks: tuple[Callable[[int, Mapping[str, Any]], None], ...]
+
+
+def open_run(
+    config: TrainConfig,
+    agreement: Agreement,
+    stack: contextlib.ExitStack,
+    *,
+    dataset: Sequence[Row] | None,
+    rewards: RewardFunction | Sequence[RewardFunction] | None,
+    eval_dataset: Sequence[Row] | None,
+) -> Run:
+    """Check all that can be checked, load the model, open what a run needs.
+
+    Args:
+      stack: closes everything again.
+      dataset: this and the others as for `train`.
+
+    Raises:
+      ValueError: for bad input, and for a directory that holds another run.
+    """
+    with agreement.phase("start"):
+        task = choose_task(
+            config.task,
+            data=config.data,
+            seed=config.seed,
+            dataset=dataset,
+            rewards=rewards,
+            eval_dataset=eval_dataset,
+        )
+        check_name(config.model)
+        mesh = meshes.make_mesh(config.mesh)
+        meshes.check_processes(mesh, config.mesh.mode)
+        meshes.check_batch(mesh, config)
+        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(nn.logical_axis_rules(meshes.RULES))
+        path = run_path(config.run_dir, task.name)
+        held_out = held_out_rows(task, config)
+        data = describe_data(task, held_out)
+        origin = Origin()
+        if jax.process_index() == 0:
+            origin = stack.enter_context(open_run_dir(path, config, data))
+    # Dates and commits are those of the first process.
+    origin = Origin.read(meshes.gather_lists([origin.plain()])[0])
+    with agreement.phase("load"):
+        run = _load(
+            config, task, held_out, mesh, path, origin, agreement=agreement, stack=stack
+        )
+    tokenizer = run.policy.tokenizer
+    encoded = [encode_prompt(tokenizer, row["prompt"]) for row in held_out]
+    data["prompts_sha256"] = run.collector.prompts_sha256()
+    data["test_prompts_sha256"] = prompts_sha256(encoded)
+    data |= run.policy.description()
+    with agreement.phase("data"):
+        run.record.check(data)
+    return run
+
+
+def _load(
+    config: TrainConfig,
+    task: Task,
+    held_out: Sequence[Row],
+    mesh: Mesh,
+    path: Path,
+    origin: Origin,
+    *,
+    agreement: Agreement,
+    stack: contextlib.ExitStack,
+) -> Run:
+    first = jax.process_index() == 0
+    runner = make_runner(config, task)
+    stack.callback(runner.close)
+    tracker = make_tracker(config.report, path, enabled=first)
+    stack.callback(tracker.close)
+    console = stack.enter_context(Console(config.steps, config.report, enabled=first))
+    console.phase(f"loading {config.model}")
+    policy = load_policy(config, mesh, origin)
+    origin = dataclasses.replace(origin, commit=policy.commit)
+    record = Record(path, config.seed, mesh, origin, enabled=first)
+    model, tokenizer = policy.model, policy.tokenizer
+    sampler = GroupSampler(model, mesh, max_prompt_tokens=config.max_prompt_tokens)
+    collector = Collector(
+        sampler, model.config, tokenizer, task, runner, config, agreement=agreement
+    )
+    evaluate = make_evaluation(
+        policy,
+        task,
+        held_out,
+        runner,
+        mesh,
+        sampler=sampler,
+        agreement=agreement,
+        announce=console.phase,
+    )
+    console.note(describe_run(policy, task, mesh, path))
+    for text in warnings(policy, task):
+        console.warning(text)
+    compiles = stack.enter_context(CompileCounter())
+    learner = Learner(model, policy.params, policy.config, mesh, base=policy.base)
+    warn = console.warning
+    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint, report=warn)
+    stack.callback(checkpoints.abandon)
+    grace = GraceCheck(config.checkpoint.grace_seconds, report=warn)
+    return Run(
+        config=config,
+        task=task,
+        path=path,
+        agreement=agreement,
+        policy=policy,
+        sampler=sampler,
+        collector=collector,
+        evaluate=evaluate,
+        learner=learner,
+        checkpoints=checkpoints,
+        references=References(path / "references", config, report=warn),
+        record=record,
+        tracker=tracker,
+        console=console,
+        measures=Measures(model.config, config, mesh, compiles),
+        checks=(grace.check, EqualGroups(report=warn).check),
+    )
