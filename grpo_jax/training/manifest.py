@@ -1,4 +1,4 @@
-"""`manifest.json`: what a run began with, where its parts ran, and how it stands."""
+"""`manifest.json`: how a run began, where its parts ran, and its status."""
 
 import datetime
 import importlib.metadata
@@ -27,20 +27,18 @@ _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64"
 _SHOWN = 8  # differences that a message lists
 
 
-def _now() -> datetime.datetime:
-    return datetime.datetime.now().astimezone()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a run takes from its first start, whenever it goes on.
+    """What a resumed run takes from its first start.
 
     Attributes:
-      started: when that was; chat templates that ask for the date see it.
-      commit: of the model on the hub; None for one that is local, or not known yet.
+      started: the time of that start; chat templates that ask for the date see it.
+      commit: of the model on the hub; None for a local model, or if not known yet.
     """
 
-    started: datetime.datetime = field(default_factory=_now)
+    started: datetime.datetime = field(
+        default_factory=lambda: datetime.datetime.now().astimezone()
+    )
     commit: str | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -52,7 +50,7 @@ class Origin:
 
     @classmethod
     def read(cls, manifest: Mapping[str, Any]) -> "Origin":
-        """From the manifest; a run that began with an older version begins now."""
+        """From the manifest; where an older version wrote it, the run begins now."""
         if "started" not in manifest:
             return cls()
         started = datetime.datetime.fromisoformat(manifest["started"])
@@ -60,7 +58,7 @@ class Origin:
 
 
 def has_begun(path: Path) -> bool:
-    """Whether the directory holds more of a run than the wish for one."""
+    """Whether a run in this directory has saved a checkpoint or logged a metric."""
     metrics = path / METRICS_FILE
     return (path / "checkpoints").exists() or (
         metrics.exists() and metrics.stat().st_size > 0
@@ -79,16 +77,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_data(path: Path) -> dict[str, Any]:
-    """What the rows, rewards, prompts and weights of a run were, as its manifest says.
+    """Checksums of a run's rows, rewards, prompts and weights, from its manifest.
 
-    Nothing where that is unknown: a manifest that is missing, damaged or older.
+    Empty if the manifest is missing, damaged, or of a version without them.
     """
     data = read_manifest(path).get("data")
     return data if isinstance(data, dict) else {}
 
 
 class Record:
-    """The manifest of a run that goes on; `enabled` on the first process alone."""
+    """Writes the manifest of a run; `enabled` on the first process only."""
 
     def __init__(
         self,
@@ -101,22 +99,22 @@ class Record:
     ) -> None:
         self._path, self._seed, self._origin = path, seed, origin
         self._enabled = enabled
-        # Read once: who edits the code while it runs does not change what runs.
+        # Read once: edits to the code during the run do not change what runs.
         self._machine = _machine(mesh) if enabled else {}
         self._data: Mapping[str, Any] = {}
 
     def check(self, data: Mapping[str, Any]) -> None:
-        """What the run learns from and with, which is to be as it was at first.
+        """Refuse data or a model that differ from those the run began with.
 
         Raises:
-          ValueError: with what differs.
+          ValueError: naming what differs.
         """
         self._data = data
         if self._enabled:
             check_data(self._path, data)
 
     def changed_machine(self) -> list[str]:
-        """A warning where other software or hardware ran the run so far."""
+        """A warning if the run so far used other software or hardware."""
         parts = _parts(read_manifest(self._path)) if self._enabled else []
         found = list(_changes(parts[-1], self._machine)) if parts else []
         if not found:
@@ -128,9 +126,9 @@ class Record:
         ]
 
     def write(self, status: Status, *, step: int = 0) -> None:
-        """Record what the run began with, what runs it, and its status.
+        """Write the status, the start of the run, its software and hardware.
 
-        `parts` lists what ran it from which step on, anew where that differs.
+        `parts` gets a new entry, with the step, whenever the latter two have changed.
         """
         if not self._enabled:
             return
@@ -154,26 +152,26 @@ class Record:
 
 
 def check_data(path: Path, data: Mapping[str, Any]) -> None:
-    """Refuse to go on with, or to open a run by, a model or prompts that are not its.
+    """Refuse to resume or open a run with another model or other prompts.
 
     Raises:
-      ValueError: with what differs from the manifest.
+      ValueError: naming what differs from the manifest.
     """
     found = list(changes(read_data(path), data))
     if found:
         raise ValueError(
             f"the run in {path} began with another model or other prompts: "
-            f"{_shortened(found)} (there and here). The weights and the model_config "
-            "are those of the model's files; the prompts are digested as its tokenizer "
-            "and chat template encode them. Bring back what it began with, or use "
-            "another run_dir."
+            f"{_shortened(found)} (there and here). weights and model_config come from "
+            "the model's files; the prompts_sha256 are of the prompts as its tokenizer "
+            "and chat template encode them. Restore the original files, or use another "
+            "run_dir."
         )
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """A text for each value that differs, of the entries that both have.
 
-    An entry may be a mapping. Reward functions are left out: they may change.
+    An entry may be a mapping. Reward functions are left out, for they may change.
     """
     now = to_jsonable(now)
     for name in sorted(then.keys() & now.keys() - {"rewards"}):
@@ -216,7 +214,7 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _parts(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What ran a run so far; of an older version's manifest the newest part alone."""
+    """The parts of a run so far; an older version's manifest has the newest only."""
     if "parts" in manifest or "versions" not in manifest:
         return list(manifest.get("parts", []))
     names = ("python", "versions", "backend", "devices", "processes", "mesh")

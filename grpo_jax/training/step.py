@@ -16,7 +16,7 @@ import optax
 from flax import linen as nn
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from grpo_jax import objective
 from grpo_jax.config import TrainConfig
@@ -39,7 +39,7 @@ _PER_COMPLETION = (
 _DEVICES = "devices"
 
 Metrics = dict[str, Float[Array, ""]]
-Step = Callable[..., tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def policy_logprobs(
@@ -127,7 +127,7 @@ def microbatches(batch: Batch, sequences: int | None) -> Batch:
 
 def make_train_step(
     model: LanguageModel, tx: optax.GradientTransformation, config: TrainConfig
-) -> Step:
+) -> TrainStep:
     """A pure ``step(state, batch, base, *, axis_name, places) -> (state, metrics)``.
 
     `base` holds the frozen parameters under adapters; it is None (the default) where
@@ -159,14 +159,21 @@ def make_train_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["update_skipped"] = 1.0 - finite.astype(jnp.float32)
-        return _update(state, grads, tx, finite), metrics
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        new = state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+        )
+        # The same state again if something is not finite.
+        return jax.tree.map(functools.partial(jnp.where, finite), new, state), metrics
 
     return step
 
 
 def compile_train_step(
-    step: Step, mesh: Mesh, mode: Literal["jit", "pmap"] = "jit"
-) -> Step:
+    step: TrainStep, mesh: Mesh, mode: Literal["jit", "pmap"] = "jit"
+) -> TrainStep:
     """The step compiled for a mesh; the state given to it is donated.
 
     "jit" follows the shardings of the state, which the new state keeps. "pmap" runs the
@@ -188,7 +195,7 @@ def compile_train_step(
 class _JitStep:
     """Compiles at the first call, when the shardings of the state are known."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: TrainStep) -> None:
         self._step = step
         self._compiled: Any = None
 
@@ -208,7 +215,7 @@ class _JitStep:
         return self._compiled(state, batch, base)
 
 
-def _pmap_step(step: Step, mesh: Mesh) -> Step:
+def _pmap_step(step: TrainStep, mesh: Mesh) -> TrainStep:
     devices = list(mesh.devices.flat)
     own, everywhere = Mesh(devices, (_DEVICES,)), meshes.replicated(mesh)
     mapped = jax.pmap(
@@ -311,19 +318,3 @@ def _accumulate(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(totals, first)
     )
     return lax.scan(add, zeros, parts)[0]
-
-
-def _update(
-    state: TrainState,
-    grads: PyTree,
-    tx: optax.GradientTransformation,
-    finite: Bool[Array, ""],
-) -> TrainState:
-    """The state after one update, or the same state where something is not finite."""
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    new = state.replace(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state,
-    )
-    return jax.tree.map(lambda fresh, old: jnp.where(finite, fresh, old), new, state)
