@@ -1,8 +1,8 @@
-"""One call of one reward function: what it is given, and what it may return.
+"""One call of one reward function: its arguments and its return value.
 
 The convention is that of TRL's GRPOTrainer,
-https://huggingface.co/docs/trl/grpo_trainer#using-a-custom-reward-function. This module
-is used in the training process and in the worker process, and imports no JAX.
+https://huggingface.co/docs/trl/grpo_trainer#using-a-custom-reward-function. The
+training process and the worker process both use this module. It imports no JAX.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-# Columns that reward functions are not given: each arrives under another name.
 _LARGEST = float(np.finfo(np.float32).max)
+# Columns that reward functions do not get: they get these values by other keywords.
 _HIDDEN_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
 _KEYWORDS = frozenset(
     {
@@ -29,7 +29,12 @@ _KEYWORDS = frozenset(
         "log_metric",
     }
 )
-# Metrics that a run logs itself: a name, or all that begin with one before a slash.
+_THREAD_HINT = (
+    "\nIt ran in a thread, as async functions and those with rewards.timeout_seconds "
+    "do. One that needs the main thread works with rewards.isolate, which gives it a "
+    "process of its own."
+)
+# Metrics that a run logs itself; with a slash, all names that begin so.
 RESERVED_METRICS = frozenset(
     {
         *("step", "loss", "policy_loss", "kl", "entropy", "grad_norm"),
@@ -40,7 +45,7 @@ RESERVED_METRICS = frozenset(
         *("mfu/", "compile/"),
     }
 )
-# Fields of the record that is kept of a completion.
+# Fields of a line in completions/step_*.jsonl.
 RECORD_FIELDS = frozenset(
     {
         *("step", "prompt", "completion", "rewards", "reward", "advantage"),
@@ -50,20 +55,20 @@ RECORD_FIELDS = frozenset(
 
 
 class InvalidRewards(ValueError):
-    """A reward function gave or logged something that cannot be taken."""
+    """A reward function returned or logged values that break the convention."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerState:
-    """What a reward function may know about the run, by TRL's names."""
+    """What reward functions see of the run, by TRL's names."""
 
     global_step: int  # the step that these completions belong to
     max_steps: int  # steps of the run; 0 when there is no run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-    """The completions of one call, and what belongs to each of them."""
+class RewardInputs:
+    """The completions of one call, with the prompt and columns of each."""
 
     prompts: list[Any]
     completions: list[Any]
@@ -74,10 +79,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.completions)
 
-    def only(self, index: int) -> "Batch":
-        """The batch of one completion."""
+    def only(self, index: int) -> "RewardInputs":
+        """The inputs of one completion."""
         part = slice(index, index + 1)
-        return Batch(
+        return RewardInputs(
             prompts=self.prompts[part],
             completions=self.completions[part],
             columns={name: values[part] for name, values in self.columns.items()},
@@ -87,37 +92,38 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a call returned no rewards."""
+
+    kind: Literal["invalid", "error", "timeout", "crash"]
+    cause: str  # failures of the same cause are logged once
+    details: str  # for the log: a traceback, an exit code
+    exception: BaseException | None = None  # None when it happened in the worker
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a call gave: a reward for each completion, and what the function logged."""
+    """The rewards of one function, and the values that it logged."""
 
     rewards: np.ndarray  # float64, NaN where there is no reward
     extra: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     metrics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Failure:
-    """Why a call gave nothing."""
-
-    kind: Literal["invalid", "error", "timeout", "crash"]
-    cause: str  # a word or two that tell one kind of failure from another
-    details: str  # for the log: a traceback, an exit code
-    exception: BaseException | None = None  # None when it happened in the worker
-    in_thread: bool = False  # it happened outside of the process's main thread
+    # Completions, by number, on which the function failed.
+    failed: dict[int, Failure] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardCall:
-    """A reward function and what its signature says, read once."""
+    """A reward function, with its signature read once."""
 
     function: Callable[..., Any]
     name: str
-    accepted: frozenset[str] | None  # keywords it takes; None with **kwargs
+    accepted: frozenset[str] | None  # its keywords; None with **kwargs
     required: frozenset[str]
     is_async: bool
 
     def check_columns(self, columns: Iterable[str], *, of: str = "the rows") -> None:
-        """Raises `ValueError` when it needs a column that is not there, `of` whom."""
+        """Raises `ValueError` if it needs a column that is not there, `of` whom."""
         offered = (set(columns) - _HIDDEN_COLUMNS) | _KEYWORDS
         missing = sorted(self.required - offered)
         if missing:
@@ -126,36 +132,42 @@ class RewardCall:
                 f"do not have; it can be given {', '.join(sorted(offered))}."
             )
 
-    def run(self, batch: Batch) -> Outcome | Failure:
-        """Calls the function, which must not be `async`; raises nothing but Ctrl-C."""
+    def run(self, inputs: RewardInputs) -> Outcome | Failure:
+        """Calls the function, which must not be `async`; raises only Ctrl-C."""
         try:
-            outcome, keywords = self._prepare(batch)
-            return self._finish(outcome, self.function(**keywords))
+            outcome, keywords = self._prepare(inputs)
+            outcome.rewards[:] = checked_rewards(
+                self.function(**keywords), name=self.name, count=len(inputs)
+            )
+            return outcome
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # also sys.exit() in the function
             return _failure(error)
 
-    async def run_async(self, batch: Batch) -> Outcome | Failure:
-        """Awaits the function, which must be `async`; raises nothing but Ctrl-C."""
+    async def run_async(self, inputs: RewardInputs) -> Outcome | Failure:
+        """Awaits the function, which must be `async`; raises only Ctrl-C."""
         try:
-            outcome, keywords = self._prepare(batch)
-            return self._finish(outcome, await self.function(**keywords))
+            outcome, keywords = self._prepare(inputs)
+            outcome.rewards[:] = checked_rewards(
+                await self.function(**keywords), name=self.name, count=len(inputs)
+            )
+            return outcome
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # also a cancellation, by whomever
             return _failure(error)
 
-    def _prepare(self, batch: Batch) -> tuple[Outcome, dict[str, Any]]:
+    def _prepare(self, inputs: RewardInputs) -> tuple[Outcome, dict[str, Any]]:
         """An outcome that the loggers write to, and the keywords of the call."""
-        outcome = Outcome(rewards=np.full(len(batch), np.nan))
+        outcome = Outcome(rewards=np.full(len(inputs), np.nan))
 
         def log_extra(column: str, values: Sequence[Any]) -> None:
             self._check_name("log_extra", column, RECORD_FIELDS.__contains__)
-            if len(values) != len(batch):
+            if len(values) != len(inputs):
                 raise InvalidRewards(
                     f"reward function {self.name!r} gave log_extra({column!r}) "
-                    f"{len(values)} values for {len(batch)} completions."
+                    f"{len(values)} values for {len(inputs)} completions."
                 )
             outcome.extra[column] = list(values)
 
@@ -165,15 +177,15 @@ class RewardCall:
 
         keywords: dict[str, Any] = {
             name: list(values)
-            for name, values in batch.columns.items()
+            for name, values in inputs.columns.items()
             if name not in _HIDDEN_COLUMNS
         }
-        # Every function gets lists of its own, so that none spoils another's.
+        # Each function gets its own lists, so that it cannot change another's.
         keywords |= {
-            "prompts": list(batch.prompts),
-            "completions": list(batch.completions),
-            "completion_ids": list(batch.completion_ids),
-            "trainer_state": batch.state,
+            "prompts": list(inputs.prompts),
+            "completions": list(inputs.completions),
+            "completion_ids": list(inputs.completion_ids),
+            "trainer_state": inputs.state,
             "log_extra": log_extra,
             "log_metric": log_metric,
         }
@@ -193,21 +205,15 @@ class RewardCall:
             return
         mine = name.replace("/", "_")
         raise InvalidRewards(
-            f"reward function {self.name!r} called {logger}({name!r}), a name under "
-            f"which the run itself keeps a value; choose another, say 'my/{mine}'."
+            f"reward function {self.name!r} called {logger}({name!r}), a name that the "
+            f"run itself uses; choose another one, for example 'my/{mine}'."
         )
-
-    def _finish(self, outcome: Outcome, values: Any) -> Outcome:
-        outcome.rewards[:] = checked_rewards(
-            values, name=self.name, count=len(outcome.rewards)
-        )
-        return outcome
 
 
 def reward_call(function: Callable[..., Any], *, name: str) -> RewardCall:
-    """Returns a function with what its signature says about how to call it.
+    """Reads the signature of a reward function.
 
-    A function without `**kwargs` is later given only the keywords that it names. Raises
+    A function without `**kwargs` later gets only the keywords that it names. Raises
     `ValueError` for one with a positional-only argument.
     """
     accepted: frozenset[str] | None = None
@@ -242,11 +248,14 @@ def reward_call(function: Callable[..., Any], *, name: str) -> RewardCall:
 def reward_names(functions: Sequence[Callable[..., Any]]) -> tuple[str, ...]:
     """A distinct name for each function: its own, or that of its class.
 
-    A name that comes again gets a number: `accuracy`, `accuracy_2`.
+    Repeated names get a number: `accuracy`, `accuracy_2`.
     """
     names: list[str] = []
     for function in functions:
-        base = _name(function)
+        while isinstance(function, functools.partial):
+            function = function.func
+        # Functions, methods and classes have a name; callable instances do not.
+        base = getattr(function, "__name__", type(function).__name__)
         name, number = base, 2
         while name in names:
             name, number = f"{base}_{number}", number + 1
@@ -255,7 +264,7 @@ def reward_names(functions: Sequence[Callable[..., Any]]) -> tuple[str, ...]:
 
 
 def is_reserved_metric(name: str) -> bool:
-    """Whether a run may log a metric of that name itself, so that no reward may."""
+    """Whether the run itself may log a metric of that name, so reward functions not."""
     head, slash, _ = name.partition("/")
     return head + slash in RESERVED_METRICS
 
@@ -309,17 +318,11 @@ def _failure(error: BaseException) -> Failure:
         return Failure(
             kind="invalid", cause="value", details=str(error), exception=error
         )
+    details = "".join(traceback.format_exception(error)).rstrip()
+    on_main = threading.current_thread() is threading.main_thread()
+    # Such as `signal.alarm`, which raises in other threads and says so.
+    if not on_main and "thread" in details:
+        details += _THREAD_HINT
     return Failure(
-        kind="error",
-        cause=type(error).__name__,
-        details="".join(traceback.format_exception(error)).rstrip(),
-        exception=error,
-        in_thread=threading.current_thread() is not threading.main_thread(),
+        kind="error", cause=type(error).__name__, details=details, exception=error
     )
-
-
-def _name(function: Callable[..., Any]) -> str:
-    if isinstance(function, functools.partial):
-        return _name(function.func)
-    # Functions, methods and classes have a name; callable instances do not.
-    return getattr(function, "__name__", type(function).__name__)

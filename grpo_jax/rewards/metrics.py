@@ -1,21 +1,23 @@
-"""Numbers about what reward functions gave and logged.
+"""Metrics of the rewards of a step, over all its rollouts and processes.
 
-They are made once, from the completions of all rollouts of a step and all processes: a
-mean of means would depend on how completions were spread over them.
+They are computed once from all completions: a mean of means would depend on how
+completions were spread over rollouts and processes.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-# Why a function gave a completion nothing, where it did not choose to.
+# Why a function that failed gave a completion no reward.
 ERROR, TIMEOUT = 1, 2
 
 
-def function_metrics(
-    rewards: Mapping[str, np.ndarray], failures: Mapping[str, np.ndarray]
+def reduce_metrics(
+    rewards: Mapping[str, np.ndarray],
+    failures: Mapping[str, np.ndarray],
+    logged: Sequence[Mapping[str, Sequence[float]]],
 ) -> dict[str, float]:
-    """Mean, deviation and shares without a reward of each function, by its name.
+    """Metrics of each reward function, and the means of what functions logged.
 
     ``rewards/<name>/mean`` and ``rewards/<name>/std`` are over completions with a
     reward from it, and absent where there are none; the deviation divides by one less
@@ -25,6 +27,7 @@ def function_metrics(
     Args:
       rewards: of each function, any shape, NaN where there is none.
       failures: in the same shapes 0, `ERROR` or `TIMEOUT`.
+      logged: for each part of the step, the values that functions logged, by name.
     """
     metrics: dict[str, float] = {}
     for name, values in rewards.items():
@@ -38,14 +41,10 @@ def function_metrics(
         metrics[f"rewards/{name}/none_rate"] = float(silent.mean())
         metrics[f"rewards/{name}/error_rate"] = float((failed == ERROR).mean())
         metrics[f"rewards/{name}/timeout_rate"] = float((failed == TIMEOUT).mean())
-    return metrics
-
-
-def logged_metrics(logged: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """What functions logged, by name: the mean over all calls of all parts."""
-    return {
+    means = {
         name: float(np.mean(values)) for name, values in merge_logged(logged).items()
     }
+    return metrics | means
 
 
 def merge_logged(

@@ -1,8 +1,8 @@
-"""What reward functions are, so that a resumed run can tell that they have changed.
+"""A description of reward functions, so that a resumed run can warn if they changed.
 
-Code is compared by its source and values by themselves: arguments of a partial, default
-arguments, closures, attributes of an object, and what is read of the function's own
-module. Libraries, files and anything else that a function asks are not seen.
+Code is compared by its source. The values that it uses are compared one by one:
+arguments of a partial, default arguments, closures, attributes of an object, constants
+and functions of the same module. Libraries, files and services are not seen.
 """
 
 import dis
@@ -15,14 +15,13 @@ from typing import Any
 
 from grpo_jax.rewards.convention import reward_names
 
-_CODE = "code"
-_SHOWN = 40  # characters of a value that a warning quotes
+_SHOWN = 40  # characters of a value that a warning quotes; a SHA-256 has more
 
 
 def describe_rewards(functions: Sequence[Callable[..., Any]]) -> dict[str, dict]:
-    """For each function, by its name, its parts: numbers as they are, else digests.
+    """The parts of each function, by its name: numbers as they are, else SHA-256.
 
-    A text is never written out: it may be a key to somebody's service.
+    Texts are never stored: one may be the key of a service.
     """
     return {
         name: dict(_parts(function, "", set()))
@@ -33,48 +32,39 @@ def describe_rewards(functions: Sequence[Callable[..., Any]]) -> dict[str, dict]
 def changed_rewards(
     functions: Sequence[Callable[..., Any]], before: Mapping[str, Any]
 ) -> list[str]:
-    """A warning where functions are not what `describe_rewards` said before.
+    """A warning if functions differ from `before`, an earlier `describe_rewards`.
 
-    They may change, so that one that fails can be mended. What an older version of the
-    package has not written down is not compared.
+    It is no error, so that a function that fails can be repaired.
     """
     now = describe_rewards(functions)
-    told = [
-        name + _how(before[name], now[name]) if name in before and name in now else name
-        for name in {**before, **now}
-        if name not in before or name not in now or _differing(before[name], now[name])
-    ]
-    return [f"other reward functions than before: {', '.join(told)}"] if told else []
+    changed = []
+    for name in {**before, **now}:
+        if name not in before or name not in now:
+            changed.append(name)
+            continue
+        old, new = before[name], now[name]
+        if not isinstance(old, Mapping):
+            # Older versions of the package stored the SHA-256 of the code, or nothing.
+            if old not in (None, new.get("code", old)):
+                changed.append(name)
+            continue
+        parts = [part for part in {**old, **new} if old.get(part) != new.get(part)]
+        if not parts:
+            continue
+        if "code" in parts:  # other code uses other values: list only common ones
+            parts = [p for p in parts if p in old and p in new and p != "code"]
+        notes = []
+        for part in sorted(parts):
+            then, today = old.get(part, "absent"), new.get(part, "absent")
+            shown = max(len(then), len(today)) <= _SHOWN
+            notes.append(f"{part}: {then} then, {today} now" if shown else part)
+        changed.append(f"{name} ({'; '.join(notes)})" if notes else name)
+    text = f"other reward functions than before: {', '.join(changed)}"
+    return [text] if changed else []
 
 
-def _differing(old: Any, new: Mapping[str, Any]) -> list[str]:
-    """The parts that differ, the code first."""
-    if not isinstance(old, Mapping):  # a digest of the code, or nothing
-        return [_CODE] if old is not None and new.get(_CODE, old) != old else []
-    names = sorted({**old, **new}, key=lambda name: (name != _CODE, name))
-    return [n for n in names if (old.get(n, n), n in old) != (new.get(n, n), n in new)]
-
-
-def _how(old: Any, new: Mapping[str, Any]) -> str:
-    """The parts that differ besides the code, numbers with their values.
-
-    Other code has other parts: then those alone that both have.
-    """
-    differing = _differing(old, new)
-    if not isinstance(old, Mapping):
-        return ""
-    if _CODE in differing:
-        differing = [n for n in differing if n in old and n in new and n != _CODE]
-    parts = []
-    for name in differing:
-        values = [part.get(name, "absent") for part in (old, new)]
-        shown = max(map(len, values)) <= _SHOWN  # a digest is longer
-        parts.append(f"{name}: {values[0]} then, {values[1]} now" if shown else name)
-    return f" ({'; '.join(parts)})" if parts else ""
-
-
-def _parts(thing: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Names and descriptions of what a callable is made of, each part once."""
+def _parts(thing: Any, name: str, seen: set[int]) -> Iterator[tuple[str, str]]:
+    """Names and descriptions of the parts of a callable, each part once."""
     if id(thing) in seen:
         return
     seen.add(id(thing))
@@ -87,21 +77,22 @@ def _parts(thing: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
         yield from _parts(thing.__func__, name, seen)
         values = getattr(thing.__self__, "__dict__", {})
     elif inspect.isfunction(thing):
-        yield from _source(inspect.unwrap(thing), prefix + _CODE)
+        yield from _source(inspect.unwrap(thing), prefix + "code")
         if (inner := getattr(thing, "__wrapped__", None)) is not None:
             yield from _source(thing.__code__, f"{prefix}wrapper")
             yield from _parts(inner, name, seen)
         values = _read_by(thing)
     elif isinstance(thing, type):
-        yield from _source(thing, prefix + _CODE)
+        yield from _source(thing, prefix + "code")
     else:
-        yield from _source(type(thing), prefix + _CODE)
+        yield from _source(type(thing), prefix + "code")
         values = getattr(thing, "__dict__", {})
     for key, value in values.items():
         if isinstance(value, types.FunctionType | functools.partial | type):
             yield from _parts(value, f"{prefix}{key}()", seen)
-        elif _is_plain(value):
-            yield prefix + key, _shown(value)
+        elif (text := _text(value)) is not None:
+            is_number = value is None or isinstance(value, int | float | complex)
+            yield prefix + key, text if is_number else _sha256(text)
 
 
 def _source(thing: Any, name: str) -> Iterator[tuple[str, str]]:
@@ -109,48 +100,48 @@ def _source(thing: Any, name: str) -> Iterator[tuple[str, str]]:
         source = inspect.getsource(thing)
     except (OSError, TypeError):  # built in, or typed at a prompt
         return
-    yield name, hashlib.sha256(source.encode()).hexdigest()
+    yield name, _sha256(source)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _arguments(partial: functools.partial) -> dict[str, Any]:
+    """The values of a partial, by the parameters that take them."""
     try:
-        bound = inspect.signature(partial.func).bind_partial(
-            *partial.args, **partial.keywords
-        )
+        signature = inspect.signature(partial.func)
+        bound = signature.bind_partial(*partial.args, **partial.keywords)
     except (TypeError, ValueError, NameError):  # no signature, or one of unknown types
         numbered = {f"argument {i}": value for i, value in enumerate(partial.args)}
         return numbered | partial.keywords
     given = dict(bound.arguments)
-    for parameter in bound.signature.parameters.values():
+    for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             given |= given.pop(parameter.name, {})
     return given
 
 
 def _read_by(function: types.FunctionType) -> dict[str, Any]:
-    """Default arguments, closure, and what it reads of its own module."""
-    own = function.__globals__
-    read = {
-        name: own[name]
-        for name in sorted(_global_names(function.__code__))
-        if name in own and _is_of_module(own[name], function.__module__)
-    }
-    closure = {}
-    cells = function.__closure__ or ()
-    for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
+    """Constants and functions of its module, closure and default arguments."""
+    own, code = function.__globals__, function.__code__
+    values = {}
+    for name in sorted(_global_names(code) & own.keys()):
+        imported = (
+            isinstance(own[name], types.FunctionType | type)
+            and own[name].__module__ != function.__module__
+        )
+        if not imported and not isinstance(own[name], functools.partial):
+            values[name] = own[name]
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         try:
-            closure[name] = cell.cell_contents
+            values[name] = cell.cell_contents
         except ValueError:  # not assigned yet
             continue
-    code, given = function.__code__, function.__defaults__ or ()
+    given = function.__defaults__ or ()
     last = code.co_varnames[code.co_argcount - len(given) : code.co_argcount]
     defaults = dict(zip(last, given, strict=True)) | (function.__kwdefaults__ or {})
-    return read | closure | defaults
-
-
-def _is_of_module(value: Any, module: str) -> bool:
-    is_code = isinstance(value, types.FunctionType | type)
-    return value.__module__ == module if is_code else _is_plain(value)
+    return values | defaults
 
 
 def _global_names(code: types.CodeType) -> set[str]:
@@ -159,30 +150,25 @@ def _global_names(code: types.CodeType) -> set[str]:
     return found.union(*map(_global_names, inner))
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether equal values have equal texts: numbers, texts, collections of them."""
+def _text(value: Any) -> str | None:
+    """As `repr`, whatever the order of sets; None unless equal values have equal texts.
+
+    That is so for numbers, texts and collections of them.
+    """
     if isinstance(value, Mapping):
-        return all(map(_is_plain, value.keys())) and all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(
-        value, bool | int | float | complex | str | bytes
-    )
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool | int | float | complex):
-        return repr(value)
-    return hashlib.sha256(_text(value).encode()).hexdigest()
-
-
-def _text(value: Any) -> str:
-    """As `repr`, whatever the order of sets."""
+        items = [*value.keys(), *value.values()]
+    elif isinstance(value, list | tuple | set | frozenset):
+        items = list(value)
+    else:
+        plain = bool | int | float | complex | str | bytes
+        return repr(value) if value is None or isinstance(value, plain) else None
+    found = [_text(item) for item in items]
+    texts = [text for text in found if text is not None]
+    if len(texts) < len(found):
+        return None
     if isinstance(value, Mapping):
-        pairs = (f"{_text(key)}: {_text(item)}" for key, item in value.items())
-        return f"{{{', '.join(pairs)}}}"
-    if isinstance(value, list | tuple):
-        return f"{type(value).__name__}({', '.join(map(_text, value))})"
+        pairs = zip(texts[: len(value)], texts[len(value) :], strict=True)
+        return f"{{{', '.join(f'{key}: {item}' for key, item in pairs)}}}"
     if isinstance(value, set | frozenset):
-        return f"set({', '.join(sorted(map(_text, value)))})"
-    return repr(value)
+        return f"set({', '.join(sorted(texts))})"
+    return f"{type(value).__name__}({', '.join(texts)})"

@@ -1,8 +1,8 @@
 """A persistent process that calls reward functions, so that the run survives them.
 
-The process is spawned, never forked (the parent is multithreaded), runs on the CPU with
-a bounded memory, and is killed and replaced when it hangs. This contains hangs, crashes
-and memory blow-ups; it is no security boundary against hostile code.
+The process is spawned, never forked (the parent is multithreaded). It runs on the CPU
+with bounded memory, and is killed and replaced when it hangs. This contains hangs,
+crashes and memory blow-ups. It is no security boundary against hostile code.
 """
 
 import asyncio
@@ -15,27 +15,33 @@ import pickle
 import resource
 import signal
 import threading
-from collections.abc import Iterator
 from typing import Any
 
-from grpo_jax.rewards.convention import Batch, Failure, Outcome, RewardCall
+from grpo_jax.rewards.convention import Failure, Outcome, RewardCall, RewardInputs
 
-# Address space of the worker; an allocation beyond it is a MemoryError there.
+# Address space of the worker; an allocation beyond it raises MemoryError there.
 MEMORY_LIMIT_BYTES = 4 * 2**30
-# Time for a new process to import the reward functions' modules.
+# Time in which a new process must import the reward functions' modules.
 START_SECONDS = 120.0
 
 
 class Worker:
-    """Calls reward functions in a process of their own.
+    """Calls reward functions in a separate process.
 
-    Construction starts the process and raises `ValueError` if the functions cannot be
-    found there: they must be importable by name, so no lambda and no inner function.
+    Construction starts the process and raises `ValueError` if it cannot import the
+    functions by name: a lambda or an inner function is refused.
     """
 
     def __init__(self, calls: tuple[RewardCall, ...]) -> None:
         for call in calls:
-            _check_importable(call)
+            try:
+                pickle.dumps(call)
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise ValueError(
+                    f"reward function {call.name!r} cannot be isolated: {error}. "
+                    "Define it at the top level of a module, or set rewards.isolate to "
+                    "False."
+                ) from error
         self._pickled = pickle.dumps(calls)
         self._count = len(calls)
         self._process: Any = None
@@ -51,9 +57,17 @@ class Worker:
         self._process = context.Process(
             target=_serve, args=(theirs, self._pickled), daemon=True
         )
-        with _environment(JAX_PLATFORMS="cpu"):
+        # The child must not take the accelerator. It inherits the environment, and may
+        # import JAX with the user's script, before any code of ours could set this.
+        platforms = os.environ.get("JAX_PLATFORMS")
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        try:
             self._process.start()
-        # Only the child holds its end now, so its death is seen as the end of the pipe.
+        finally:
+            del os.environ["JAX_PLATFORMS"]
+            if platforms is not None:
+                os.environ["JAX_PLATFORMS"] = platforms
+        # Only the child has this end open from now on, so that its death ends the pipe.
         theirs.close()
         problem = self._receive(START_SECONDS)
         if problem is not None:
@@ -65,22 +79,22 @@ class Worker:
             )
 
     def run_all(
-        self, batch: Batch, *, timeout: float | None
+        self, inputs: RewardInputs, *, timeout: float | None
     ) -> list[Outcome | Failure]:
-        """Returns what each function gives for the batch, one after another."""
-        return [self.run(index, batch, timeout=timeout) for index in range(self._count)]
+        """The answer of each function, called one after another."""
+        return [self.run(i, inputs, timeout=timeout) for i in range(self._count)]
 
     def run(
-        self, index: int, batch: Batch, *, timeout: float | None
+        self, index: int, inputs: RewardInputs, *, timeout: float | None
     ) -> Outcome | Failure:
-        """Returns what call number `index` gives for the batch in `timeout` seconds.
+        """The answer of function number `index`, in `timeout` seconds.
 
-        A process that hangs or dies is replaced at the next call; its start does not
-        count.
+        A process that hung or died is replaced by the next call; its start does not
+        count against the time.
         """
         self.start()
         try:
-            self._connection.send((index, batch))
+            self._connection.send((index, inputs))
         except OSError:  # it died since the last call
             return self._died()
         return self._receive(timeout)
@@ -95,14 +109,14 @@ class Worker:
             self._process = None
 
     def _receive(self, timeout: float | None) -> Any:
-        """The next message of the process, or the failure that came instead."""
+        """The next message of the process, or a failure if none comes."""
         try:
             if self._connection.poll(timeout):
                 return self._connection.recv()
         except (EOFError, OSError):
             return self._died()
         except BaseException:
-            self.stop()  # or the answer would be taken for that of the next call
+            self.stop()  # else the next call would read this late answer
             raise
         self.stop()
         return Failure(
@@ -120,39 +134,19 @@ class Worker:
         )
 
 
-def _check_importable(call: RewardCall) -> None:
-    try:
-        pickle.dumps(call)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"reward function {call.name!r} cannot be isolated: {error}. Define it at "
-            "the top level of a module, or set rewards.isolate to False."
-        ) from error
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Sets environment variables for the processes started within."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _serve(connection: Any, pickled: bytes) -> None:
-    """The worker's main: answers (index, batch) with an Outcome or a Failure."""
+    """The worker's main: answers (index, inputs) with an Outcome or a Failure."""
     # Ctrl-C reaches every process of the terminal; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _limit_memory()
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    unlimited = hard == resource.RLIM_INFINITY
+    limit = MEMORY_LIMIT_BYTES if unlimited else min(MEMORY_LIMIT_BYTES, hard)
+    # Not every system can limit the address space; there the worker has no limit.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     try:
-        calls = pickle.loads(pickled)
+        calls: tuple[RewardCall, ...] = pickle.loads(pickled)
     except Exception as error:
         details = f"{type(error).__name__}: {error}"
         connection.send(Failure(kind="error", cause="import", details=details))
@@ -161,24 +155,24 @@ def _serve(connection: Any, pickled: bytes) -> None:
     with asyncio.Runner() as loop:
         while True:
             try:
-                index, batch = connection.recv()
+                index, inputs = connection.recv()
             except EOFError:
                 return
-            answer = _answer(calls[index], batch, loop)
+            call = calls[index]
+            answer = (
+                loop.run(call.run_async(inputs)) if call.is_async else call.run(inputs)
+            )
+            if isinstance(answer, Failure):
+                crash = isinstance(answer.exception, MemoryError)
+                kind = "crash" if crash else answer.kind
+                # An exception may hold values that cannot be pickled. Its traceback is
+                # in the details.
+                answer = dataclasses.replace(answer, kind=kind, exception=None)
             try:
                 connection.send(answer)
-            except Exception as error:  # what the function logged cannot be sent
-                details = f"{calls[index].name}: cannot send what it logged: {error}"
+            except Exception as error:  # the function logged values that do not pickle
+                details = f"{call.name}: cannot send what it logged: {error}"
                 connection.send(Failure(kind="invalid", cause="value", details=details))
-
-
-def _answer(call: RewardCall, batch: Batch, loop: asyncio.Runner) -> Outcome | Failure:
-    answer = loop.run(call.run_async(batch)) if call.is_async else call.run(batch)
-    if isinstance(answer, Outcome):
-        return answer
-    kind = "crash" if isinstance(answer.exception, MemoryError) else answer.kind
-    # Exceptions may hold anything, also what cannot be pickled; the traceback is text.
-    return dataclasses.replace(answer, kind=kind, exception=None)
 
 
 def _exit_with_parent() -> None:
@@ -187,13 +181,3 @@ def _exit_with_parent() -> None:
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
-
-
-def _limit_memory() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_LIMIT_BYTES
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    # Not every system can limit the address space; there the worker goes unlimited.
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

@@ -12,7 +12,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.utilization import Lengths, Utilization
 from grpo_jax.reporting import metrics as names
-from grpo_jax.rewards.metrics import function_metrics, logged_metrics
+from grpo_jax.rewards.metrics import reduce_metrics
 from grpo_jax.rollout.rollout import Rollout
 
 
@@ -50,10 +50,10 @@ class Measures:
         rewards, failures = meshes.gather_rows(
             (sampled.rewards_by_name, sampled.failures_by_name)
         )
+        logged = meshes.gather_lists([sampled.logged])
         return {
             **metrics,
-            **function_metrics(rewards, failures),
-            **logged_metrics(meshes.gather_lists([sampled.logged])),
+            **reduce_metrics(rewards, failures, logged),
             **self._utilization.metrics(lengths, learned, seconds),
             "tokens_per_second/rollout": tokens / seconds["time/rollout"],
             names.TOKENS_PER_SECOND: tokens / seconds["time/step"],

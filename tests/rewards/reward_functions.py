@@ -29,6 +29,15 @@ def at_some_limit(check, first):
     return check(100.0 * first)
 
 
+def metrics(scores):
+    """The metrics of a step that has these scores alone."""
+    from grpo_jax.rewards.metrics import reduce_metrics
+
+    rewards = dict(zip(scores.names, scores.rewards, strict=True))
+    failures = dict(zip(scores.names, scores.failures, strict=True))
+    return reduce_metrics(rewards, failures, [scores.logged])
+
+
 def length(completions, **kwargs):
     return [float(len(text)) for text in completions]
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.rewards.convention import (
-    Batch,
     Failure,
     InvalidRewards,
+    RewardInputs,
     TrainerState,
     checked_rewards,
     reward_call,
@@ -20,7 +20,7 @@ from grpo_jax.rewards.convention import (
 
 
 def batch(count=2, **columns):
-    return Batch(
+    return RewardInputs(
         prompts=[f"p{i}" for i in range(count)],
         completions=[f"c{i}" for i in range(count)],
         columns=columns,

@@ -38,7 +38,7 @@ def test_isolated_rewards_equal_those_computed_here():
     with RewardRunner(functions, RewardsConfig(isolate=True)) as runner:
         there = run(runner, texts)
     np.testing.assert_array_equal(here.rewards, there.rewards)
-    assert here.metrics == there.metrics
+    assert fns.metrics(here) == fns.metrics(there)
 
 
 def test_the_worker_is_another_process_kept_between_batches_without_jax():
@@ -66,8 +66,8 @@ def test_a_crash_costs_only_the_offender_its_reward(bad, metric, caplog):
         np.testing.assert_array_equal(scores.rewards[0], [1.0, np.nan, 1.0, 1.0])
         np.testing.assert_array_equal(scores.total[[0, 2, 3]], [5.0, 5.0, 5.0])
         assert scores.total[1] == len(bad)  # the other function's reward is kept
-        assert scores.metrics[f"rewards/misbehave/{metric}"] == 0.25
-        assert scores.metrics["rewards/misbehave/none_rate"] == 0.0
+        assert fns.metrics(scores)[f"rewards/misbehave/{metric}"] == 0.25
+        assert fns.metrics(scores)["rewards/misbehave/none_rate"] == 0.0
         assert scores.extra["seen"] == ["GOOD", None, "GOOD", "GOOD"]
         np.testing.assert_array_equal(healthy.total, [5.0, 5.0])
         (record,) = caplog.records
@@ -86,7 +86,7 @@ def test_a_batch_of_nothing_but_hangs_ends_and_the_next_is_scored():
             scores = run(runner, ["hang"] * 16)
             healthy = run(runner, ["good"])
         assert np.isnan(scores.total).all()
-        assert scores.metrics["rewards/misbehave/timeout_rate"] == 1.0
+        assert fns.metrics(scores)["rewards/misbehave/timeout_rate"] == 1.0
         assert healthy.total.tolist() == [1.0]
 
     fns.at_some_limit(check, 0.5)
@@ -105,7 +105,7 @@ def test_exceptions_in_the_worker_are_dropped_one_by_one():
     with RewardRunner([fns.misbehave], config) as runner:
         scores = run(runner, ["raise", "good", "sys.exit"])
     np.testing.assert_array_equal(scores.total, [np.nan, 1.0, np.nan])
-    assert scores.metrics["rewards/misbehave/error_rate"] == pytest.approx(2 / 3)
+    assert fns.metrics(scores)["rewards/misbehave/error_rate"] == pytest.approx(2 / 3)
 
 
 def test_bad_returns_in_the_worker_are_errors_too():
