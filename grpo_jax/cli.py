@@ -1,33 +1,38 @@
 """The command line: `grpo-jax train | plan | eval | sample | export | plot | report`.
 
-Flags are made by tyro from the configuration's fields and the commands' arguments.
-Heavy modules are imported by the command that needs them: the worker process that
+tyro makes the flags from the arguments of each command and the fields of the
+configuration. A command imports heavy modules itself, because the worker process that
 scores rewards imports this file again.
 """
 
+import functools
+import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from grpo_jax.config import EMBEDDED, TrainConfig
-from grpo_jax.flags import all_plan_flags, all_train_flags, plan_flags, train_config
+from grpo_jax.flags import ConfigFile, Preset, Run, base_config
 from grpo_jax.parallel.compile_cache import use_compile_cache
 
 if TYPE_CHECKING:
     from grpo_jax.training.restore import Restored
 
+# tyro does not wrap this text, so a paragraph is one line of at most 80 columns.
 _HELP = """GRPO post-training of language models in JAX.
 
-grpo-jax train without a flag is a first run: a small model that comes with the package
-learns arithmetic, in a minute or two on a CPU. grpo-jax COMMAND --help explains each
-command; --version tells the version, and --tyro-print-completion {bash,zsh,tcsh} prints
-a script that completes commands and flags in your shell.
+Without flags, grpo-jax train teaches the packaged model arithmetic, on a CPU.
+
+Use grpo-jax COMMAND --help for the flags of a command, and --version for the version.
+
+Option --tyro-print-completion {bash,zsh,tcsh} prints a completion script.
 """
 
 
@@ -48,77 +53,97 @@ def main() -> None:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
-    if arguments[:1] == ["--version"]:
-        print(f"grpo-jax {version('grpo-jax')}")
-        return
-    if arguments[:1] == ["train"]:
-        _train(train_config(arguments[1:]))
-        return
-    if arguments[:1] == ["plan"]:
-        plan(arguments[1:])
-        return
+    name = arguments[0] if arguments else ""
     commands = {
-        "train": _train_help,
-        "plan": _plan_help,
+        "train": train,
+        "plan": plan,
         "eval": evaluate,
         "sample": sample,
         "export": export,
         "plot": plot,
         "report": report,
     }
-    if any(word.startswith("--tyro-") for word in arguments[:1]):
-        # For the shell: these two are parsed by functions of their own.
-        commands |= {"train": all_train_flags, "plan": all_plan_flags}
-    tyro.extras.subcommand_cli_from_dict(
-        commands,
-        prog="grpo-jax",
-        description=_HELP,
-        args=arguments,
-    )
+    for command in commands.values():
+        # tyro would keep the line breaks within the description of an argument.
+        command.__doc__ = re.sub(r"\n {4,}", " ", inspect.getdoc(command) or "")
+    if name == "--version":
+        print(f"grpo-jax {version('grpo-jax')}")
+    elif name in commands:
+        command, prog = commands[name], f"grpo-jax {name}"
+        if name in ("train", "plan"):
+            # The other flags override this base, and --help shows it as the defaults.
+            base = base_config(arguments[1:], prog=prog)
+            command = functools.partial(command, run=base)
+        tyro.cli(command, prog=prog, args=arguments[1:])
+    else:  # The first help, a completion script, or a typo.
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="grpo-jax", description=_HELP, args=arguments
+        )
 
 
-def _train(config: TrainConfig) -> None:
+def train(
+    run: Run = TrainConfig(),  # noqa: B008
+    *,
+    config: ConfigFile = None,
+    preset: Preset = None,
+) -> None:
+    """Train a model by GRPO, or resume the run in --run-dir.
+
+    Without flags, the packaged model learns arithmetic.
+
+    Args:
+      run: the configuration, with the file and the preset applied.
+      config: a YAML file of fields, such as a run's config.yaml; flags override it.
+      preset: the objective of a paper; sets all its fields; other flags override it.
+    """
     from grpo_jax.reporting.console import is_terminal, next_commands
-    from grpo_jax.training.loop import train
+    from grpo_jax.training import loop
 
-    result = train(config)
+    result = loop.train(run)
     if not is_terminal(sys.stdout):
         return
-    # Of several processes, the first has the history.
+    # With several processes, only the first has the history.
     if result.history and result.summary["status"] == "finished":
-        print(next_commands(result.run_dir, config))
+        print(next_commands(result.run_dir, run))
 
 
-def _train_help() -> None:
-    """Train a model by GRPO, or resume a run."""
+def plan(
+    run: Run = TrainConfig(),  # noqa: B008
+    *,
+    config: ConfigFile = None,
+    preset: Preset = None,
+    devices: int | None = None,
+    device: str | None = None,
+    device_memory_gib: float | None = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Estimate the memory that a run needs on each device; starts nothing.
 
+    Takes the flags of train and its own. It needs only the config.json of a model.
 
-def _plan_help() -> None:
-    """Estimate the memory that a run needs on each device."""
-
-
-def plan(arguments: Sequence[str]) -> None:
-    """Print the memory that a run needs on each device, as a table or as JSON.
+    Args:
+      run: the configuration, with the file and the preset applied.
+      config: a YAML file of fields, such as a run's config.yaml; flags override it.
+      preset: the objective of a paper; sets all its fields; other flags override it.
+      devices: number of devices of the mesh; by default the product of its sizes, or
+        the devices of this machine.
+      device: v4, v5e, v5p, v6e, a100, h100 or h200, or the type of a TPU slice: v5p-16
+        has 8 devices, because it counts cores.
+      device_memory_gib: memory of one device, instead of a name.
+      as_json: print JSON, with sizes in bytes.
 
     Raises:
-      ValueError: for a run that cannot be, a mesh that does not divide, or a device
-        that is not known.
+      ValueError: for a run that is not possible, a mesh that does not divide, or an
+        unknown device.
     """
-    asked, config = plan_flags(arguments)
     from grpo_jax.planning.resolve import make_plan
-
-    made = make_plan(
-        config,
-        devices=asked.devices,
-        device=asked.device,
-        memory_gib=asked.device_memory_gib,
-    )
-    if asked.json:
-        print(json.dumps(made, indent=2))
-        return
     from grpo_jax.planning.table import print_plan
 
-    print_plan(made)
+    made = make_plan(run, devices=devices, device=device, memory_gib=device_memory_gib)
+    if as_json:
+        print(json.dumps(made, indent=2))
+    else:
+        print_plan(made)
 
 
 def evaluate(
@@ -137,29 +162,30 @@ def evaluate(
     out: Path | None = None,
     completions: Path | None = None,
 ) -> None:
-    """Measure accuracy on held-out prompts, as JSON.
+    """Measure accuracy on held-out prompts, and print it as JSON.
 
-    Answers are read strictly, in the format that the task asks for, and leniently,
-    wherever a completion ends with one; each number has its standard error.
+    The strict accuracy requires the format of the task, the lenient one does not.
+
+    Each has its standard error.
 
     Args:
-      run_dir: the run whose policy is measured.
-      model: or a model: hub name, folder, .gguf file, or the embedded model.
-      task: arithmetic, gsm8k, reasoning_gym:NAME or a .jsonl file; by default the run's
-        own, or arithmetic for a model.
-      data: local file or folder with the task's rows; by default the run's own.
-      step: the checkpoint of the run, or best; the newest by default.
-      prompts: how many held-out prompts; all by default.
-      samples: completions per prompt; from two on, pass@k and majority are told too.
-      temperature: of sampling; by default 0 (greedy) for one sample, else the run's, or
-        1 for a model.
-      max_new_tokens: completions are cut at this length; by default the run's, or what
-        suits the model.
+      run_dir: the run that is evaluated.
+      model: or a model: hub name, folder, .gguf file, or embedded.
+      task: arithmetic, gsm8k, reasoning_gym:NAME or a .jsonl file; by default that of
+        the run, or arithmetic for a model.
+      data: local file or folder with the task's rows; by default that of the run.
+      step: the checkpoint of the run, or best; by default the newest.
+      prompts: number of held-out prompts; by default all.
+      samples: completions per prompt; two or more also report pass@k and majority.
+      temperature: temperature of sampling; by default 0 (greedy) for one sample, else
+        that of the run, or 1 for a model.
+      max_new_tokens: limit of a completion in tokens; by default that of the run, or
+        one that suits the model.
       batch_size: completions sampled at once; by default the run's eval_batch_size, or
-        128. Fewer need less memory; those of one prompt are never parted.
-      seed: of the sampling.
+        128. Fewer need less memory. Completions of one prompt stay together.
+      seed: seed of the sampling.
       out: also write the JSON to this file.
-      completions: write every completion with its verdict to this .jsonl file.
+      completions: write every completion and its result to this .jsonl file.
     """
     _check_counts(
         prompts=prompts,
@@ -168,20 +194,26 @@ def evaluate(
         batch_size=batch_size,
     )
     from grpo_jax.tasks import load_task
-    from grpo_jax.tasks.base import describe_held_out
+    from grpo_jax.tasks.base import CALLERS_ROWS, describe_held_out
     from grpo_jax.training.evaluate import BATCH
     from grpo_jax.training.evaluate import evaluate as measure
+    from grpo_jax.training.manifest import read_data
     from grpo_jax.training.restore import open_policy
 
     policy = open_policy(run_dir=run_dir, model=model, step=step)
     config = policy.config
     if task is None:
-        if run_dir is not None:
-            _check_task_is_known(run_dir, config)
         task, data = config.task, data or config.data
+        rows = None if run_dir is None else read_data(run_dir).get("task")
+        if rows == CALLERS_ROWS and Path(task).stem != CALLERS_ROWS:
+            raise ValueError(
+                f"{run_dir} was trained on rows given from Python, which are not "
+                "stored; name a task with --task."
+            )
     sampling = policy.sampling(samples=samples, temperature=temperature)
     loaded = load_task(task, data=data, seed=config.seed)
-    _warn_of_strange(policy, [row["prompt"] for row in loaded.test])
+    _warn_of_unknown(policy, [row["prompt"] for row in loaded.test])
+    max_new_tokens = max_new_tokens or config.max_new_tokens
     result = measure(
         policy.model,
         policy.params,
@@ -191,20 +223,20 @@ def evaluate(
         samples=samples,
         sampling=sampling,
         max_prompt_tokens=config.max_prompt_tokens,
-        max_new_tokens=max_new_tokens or config.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         seed=seed,
         batch_size=batch_size or config.eval_batch_size or BATCH,
     )
-    asked = {
+    settings = {
         "model": config.model if run_dir is None else str(run_dir),
         "step": policy.step,
         "task": task,
         "held_out": describe_held_out(loaded),
         "temperature": sampling.temperature,
-        "max_new_tokens": max_new_tokens or config.max_new_tokens,
+        "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
-    text = json.dumps(asked | result.summary(), indent=2, allow_nan=False)
+    text = json.dumps(settings | result.summary(), indent=2, allow_nan=False)
     print(text)
     if out is not None:
         _write(out, text + "\n")
@@ -214,25 +246,13 @@ def evaluate(
         _write(completions, "".join(line + "\n" for line in lines))
 
 
-def _warn_of_strange(policy: "Restored", prompts: Sequence[Any]) -> None:
-    """Tell what the embedded model, unless trained by a run, cannot know."""
+def _warn_of_unknown(policy: "Restored", prompts: Sequence[Any]) -> None:
+    """Warn of prompts that the embedded model, unless trained by a run, cannot know."""
     from grpo_jax.tasks.arithmetic import unknown_to_embedded
 
     if policy.step is None and policy.config.model == EMBEDDED:
         if text := unknown_to_embedded(prompts):
             print(f"warning: {text}", file=sys.stderr)
-
-
-def _check_task_is_known(run_dir: Path, config: TrainConfig) -> None:
-    from grpo_jax.tasks.base import CALLERS_ROWS
-    from grpo_jax.training.manifest import read_data
-
-    came_from = read_data(run_dir).get("task")
-    if came_from == CALLERS_ROWS and Path(config.task).stem != CALLERS_ROWS:
-        raise ValueError(
-            f"{run_dir} was trained on rows given from Python, which are not kept; "
-            "name a task with --task."
-        )
 
 
 def _write(path: Path, text: str) -> None:
@@ -253,19 +273,19 @@ def sample(
     max_new_tokens: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Print completions of a prompt, drawn and ended as in the run.
+    """Print completions of a prompt, with the sampling settings of the run.
 
     Args:
-      prompt: the text; a chat model sees it as the message of a user.
-      model: hub name, folder or .gguf file; the embedded model by default.
-      run_dir: or a run, whose policy is used.
-      step: the checkpoint of the run, or best; the newest by default.
-      samples: how many completions.
-      temperature: of sampling; by default 0 (greedy) for one sample, else the run's, or
-        1 for a model.
-      max_new_tokens: completions are cut at this length; by default the run's, or what
-        suits the model.
-      seed: of the sampling.
+      prompt: the text; for a chat model, the message of a user.
+      model: hub name, folder or .gguf file; by default the embedded model.
+      run_dir: or a run.
+      step: the checkpoint of the run, or best; by default the newest.
+      samples: number of completions.
+      temperature: temperature of sampling; by default 0 (greedy) for one sample, else
+        that of the run, or 1 for a model.
+      max_new_tokens: limit of a completion in tokens; by default that of the run, or
+        one that suits the model.
+      seed: seed of the sampling.
     """
     _check_counts(samples=samples, max_new_tokens=max_new_tokens)
     from grpo_jax.reporting.text import escape_control_chars
@@ -275,7 +295,7 @@ def sample(
     if model is None and run_dir is None:
         model = EMBEDDED
     policy = open_policy(run_dir=run_dir, model=model, step=step)
-    _warn_of_strange(policy, [prompt])
+    _warn_of_unknown(policy, [prompt])
     texts = complete(
         policy.model,
         policy.params,
@@ -301,12 +321,18 @@ def export(
 
     Args:
       run_dir: the run.
-      out: the folder; RUN_DIR/export by default, RUN_DIR/adapter for adapters.
-      step: the checkpoint, or best; the newest by default.
-      adapter: the adapters alone, for PEFT; else they are merged into the model.
+      out: the folder; by default RUN_DIR/export, or RUN_DIR/adapter for adapters.
+      step: the checkpoint, or best; by default the newest.
+      adapter: write only the adapters, for PEFT; by default they are merged.
     """
     if adapter:
-        _export_adapter(run_dir, out or run_dir / "adapter", step)
+        from grpo_jax.training.restore import restore_adapter
+        from grpo_jax.weights.adapter import save_adapter
+
+        folder = out or run_dir / "adapter"
+        found, adapters, config = restore_adapter(run_dir, step)
+        save_adapter(folder, adapters, config)
+        print(f"adapters of step {found} written to {folder}")
         return
     from grpo_jax.rollout.draw import policy_sampling
     from grpo_jax.training.restore import open_policy
@@ -321,24 +347,13 @@ def export(
     print(f"step {policy.step} written to {folder}")
 
 
-def _export_adapter(
-    run_dir: Path, folder: Path, step: int | Literal["best"] | None
-) -> None:
-    from grpo_jax.training.restore import restore_adapter
-    from grpo_jax.weights.adapter import save_adapter
-
-    found, adapter, config = restore_adapter(run_dir, step)
-    save_adapter(folder, adapter, config)
-    print(f"adapters of step {found} written to {folder}")
-
-
 def plot(
     runs: tyro.conf.Positional[tuple[Path, ...]] = (),
     *,
     run_dir: tuple[Path, ...] = (),
     out: Path = Path("metrics.png"),
 ) -> None:
-    """Draw the curves of one or more runs into one picture.
+    """Plot the curves of one or more runs in one picture.
 
     Args:
       runs: directories of runs.
@@ -356,7 +371,7 @@ def report(run: tyro.conf.Positional[Path], *, out: Path | None = None) -> None:
 
     Args:
       run: the directory of the run.
-      out: the file; RUN/report.html by default.
+      out: the file; by default RUN/report.html.
     """
     from grpo_jax.reporting.page import write_report
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import types
 import typing
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,15 @@ def run_main(monkeypatch, *arguments):
     return 0
 
 
+def run_of(arguments):
+    """The run that `train` would start."""
+    given = {}
+    spy = functools.wraps(cli.train)(lambda **named: given.update(named))
+    with mock.patch.object(cli, "train", spy):
+        cli._dispatch(["train", *arguments])
+    return given["run"]
+
+
 def help_of(*arguments):
     """What `--help` prints, one line per panel row, frames taken off."""
     out = io.StringIO()
@@ -79,16 +89,16 @@ def helps(text):
 
 
 def test_without_flags_the_run_is_the_default():
-    assert cli.train_config([]) == TrainConfig()
+    assert run_of([]) == TrainConfig()
 
 
 def test_another_model_brings_its_own_defaults():
-    assert cli.train_config(["--model", "a/b"]) == TrainConfig(model="a/b")
-    assert cli.train_config(["--model=a/b"]).optimizer.learning_rate == 1e-6
+    assert run_of(["--model", "a/b"]) == TrainConfig(model="a/b")
+    assert run_of(["--model=a/b"]).optimizer.learning_rate == 1e-6
 
 
 def test_flags_reach_every_kind_of_field():
-    config = cli.train_config(
+    config = run_of(
         "--steps 9 --mesh.fsdp -1 --mesh.data 2 --lora.rank 4 --lora.targets q v "
         "--report.tensorboard --rewards.weights 1 0.5 --sampling.stop-ids 3 4 "
         "--objective.kl-coef 0 --optimizer.learning-rate 1e-5 --run-dir runs/x "
@@ -110,16 +120,16 @@ def test_flags_override_the_preset_which_overrides_the_file(tmp_path):
     file.write_text(
         "group_size: 4\nobjective: {clip_high: 0.5, entropy_coef: 0.1}\nseed: 7\n"
     )
-    config = cli.train_config(["--config", str(file)])
+    config = run_of(["--config", str(file)])
     assert config.objective == ObjectiveConfig(clip_high=0.5, entropy_coef=0.1)
     preset = ["--config", str(file), "--objective.preset", "dapo"]
-    config = cli.train_config(preset)
+    config = run_of(preset)
     assert config.objective == ObjectiveConfig.preset("dapo")
     assert (config.group_size, config.seed) == (4, 7)
     flags = [*preset, "--objective.clip-high", "0.3", "--group-size", "6"]
     # The order of flags does not matter.
     for arguments in (flags, flags[4:] + flags[:4]):
-        config = cli.train_config(arguments)
+        config = run_of(arguments)
         dapo = ObjectiveConfig.preset("dapo")
         assert config.objective == dataclasses.replace(dapo, clip_high=0.3)
         assert (config.group_size, config.seed) == (6, 7)
@@ -128,9 +138,9 @@ def test_flags_override_the_preset_which_overrides_the_file(tmp_path):
 def test_another_model_than_the_file_names_keeps_what_the_file_says(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("model: a/b\nsteps: 11\n")
-    config = cli.train_config(["--config", str(file)])
+    config = run_of(["--config", str(file)])
     assert config == TrainConfig(model="a/b", steps=11)
-    config = cli.train_config(["--config", str(file), "--model", "embedded"])
+    config = run_of(["--config", str(file), "--model", "embedded"])
     assert config == TrainConfig(steps=11)
     assert config.max_new_tokens == 8
 
@@ -142,7 +152,7 @@ def test_a_saved_run_is_described_again_by_its_file(tmp_path):
         optimizer=OptimizerConfig(learning_rate=1e-6, max_grad_norm=None),
     )
     directories.check_config(tmp_path, config)
-    assert cli.train_config(["--config", str(tmp_path / "config.yaml")]) == config
+    assert run_of(["--config", str(tmp_path / "config.yaml")]) == config
 
 
 # --- Bad input
@@ -321,8 +331,17 @@ def test_every_field_has_a_help_text_of_its_own(train_helps):
 
 def test_the_help_of_train_tells_the_two_flags_that_set_many(train_helps):
     text = words(help_of("train"))
-    assert "--config FILE" in text and "--objective.preset NAME" in text
-    assert "softmax, likelihood, grpo, dr_grpo, dapo, gspo, cispo, rloo" in text
+    presets = "{softmax,likelihood,grpo,dr_grpo,dapo,gspo,cispo,rloo}"
+    assert "--config FILE" in text and f"--objective.preset {presets}" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS[2:])
+def test_the_help_of_a_flag_breaks_only_at_the_end_of_a_line(monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "400")
+    lines = [line.strip("│ ") for line in help_of(command).splitlines()]
+    box = lines[next(i for i, x in enumerate(lines) if x.startswith("-h")) :]
+    texts = [x for x in box if x and not x.startswith(("-", "╭", "╰"))]
+    assert all(text.endswith(")") or "show this help" in text for text in texts), texts
 
 
 def test_the_help_of_train_shows_the_defaults_of_the_model():

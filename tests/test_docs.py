@@ -121,7 +121,8 @@ GRPO_JAX, MAKE = [use for use in uses_of("grpo-jax") if use[1]], uses_of("make")
 @pytest.fixture
 def parse(monkeypatch, tmp_path):
     """Parses the arguments of grpo-jax as the program does, and runs nothing."""
-    for name in ("evaluate", "sample", "export", "plot", "report"):
+    names = ("train", "plan", "evaluate", "sample", "export", "plot", "report")
+    for name in names:
         # The wrapper has the signature and the docstring that tyro reads.
         command = vars(cli)[name]
         monkeypatch.setattr(
@@ -129,19 +130,13 @@ def parse(monkeypatch, tmp_path):
         )
 
     def parse(arguments):
-        if arguments[0] == "plan":
-            cli.plan_flags(arguments[1:])
-            return
-        if arguments[0] != "train":
-            cli._dispatch(arguments)
-            return
         if "--config" in arguments:
             # A reader's own file is not here; a whole one stands in for it.
             run_dir.check_config(tmp_path, TrainConfig())
             place = arguments.index("--config") + 1
             file = str(tmp_path / "config.yaml")
             arguments = [*arguments[:place], file, *arguments[place + 1 :]]
-        cli.train_config(arguments[1:])
+        cli._dispatch(arguments)
 
     return parse
 

@@ -1,16 +1,29 @@
 """Flags describe a configuration: any one can be written as flags and read again."""
 
 import dataclasses
+import functools
 import re
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo_jax import cli
 from grpo_jax.config import ObjectiveConfig, SamplingConfig, TrainConfig
 from grpo_jax.config.validation import to_dict
-from grpo_jax.flags import TRL_NAMES, plan_flags, train_config
+from grpo_jax.flags import TRL_NAMES, base_config
+
+
+def parsed(command, *arguments):
+    """The arguments with which the program would call the command."""
+    given = {}
+    spy = functools.wraps(vars(cli)[command])(lambda **named: given.update(named))
+    with mock.patch.object(cli, command, spy):
+        cli._dispatch([command, *arguments])
+    return types.SimpleNamespace(**given)
 
 
 def flat(values, prefix=""):
@@ -49,7 +62,7 @@ def test_a_configuration_written_as_flags_is_read_again(values, temperature, sto
     stop_ids = None if stops is None else tuple(stops)
     sampling = SamplingConfig(temperature=temperature, stop_ids=stop_ids)
     config = TrainConfig(sampling=sampling, **values)
-    assert train_config(list(as_flags(config))) == config
+    assert parsed("train", *as_flags(config)).run == config
 
 
 def test_names_of_trl_are_no_flags_of_ours_and_their_answers_are():
@@ -81,13 +94,14 @@ def test_a_flag_of_trl_is_answered_with_ours(name, form):
     ours = TRL_NAMES[name].replace("_", "-")
     for spelled in (name, name.replace("_", "-")):
         with pytest.raises(ValueError, match=f"{name} is --{ours} here"):
-            train_config([form.format(spelled), "8"])
+            base_config([form.format(spelled), "8"], prog="grpo-jax train")
 
 
 def test_a_preset_replaces_the_objective_of_the_file_and_nothing_else(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("steps: 7\nobjective: {kl_coef: 0.5}\n")
-    chosen = train_config(["--config", str(path), "--objective.preset", "dapo"])
+    flags = ("--config", str(path), "--objective.preset", "dapo")
+    chosen = parsed("train", *flags).run
     assert chosen.objective == ObjectiveConfig.preset("dapo")
     assert dataclasses.replace(chosen, objective=ObjectiveConfig()) == TrainConfig(
         steps=7
@@ -95,6 +109,7 @@ def test_a_preset_replaces_the_objective_of_the_file_and_nothing_else(tmp_path):
 
 
 def test_the_flags_of_plan_are_its_own_and_those_of_train():
-    asked, config = plan_flags(["--device", "h100", "--steps", "7", "--devices", "4"])
-    assert (asked.device, asked.devices, asked.json) == ("h100", 4, False)
-    assert config == TrainConfig(steps=7)
+    given = parsed("plan", *"--device h100 --steps 7 --devices 4".split())
+    assert (given.device, given.devices, given.as_json) == ("h100", 4, False)
+    assert given.run == TrainConfig(steps=7)
+    assert parsed("plan", "--json").as_json

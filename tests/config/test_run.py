@@ -23,7 +23,7 @@ from grpo_jax.config import (
 )
 from grpo_jax.config.trl_names import TRL_NAMES
 from grpo_jax.config.validation import Section, differences, from_dict, to_dict
-from grpo_jax.flags import train_config
+from grpo_jax.flags import base_config
 
 NAN, INF = math.nan, math.inf
 
@@ -475,7 +475,7 @@ def test_a_name_of_trl_is_answered_alike_in_python_yaml_and_flags(name):
             refused()
     flag = here.replace("_", "-")
     with pytest.raises(ValueError, match=f"^{name} is --{flag} here.*trl.md"):
-        train_config([f"--{name}", "1"])
+        base_config([f"--{name}", "1"], prog="grpo-jax train")
 
 
 def dotted(values, prefix=""):
