@@ -8,18 +8,18 @@ usage() {
 Usage: babysit.sh --name NAME --project PROJECT --zone ZONE --type TYPE [flags] [-- COMMAND...]
 
 Creates the TPU, installs, starts COMMAND (default: grpo-jax train) and watches it. After a
-preemption or a crash it waits, creates the TPU again where needed and starts the same
-command with the same code, so that a run with its folder in a bucket resumes. Ends with 0
-when the command has finished on every worker, 1 when the retries are used up, 3 when the
-run was stopped by hand. A command that is refused (exit code 2: wrong usage; 126 and 127:
-not found) at its first start is not tried again. Run it where it can stay: in tmux, or on
-a small VM.
+preemption or a crash it waits, creates the TPU again if needed, and starts the same command
+with the same code. So a run with its folder in a bucket resumes. Exit codes: 0 when the
+command has finished on every worker, 1 when no retries are left, 3 when the run was stopped
+by hand. A command that is refused at its first start (exit code 2: wrong usage; 126 and 127:
+not found) is not repeated. Run this script where it can keep running: in tmux, or on a
+small VM.
 
   --spot | --on-demand, --queued | --direct, --runtime VERSION    as in create.sh
-  --max-retries N          restarts without a healthy stretch between them; default 10
-  --healthy-after SECONDS  a run this long makes the count start again; default 1800
+  --max-retries N          restarts without a healthy period between them; default 10
+  --healthy-after SECONDS  a run of this length resets the count; default 1800
   --backoff SECONDS        first pause, doubled up to 600; default 30
-  --poll SECONDS           pause between looks; default 60
+  --poll SECONDS           pause between checks; default 60
 
 $(common_usage)
 EOF

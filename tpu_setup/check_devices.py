@@ -1,4 +1,4 @@
-"""Checks that JAX sees the accelerators it should, and that they reach each other.
+"""Checks that JAX finds the expected accelerators, and that they can communicate.
 
 Runs on every worker of a TPU at the same time (`install.sh` starts it), or alone on a
 GPU box or a laptop. Exits 0 with one line of facts, or 1 with what is wrong.
@@ -26,7 +26,7 @@ REMEDY = (
 def find_problems(
     *, platform: str, devices: int | None, processes: int | None
 ) -> list[str]:
-    """What differs from the expected platform and counts, one sentence each."""
+    """The differences from the expected platform and counts, one sentence each."""
     problems = []
     found = jax.default_backend()
     if found != platform:
@@ -84,12 +84,14 @@ def check_bucket(folder: str) -> list[str]:
             "roles/storage.objectAdmin on the bucket."
         ]
     return (
-        [] if text == "written" else [f"{folder} gave back other bytes than written."]
+        []
+        if text == "written"
+        else [f"{folder} returned other bytes than were written."]
     )
 
 
 def check(arguments: argparse.Namespace) -> list[str]:
-    """All problems found; the later checks are left out when an earlier one failed."""
+    """All problems; if a check fails, the later checks are skipped."""
     try:
         if arguments.distributed:
             jax.distributed.initialize()
@@ -122,7 +124,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 when everything is as expected."""
+    """The exit code: 0 if everything is as expected."""
     arguments = parse_arguments(argv)
     problems = check(arguments)
     for problem in problems:

@@ -7,16 +7,16 @@ usage() {
   cat <<EOF
 Usage: create.sh --name NAME --project PROJECT --zone ZONE --type TYPE [flags]
 
-Creates a TPU and waits until it is ready. Safe to repeat: an active TPU is adopted, a
-queued request is waited for, a suspended or failed one is deleted and requested again.
+Creates a TPU and waits until it is ready. Safe to repeat: it adopts an active TPU, waits
+for a queued request, and deletes and repeats a suspended or failed request.
 
   --spot | --on-demand   capacity (CAPACITY); default on-demand
-  --queued | --direct    queued resource, or create at once and fail when there is no
+  --queued | --direct    queued resource, or create immediately and fail if there is no
                          capacity (REQUEST); default queued
   --runtime VERSION      TPU software version (RUNTIME_VERSION); default: by type
-  --valid-until TIME     give the queued request up after this long, such as 6h
-  --timeout SECONDS      stop waiting, the request stays; default 21600
-  --poll SECONDS         longest pause between looks; default 30
+  --valid-until TIME     give up the queued request after this time, such as 6h
+  --timeout SECONDS      stop waiting, but keep the request; default 21600
+  --poll SECONDS         longest pause between checks; default 30
 
 $(common_usage)
 EOF

@@ -7,8 +7,8 @@ usage() {
   cat <<EOF
 Usage: delete.sh --name NAME --project PROJECT --zone ZONE [--yes]
 
-Deletes the TPU, its disk and its queued resource, whatever their state. Buckets stay.
-Asks first. Safe to repeat.
+Deletes the TPU, its disk and its queued resource in any state. Buckets are kept. Asks
+first. Safe to repeat.
 
   --yes    do not ask
 

@@ -6,14 +6,14 @@ usage() {
   cat <<EOF
 Usage: install.sh --name NAME --project PROJECT --zone ZONE [--type TYPE] [flags]
 
-On every worker: sends the code, makes a Python 3.12 environment with uv, installs the
-project with its extras, then runs check_devices.py on all workers together. With --type
-the numbers of devices and processes are checked as well. Safe to repeat.
+Sends the code to every worker, creates a Python 3.12 environment with uv, and installs the
+project with its extras. Then runs check_devices.py on all workers together. With --type it
+also checks the numbers of devices and processes. Safe to repeat.
 
   --extras LIST    extras of the project, comma separated; default tpu,hub
-  --bucket gs://.. also checks that every worker can write there (BUCKET)
+  --bucket gs://.. also check that every worker can write there (BUCKET)
   --no-check       install only
-  --archive FILE   send this code, not the tree (babysit.sh uses it)
+  --archive FILE   send this code instead of the working tree (for babysit.sh)
 
 $(common_usage)
 EOF

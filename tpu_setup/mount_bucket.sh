@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs on a worker: mounts a bucket as a folder, in which a run can live. Safe to repeat.
+# Runs on a worker: mounts a bucket as a folder for run directories. Safe to repeat.
 #
 # Usage: mount_bucket.sh gs://BUCKET FOLDER
 set -euo pipefail
@@ -22,9 +22,9 @@ install() {
   sudo apt-get install -y gcsfuse
 }
 
-# Other workers write to the bucket too, so nothing that is known about a file may be old:
-# on large machines gcsfuse would keep it for ever. In a bucket with a flat namespace
-# folders are renamed only where a limit of files allows it.
+# Other workers also write to the bucket, so metadata must not be cached. By default
+# gcsfuse caches it forever on large machines. In a bucket with a flat namespace it renames
+# folders only up to a limit of files.
 mount() {
   gcsfuse --implicit-dirs --rename-dir-limit 100000 \
     --metadata-cache-ttl-secs 0 --metadata-cache-negative-ttl-secs 0 "$bucket" "$folder"
@@ -37,7 +37,7 @@ check_renaming() {
   mkdir -p "$probe/a" && echo probe >"$probe/a/file"
   mv "$probe/a" "$probe/b" && [[ $(<"$probe/b/file") == probe ]] ||
     fail "$1 does not rename folders, so it cannot hold checkpoints. If it was mounted \
-otherwise, unmount it (fusermount -u $folder) and run this again; else make a bucket with \
+with other options, unmount it (fusermount -u $folder) and run this again; otherwise create a bucket with \
 --enable-hierarchical-namespace"
   rm -r "$probe"
 }

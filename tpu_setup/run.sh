@@ -8,15 +8,15 @@ Usage: run.sh --name NAME --project PROJECT --zone ZONE [flags] [-- COMMAND...]
        run.sh --name NAME --project PROJECT --zone ZONE --stop
 
 Sends the code and starts COMMAND (default: grpo-jax train) on every worker, in the folder
-of the code, as in yours here. It goes on when the connection ends; status.sh shows the
-state and the logs. A command that ends within 10 seconds is waited for: run.sh shows the
-end of its log and ends with its exit code. Each log begins with the command and the exact
-revision. A command that already runs is left alone; another one is refused until --stop.
-Starting a training command again resumes it from its run folder.
+of the code. The command continues when the connection ends; status.sh shows its state and
+logs. If the command ends within 10 seconds, run.sh shows the end of its log and returns its
+exit code. Each log starts with the command and the exact revision. If the same command is
+already running, nothing happens; another command is refused until --stop. To resume a
+training run, start the same command again.
 
   --stop           send SIGTERM (a training run saves, then ends), after 300 s SIGKILL
-  --no-sync        start the code that is already there
-  --archive FILE   send this code, not the tree (babysit.sh uses it)
+  --no-sync        use the code that is already on the workers
+  --archive FILE   send this code instead of the working tree (for babysit.sh)
 
 $(common_usage)
 EOF

@@ -7,12 +7,12 @@ usage() {
   cat <<EOF
 Usage: status.sh --name NAME --project PROJECT --zone ZONE [flags]
 
-Prints the states of the queued resource and of the node, then one line per worker: state
-of the run (idle, running, finished, failed, interrupted, stopped), exit code, revision.
+Prints the states of the queued resource and of the node. Then prints one line per worker:
+state of the run (idle, running, finished, failed, interrupted, stopped), exit code, revision.
 
   --lines N        also print the last N lines of every worker's log
   --follow         then follow the log of worker 0 until Ctrl-C
-  --collect DIR    copy the whole log of every worker to DIR/worker-N.log
+  --collect DIR    copy the complete log of every worker to DIR/worker-N.log
 
 $(common_usage)
 EOF

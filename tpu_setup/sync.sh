@@ -6,8 +6,8 @@ usage() {
   cat <<EOF
 Usage: sync.sh --name NAME --project PROJECT --zone ZONE [flags]
 
-Sends the files that git tracks, uncommitted edits included, to ~/grpo-jax/code on every
-worker, with their revision in ~/grpo-jax/code/REVISION. Refused while a run is alive.
+Sends the files that git tracks, including uncommitted edits, to ~/grpo-jax/code on every
+worker. ~/grpo-jax/code/REVISION has their revision. Refused while a run is alive.
 
 $(common_usage)
 EOF
