@@ -53,7 +53,7 @@ OWNERS = {
 HOST_ONLY = ("tasks", "rewards")
 # Modules without a test file of their own name -> the file that tests them.
 TESTED_IN = {
-    "config.presets": "config/test_run.py",
+    "config.objective": "config/test_run.py",
     "config.trl_names": "test_flags.py",
     "models.block": "models/test_decoder.py",
     "models.cache": "models/test_attention.py",

@@ -1,15 +1,14 @@
 """The configuration of a run."""
 
+from grpo_jax.config.objective import PRESETS, ObjectiveConfig
 from grpo_jax.config.run import (
     EMBEDDED,
-    PRESETS,
+    LORA_TARGETS,
     UNSET,
     CheckpointConfig,
     LoraConfig,
     MeshConfig,
-    ObjectiveConfig,
     OptimizerConfig,
-    Projection,
     ReportConfig,
     RewardsConfig,
     SamplingConfig,
@@ -18,6 +17,7 @@ from grpo_jax.config.run import (
 
 __all__ = [
     "EMBEDDED",
+    "LORA_TARGETS",
     "PRESETS",
     "UNSET",
     "CheckpointConfig",
@@ -25,7 +25,6 @@ __all__ = [
     "MeshConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
-    "Projection",
     "ReportConfig",
     "RewardsConfig",
     "SamplingConfig",

@@ -12,15 +12,16 @@ import numpy as np
 import yaml
 
 from grpo_jax.config import validation
-from grpo_jax.config.run import EMBEDDED, ObjectiveConfig, TrainConfig
+from grpo_jax.config.objective import ObjectiveConfig
+from grpo_jax.config.run import EMBEDDED, TrainConfig
 
 
 class _Reader(yaml.SafeLoader):
-    """YAML in which 1e-6 is a number, as in version 1.2, and not a text."""
+    """YAML in which 1e-6 is a number, as in version 1.2, and not a string."""
 
 
 class _Writer(yaml.SafeDumper):
-    """Writes texts so that `_Reader` reads them as texts: '1e-6' in quotes."""
+    """Quotes strings that `_Reader` would read as numbers, such as '1e-6'."""
 
 
 for _kind in (_Reader, _Writer):
@@ -66,17 +67,16 @@ def fsync(path: Path) -> None:
 def to_json_line(record: Mapping[str, Any]) -> str:
     """`record` as one line of strict JSON, without the newline.
 
-    NaN and infinities, which JSON does not have, become null; numbers and arrays of
-    numpy and JAX become plain ones. Raises TypeError for what is neither.
+    NaN and infinities, which JSON does not have, become null. Numbers and arrays of
+    NumPy and JAX become JSON numbers and lists. Raises TypeError for other values.
     """
     return json.dumps(to_jsonable(record), allow_nan=False)
 
 
 def to_jsonable(value: Any, *, other: Callable[[Any], Any] | None = None) -> Any:
-    """`value` in what strict JSON has: texts, finite numbers, null, lists, objects.
+    """`value` as strict JSON has it: strings, finite numbers, null, lists, objects.
 
-    `other` gives what stands for a value that is none of these; by default it is a
-    TypeError.
+    `other` converts a value that is none of these; by default it is a TypeError.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -98,10 +98,10 @@ def to_jsonable(value: Any, *, other: Callable[[Any], Any] | None = None) -> Any
 
 
 def load_config(file: Path, *, model: str | None = None) -> TrainConfig:
-    """The configuration in a YAML file; fields left out take the model's defaults.
+    """The configuration in a YAML file; missing fields take the model's defaults.
 
     Args:
-      model: stands in for the model that the file names.
+      model: replaces the model that the file names.
 
     Raises:
       ValueError: for a file that is not YAML, an unknown field or a wrong value.
@@ -114,7 +114,11 @@ def load_config(file: Path, *, model: str | None = None) -> TrainConfig:
     values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise ValueError(f"{file} must hold a mapping of fields, as config.yaml does.")
-    values = _with_preset(values)
+    objective = values.get("objective")
+    if isinstance(objective, Mapping) and "preset" in objective:
+        preset = ObjectiveConfig.preset(objective["preset"])
+        others = {name: value for name, value in objective.items() if name != "preset"}
+        values = {**values, "objective": validation.to_dict(preset) | others}
     name = values.get("model", EMBEDDED) if model is None else model
     defaults = validation.to_dict(TrainConfig(model=name))
     given = validation.overlay(defaults, {**values, "model": name})
@@ -124,13 +128,3 @@ def load_config(file: Path, *, model: str | None = None) -> TrainConfig:
 def to_yaml(config: TrainConfig) -> str:
     """The configuration as a YAML file that `load_config` reads."""
     return yaml.dump(validation.to_dict(config), Dumper=_Writer, sort_keys=False)
-
-
-def _with_preset(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The values with `objective.preset`, which is no field, as the fields it means."""
-    objective = values.get("objective")
-    if not isinstance(objective, Mapping) or "preset" not in objective:
-        return values
-    others = {name: value for name, value in objective.items() if name != "preset"}
-    preset = validation.to_dict(ObjectiveConfig.preset(objective["preset"]))
-    return {**values, "objective": preset | others}

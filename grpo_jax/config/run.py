@@ -1,17 +1,16 @@
-"""Every choice of a run, as frozen dataclasses that check themselves.
+"""The configuration of a run, as frozen dataclasses that check themselves.
 
-Sources are taken in order: the defaults here, a YAML file, then flags. `None` means
-off or automatic. A wrong value raises `ValueError` with the field, the value and the
-remedy.
+Later sources override earlier ones: the defaults here, a YAML file, then flags. `None`
+means off or automatic. A wrong value raises `ValueError` with the field, the value and
+the remedy.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
-from grpo_jax.config.presets import OBJECTIVES
+from grpo_jax.config.objective import ObjectiveConfig
 from grpo_jax.config.validation import (
-    AboveOne,
     AxisSize,
     Count,
     Decay,
@@ -25,98 +24,14 @@ from grpo_jax.config.validation import (
     Text,
 )
 
-# Stands for "not given": `TrainConfig` replaces it by the value that suits the model.
+# "Not given": `TrainConfig` replaces it by the default for its model.
 UNSET: Any = None
 
-# Matrices of a layer that may get adapters.
-Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
-
-PRESETS = tuple(OBJECTIVES)  # their names
+# The projections of a layer that can have adapters: of the attention, then of the MLP.
+LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
 
 EMBEDDED = "embedded"  # the small model that comes with the package
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig(Section):
-    """What is optimized; the math and its sources are in `grpo_jax.objective`."""
-
-    section: ClassVar[str] = "objective"
-    # How a group's rewards become advantages.
-    advantage: Literal["softmax", "standardized", "centered", "leave_one_out"] = (
-        "softmax"
-    )
-    # Temperature of the softmax over a group's rewards, in units of reward.
-    softmax_temperature: Positive = 1.0
-    # Policy loss per token: clipped ratio, CISPO, or the plain log-likelihood.
-    surrogate: Literal["clip", "cispo", "likelihood"] = "clip"
-    # One importance ratio per token, or one per sequence (GSPO).
-    ratio_level: Literal["token", "sequence"] = "token"
-    clip_low: Positive = 0.2  # the ratio is clipped below at 1 - clip_low
-    clip_high: Positive = 0.2  # the ratio is clipped above at 1 + clip_high
-    # Bounds the loss of bad completions at dual_clip * |advantage|; must exceed 1.
-    dual_clip: AboveOne | None = None
-    # Largest importance weight of the CISPO surrogate, as an absolute ratio.
-    cispo_max_weight: Positive | None = None
-    # Weight of the KL to the frozen reference (beta); 0 holds no reference.
-    kl_coef: NotNegative = 0.04
-    # Add the KL to the loss per token, or take it from the reward per sequence (RLOO).
-    kl_in: Literal["loss", "reward"] = "loss"
-    kl_estimator: Literal["k2", "k3"] = "k3"  # per-token KL estimator
-    entropy_coef: NotNegative = 0.0  # weight of the entropy bonus
-    # Cap of the truncated importance weight between sampler and learner; None is off.
-    sampler_correction_cap: Positive | None = None
-    # How tokens become one number.
-    aggregation: Literal[
-        "sequence_mean", "sequence_sum", "token_mean", "fixed_length"
-    ] = "sequence_mean"
-    # Leave out completions that hit the length limit before they ended.
-    mask_truncated: bool = False
-    # Last share of max_new_tokens in which a penalty grows to -1 (DAPO).
-    overlong_share: Share | None = None
-    # Rewards of standardized advantages are divided by the deviation of this set.
-    std_over: Literal["group", "batch"] = "group"
-    # Extra rollouts a step may take to replace groups of equal rewards (DAPO).
-    resample_limit: Size = 0
-    # Steps after which the reference policy becomes the current one; None is never.
-    reference_every: Count | None = None
-
-    @staticmethod
-    def preset(name: str) -> "ObjectiveConfig":
-        """The objective of a paper, each as its authors state it.
-
-        - ``softmax``: advantages G·softmax(r/τ) - 1, clip and KL; the default.
-        - ``likelihood``: -Σᵢ softmax(r/τ)ᵢ log π(yᵢ|x), no ratio and no KL.
-        - ``grpo``: DeepSeekMath, Shao et al. 2024, eq. 3 and 4,
-          https://arxiv.org/abs/2402.03300.
-        - ``dr_grpo``: Liu et al. 2025, section 3, https://arxiv.org/abs/2503.20783.
-        - ``dapo``: Yu et al. 2025, eq. 8 to 13, https://arxiv.org/abs/2503.14476.
-        - ``gspo``: Zheng et al. 2025, eq. 5 to 7, https://arxiv.org/abs/2507.18071.
-        - ``cispo``: MiniMax-M1 2025, eq. 4 and 5, https://arxiv.org/abs/2506.13585.
-        - ``rloo``: Ahmadian et al. 2024, section 3.3, https://arxiv.org/abs/2402.14740.
-
-        Raises:
-          ValueError: for any other name.
-        """
-        if name not in PRESETS:
-            known = ", ".join(PRESETS)
-            raise ValueError(
-                f"objective preset {name!r} is unknown; use one of {known}."
-            )
-        return ObjectiveConfig(**OBJECTIVES[name])
-
-    def problems(self) -> Iterator[str]:
-        """What is wrong between fields, one line each."""
-        if self.clip_low > self.clip_high:
-            yield (
-                f"clip_low {self.clip_low} must not exceed clip_high {self.clip_high}: "
-                "raise clip_high (0.28 in DAPO) or lower clip_low"
-            )
-        if self.surrogate == "clip" and self.clip_low >= 1:
-            yield f"clip_low must be below 1, got {self.clip_low}: a ratio is positive"
-        if self.surrogate == "cispo" and self.cispo_max_weight is None:
-            yield "cispo_max_weight is needed by surrogate 'cispo'; 5.0 is usual"
-        if self.reference_every is not None and self.kl_coef == 0:
-            yield "reference_every has no effect while kl_coef is 0; set kl_coef"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +69,8 @@ class RewardsConfig(Section):
     section: ClassVar[str] = "rewards"
     weights: tuple[Finite, ...] | None = None  # one per function; None weighs all by 1
     timeout_seconds: Positive | None = None  # time limit of a batch, per function
-    isolate: bool = False  # score in a process of its own
-    # What an exception in a reward function costs: the run, or that completion.
+    isolate: bool = False  # score in a separate process
+    # An exception in a reward function ends the run, or drops that completion.
     on_error: Literal["raise", "drop"] = "raise"
 
 
@@ -167,11 +82,11 @@ class LoraConfig(Section):
     rank: Count | None = None  # width of the adapters; None trains all weights
     alpha: Positive = 32.0  # the adapters' output is scaled by alpha / rank
     # The projections that get adapters.
-    targets: tuple[Projection, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    targets: tuple[LoraTarget, ...] = LORA_TARGETS
 
     @property
     def scale(self) -> float | None:
-        """What multiplies the adapters' output; None without adapters."""
+        """The factor of the adapters' output, alpha / rank; None without adapters."""
         return None if self.rank is None else self.alpha / self.rank
 
 
@@ -182,15 +97,15 @@ class CheckpointConfig(Section):
     section: ClassVar[str] = "checkpoint"
     every: Count = 50  # steps between saves; the last step is always saved
     keep: Count = 3  # newest checkpoints that are kept
-    keep_every: Count | None = None  # besides, keep each step that this number divides
-    # Besides, keep the step with the best value of this metric, say eval/accuracy; of
-    # equal ones the first.
+    keep_every: Count | None = None  # also keep each step that this number divides
+    # Also keep the step with the best value of this metric, such as eval/accuracy; of
+    # equal values the first.
     keep_best: Text | None = None
-    # The best value: the largest or smallest; None: as the metric says, a reward or an
-    # accuracy the largest, the loss or the kl the smallest. Others need it.
+    # Whether the largest or the smallest value is the best. None: by the metric, the
+    # largest reward or accuracy, the smallest loss or kl; other metrics need it.
     best_mode: Literal["max", "min"] | None = None
-    # Seconds between the request to stop and the end of the machine, for a warning when
-    # a phase of a step takes longer: then the run resumes from its last checkpoint.
+    # Seconds between the request to stop and the end of the machine. The run warns when
+    # a phase of a step takes longer: it would then lose the steps since its checkpoint.
     grace_seconds: Positive = 30.0
 
 
@@ -209,14 +124,14 @@ class MeshConfig(Section):
     # The sampler's parameters: gathered over fsdp once per rollout, or left split and
     # gathered layer by layer at each token; auto: gathered, if they fit.
     sampler: Literal["auto", "gathered", "split"] = "auto"
-    # What lies in the host's memory while it is not in use.
+    # State that is in host memory while it is not in use.
     offload: tuple[Literal["reference", "optimizer"], ...] = ()
-    coordinator: str | None = None  # host:port of process 0; None finds it by itself
+    coordinator: str | None = None  # host:port of process 0; None: JAX finds it
     num_processes: Count | None = None  # processes in all
     process_id: Size | None = None  # number of this process, from 0
 
     def problems(self) -> Iterator[str]:
-        """What is wrong between fields, one line each."""
+        """Problems between fields, one line each."""
         if (self.data, self.fsdp, self.tensor).count(-1) > 1:
             yield "data, fsdp and tensor: only one of them may be -1"
         if self.mode == "pmap" and self.tensor not in (1, -1):
@@ -242,13 +157,13 @@ class TrainConfig(Section):
 
     `prompts_per_step x group_size` is the number of sequences of a step;
     `updates_per_rollout` passes over `minibatches` make the optimizer updates;
-    `microbatch_size` is a memory knob only and changes no number beyond rounding.
+    `microbatch_size` affects memory only; it changes numbers by rounding at most.
     """
 
     model: Text = EMBEDDED  # hub name, folder, .gguf file, or the embedded model
     task: Text = "arithmetic"  # arithmetic, gsm8k, reasoning_gym:NAME or a .jsonl file
     data: str | None = None  # local file or folder with the task's rows
-    run_dir: str | None = None  # where the run is kept; None: runs/<task>
+    run_dir: str | None = None  # where the run is stored; None: runs/<task>
     steps: Count = UNSET  # rollouts, each followed by its updates
     seed: Seed = 0  # every random number of the run follows from it
     prompts_per_step: Count = UNSET  # prompts of a step, over all processes
@@ -258,16 +173,16 @@ class TrainConfig(Section):
     microbatch_size: Count | None = None  # sequences held at once; None: all
     max_prompt_tokens: Count = 512  # longer prompts are an error
     max_new_tokens: Count = UNSET  # completions are cut at this length
-    # Steps between evaluations, of which one is before the first step and one after the
-    # last; 0: none at all.
+    # Steps between evaluations; there is also one before the first step and one after
+    # the last. 0: no evaluation.
     eval_every: Size = UNSET
-    eval_prompts: Size = UNSET  # held-out prompts of an evaluation; 0: none at all
+    eval_prompts: Size = UNSET  # held-out prompts of an evaluation; 0: none
     # Held-out prompts that are completed at once; None: as many as a rollout has
     # sequences, or fewer, so that they need no more memory than training.
     eval_batch_size: Count | None = None
     # Number type of the matrix products; auto: float32 on CPU, elsewhere bfloat16.
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # What the backward pass computes again to save memory: nothing, all but the matrix
+    # What the backward pass recomputes to save memory: nothing, all but the matrix
     # products (dots), or whole layers; auto: as little as the memory allows.
     remat: Literal["auto", "none", "layer", "dots"] = "auto"
     # What is optimized.
@@ -288,7 +203,7 @@ class TrainConfig(Section):
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
-        """Fill in what was left out, then check; raises ValueError."""
+        """Fill in the defaults of the model, then check; raises ValueError."""
         defaults = _EMBEDDED_RUN if self.model == EMBEDDED else _PRETRAINED_RUN
         for name, value in defaults.items():
             if vars(self)[name] is UNSET:
@@ -296,29 +211,13 @@ class TrainConfig(Section):
         super().__post_init__()
 
     def problems(self) -> Iterator[str]:
-        """What is wrong between fields, one line each."""
+        """Problems between fields, one line each."""
         if self.run_dir is not None and "://" in self.run_dir:
             yield (
                 f"run_dir must be a local folder, got {self.run_dir!r}; mount a bucket "
                 "(Cloud Storage FUSE) and give the folder"
             )
-        prompts, group = self.prompts_per_step, self.group_size
-        if group < 2:
-            yield (
-                f"group_size must be at least 2, got {group}: a completion is judged "
-                "against the others of its group; 8 is usual"
-            )
-        if prompts % self.minibatches:
-            yield (
-                f"minibatches {self.minibatches} must divide prompts_per_step {prompts}"
-            )
-        elif not self._microbatch_fits(prompts // self.minibatches * group):
-            sequences = prompts // self.minibatches * group
-            yield (
-                f"microbatch_size {self.microbatch_size} must hold whole groups of "
-                f"{group} and divide the {sequences} sequences of an update, or divide "
-                f"a group; {group} always does"
-            )
+        yield from self._batch_problems()
         best = self.checkpoint.keep_best
         if best is not None and best.startswith("eval/"):
             for name in ("eval_every", "eval_prompts"):
@@ -336,11 +235,27 @@ class TrainConfig(Section):
                 "teach nothing; 1.0 is usual"
             )
 
-    def _microbatch_fits(self, sequences: int) -> bool:
-        micro, group = self.microbatch_size, self.group_size
+    def _batch_problems(self) -> Iterator[str]:
+        prompts, group = self.prompts_per_step, self.group_size
+        if group < 2:
+            yield (
+                f"group_size must be at least 2, got {group}: a completion is judged "
+                "against the others of its group; 8 is usual"
+            )
+        if prompts % self.minibatches:
+            yield (
+                f"minibatches {self.minibatches} must divide prompts_per_step {prompts}"
+            )
+            return
+        micro, sequences = self.microbatch_size, prompts // self.minibatches * group
         if micro is None or group % micro == 0:
-            return True
-        return micro % group == 0 and sequences % micro == 0
+            return
+        if micro % group or sequences % micro:
+            yield (
+                f"microbatch_size {micro} must hold whole groups of {group} and divide "
+                f"the {sequences} sequences of an update, or divide a group; {group} "
+                "always does"
+            )
 
     @property
     def updates_per_step(self) -> int:

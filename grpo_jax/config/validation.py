@@ -1,7 +1,7 @@
-"""Sections of a configuration: checked by rules at their fields, and plain as dicts.
+"""Sections of a configuration: dataclasses whose fields carry rules.
 
-A field's type carries its rule (`Positive`, `Count`, ...); `Section` applies them all
-on construction and tells every problem at once: field, value and what is expected.
+The type of a field is its rule (`Positive`, `Count`, ...). `Section` applies all rules
+on construction and reports every problem at once: field, expected value, given value.
 """
 
 import dataclasses
@@ -17,16 +17,16 @@ from grpo_jax.config.trl_names import TRL_NAMES, TRL_PAGE
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What a value must be, as a test and in words."""
+class _Rule:
+    """A test of a value, and what the value must do, in words."""
 
     holds: Callable[[Any], bool]
     words: str
 
 
 def _number(value: Any) -> bool:
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return plain and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _whole(value: Any) -> bool:
@@ -34,41 +34,43 @@ def _whole(value: Any) -> bool:
 
 
 Text = Annotated[
-    str, Rule(lambda v: isinstance(v, str) and bool(v), "be a text that is not empty")
+    str, _Rule(lambda v: isinstance(v, str) and bool(v), "be a text that is not empty")
 ]
-Finite = Annotated[float, Rule(_number, "be a finite number")]
+Finite = Annotated[float, _Rule(_number, "be a finite number")]
 Positive = Annotated[
-    float, Rule(lambda v: _number(v) and v > 0, "be a positive number")
+    float, _Rule(lambda v: _number(v) and v > 0, "be a positive number")
 ]
 NotNegative = Annotated[
-    float, Rule(lambda v: _number(v) and v >= 0, "be a number not below 0")
+    float, _Rule(lambda v: _number(v) and v >= 0, "be a number not below 0")
 ]
-AboveOne = Annotated[float, Rule(lambda v: _number(v) and v > 1, "be a number above 1")]
-Share = Annotated[float, Rule(lambda v: _number(v) and 0 < v <= 1, "lie in (0, 1]")]
-Decay = Annotated[float, Rule(lambda v: _number(v) and 0 <= v < 1, "lie in [0, 1)")]
-Count = Annotated[int, Rule(lambda v: _whole(v) and v >= 1, "be an integer from 1 on")]
-Size = Annotated[int, Rule(lambda v: _whole(v) and v >= 0, "be an integer from 0 on")]
+AboveOne = Annotated[
+    float, _Rule(lambda v: _number(v) and v > 1, "be a number above 1")
+]
+Share = Annotated[float, _Rule(lambda v: _number(v) and 0 < v <= 1, "be in (0, 1]")]
+Decay = Annotated[float, _Rule(lambda v: _number(v) and 0 <= v < 1, "be in [0, 1)")]
+Count = Annotated[int, _Rule(lambda v: _whole(v) and v >= 1, "be an integer from 1 on")]
+Size = Annotated[int, _Rule(lambda v: _whole(v) and v >= 0, "be an integer from 0 on")]
 Seed = Annotated[
-    int, Rule(lambda v: _whole(v) and 0 <= v < 2**32, "be an integer in [0, 2**32)")
+    int, _Rule(lambda v: _whole(v) and 0 <= v < 2**32, "be an integer in [0, 2**32)")
 ]
 AxisSize = Annotated[
     int,
-    Rule(lambda v: _whole(v) and (v == -1 or v > 0), "be a number of devices, or -1"),
+    _Rule(lambda v: _whole(v) and (v == -1 or v > 0), "be a number of devices, or -1"),
 ]
 
 
 class Section:
-    """Base of the configuration's dataclasses: checks itself when it is made.
+    """Base of the configuration's dataclasses, which check themselves on construction.
 
-    `section` is the prefix of its fields in messages. Subclasses say in `problems`
-    what must hold between fields; it is asked only when each field is right by itself.
+    `section` is the prefix of its fields in messages. Subclasses yield problems between
+    fields in `problems`, which is called only if each field is right.
     """
 
     section: ClassVar[str] = ""
 
-    # Before the constructor of the dataclass, which knows no better than TypeError.
+    # Runs before the constructor of the dataclass, which would raise a bare TypeError.
     def __new__(cls, *_: Any, **fields: Any) -> Self:
-        """Raise ValueError for what is no field, naming the one that is meant."""
+        """Raise ValueError for an unknown field, with the one that is meant."""
         section: type = cls
         known = {field.name for field in dataclasses.fields(section)}
         found = [
@@ -81,25 +83,22 @@ class Section:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Raise ValueError with every problem found."""
-        found = list(self._field_problems()) or list(self.problems())
+        """Raise ValueError with every problem."""
+        found = []
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        for name, hint in hints.items():
+            if typing.get_origin(hint) is not ClassVar:
+                words = _broken_rule(hint, vars(self)[name])
+                if words:
+                    found.append(f"{name} must {words}, got {vars(self)[name]!r}")
+        found = found or list(self.problems())
         if found:
             prefix = f"{self.section}." if self.section else ""
             raise ValueError("; ".join(prefix + problem for problem in found) + ".")
 
     def problems(self) -> Iterator[str]:
-        """What is wrong between fields, one line each."""
+        """Problems between fields, one line each."""
         yield from ()
-
-    def _field_problems(self) -> Iterator[str]:
-        for name, hint in typing.get_type_hints(
-            type(self), include_extras=True
-        ).items():
-            if typing.get_origin(hint) is not ClassVar:
-                value = vars(self)[name]
-                words = _broken(hint, value)
-                if words:
-                    yield f"{name} must {words}, got {value!r}"
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -118,7 +117,7 @@ def from_dict(cls: type, values: Mapping[str, Any], *, where: str = "") -> Any:
 
     Raises:
       ValueError: with every problem: unknown keys (with the nearest name), sections
-        that are no mapping, and what the sections themselves refuse.
+        that are not mappings, and the problems of the sections themselves.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where or 'the configuration'} must be a mapping of fields.")
@@ -137,7 +136,7 @@ def from_dict(cls: type, values: Mapping[str, Any], *, where: str = "") -> Any:
                 value = from_dict(hints[name], value, where=path)
             except ValueError as error:
                 found.append(str(error).rstrip("."))
-                continue  # its defaults stand in, so that the rest is checked too
+                continue  # the section's defaults stand in, to check the rest too
         given[name] = tuple(value) if isinstance(value, list) else value
     try:
         made = cls(**given)
@@ -150,7 +149,7 @@ def from_dict(cls: type, values: Mapping[str, Any], *, where: str = "") -> Any:
 
 
 def overlay(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict `base` with `values` over it, section by section."""
+    """The nested dict `base`, updated by `values` section by section."""
     both = {
         name: overlay(base[name], value)
         for name, value in values.items()
@@ -165,19 +164,16 @@ def differences(one: Any, other: Any, *, ignore: tuple[str, ...] = ()) -> list[s
     `ignore` holds dotted names, or names of whole sections, that are not compared.
     """
 
-    def flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-        result: dict[str, Any] = {}
+    def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         for name, value in values.items():
-            path = prefix + name
-            if path in ignore:
+            if prefix + name in ignore:
                 continue
-            nested = (
-                flat(value, path + ".") if isinstance(value, dict) else {path: value}
-            )
-            result.update(nested)
-        return result
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
 
-    ours, theirs = flat(to_dict(one), ""), flat(to_dict(other), "")
+    ours, theirs = dict(flat(to_dict(one))), dict(flat(to_dict(other)))
     return [
         f"{name}: {ours.get(name)!r} and {theirs.get(name)!r}"
         for name in sorted(ours | theirs)
@@ -186,7 +182,7 @@ def differences(one: Any, other: Any, *, ignore: tuple[str, ...] = ()) -> list[s
 
 
 def _field_meant(cls: type, name: str) -> str:
-    """Which field stands for a name that is none: by TRL's name, or the nearest."""
+    """The field that an unknown name means: by TRL's name, or the nearest."""
     if name in TRL_NAMES:
         return f"TRL's {name} is {TRL_NAMES[name]!r} here ({TRL_PAGE})"
     paths = _paths(cls)
@@ -197,7 +193,7 @@ def _field_meant(cls: type, name: str) -> str:
 
 
 def _paths(cls: type) -> dict[str, str]:
-    """Dotted path by name of every field, those of sections within included."""
+    """The dotted path of every field, also those of inner sections, by its name."""
     hints = typing.get_type_hints(cls)
     own = {f.name: f.name for f in dataclasses.fields(cls)}
     within = {
@@ -209,27 +205,22 @@ def _paths(cls: type) -> dict[str, str]:
     return within | own
 
 
-def _broken(hint: Any, value: Any) -> str | None:
-    """What `value` should have been by the rules in `hint`; None when it fits."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        inner = [option for option in options if option is not type(None)]
-        words = _broken(inner[0], value)
-        return f"{words} or None" if words else None
+def _broken_rule(hint: Any, value: Any) -> str | None:
+    """What `value` must be by its type hint, in words; None if it is that."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):  # `X | None`, the only kind we use
+        words = None if value is None else _broken_rule(arguments[0], value)
+        return words and f"{words} or None"
     if origin is Literal:
         choices = ", ".join(map(repr, arguments))
         return None if value in arguments else f"be one of {choices}"
     if origin is Annotated:
-        rules = [rule for rule in hint.__metadata__ if isinstance(rule, Rule)]
-        return next((rule.words for rule in rules if not rule.holds(value)), None)
-    if origin is tuple:
+        (rule,) = hint.__metadata__
+        return None if rule.holds(value) else rule.words
+    if origin is tuple:  # `tuple[X, ...]`
         if not isinstance(value, tuple):
             return "be a tuple (a list in YAML)"
-        words = [_broken(arguments[0], item) for item in value]
-        return next((f"be a tuple, and each item must {w}" for w in words if w), None)
-    if isinstance(hint, type) and not isinstance(value, hint):
-        return f"be a {hint.__name__}"
-    return None
+        broken = filter(None, (_broken_rule(arguments[0], item) for item in value))
+        words = next(broken, None)
+        return words and f"be a tuple, and each item must {words}"
+    return None if isinstance(value, hint) else f"be a {hint.__name__}"

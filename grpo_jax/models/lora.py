@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Key, PyTree
 
+from grpo_jax.config import LORA_TARGETS
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.parallel.mesh import named_leaves
 
 # Target name -> path of the projection in the parameters.
-PATHS = {name: f"layers/attn/{name}" for name in ("q", "k", "v", "o")} | {
-    name: f"layers/mlp/{name}" for name in ("gate", "up", "down")
+PATHS = {name: f"layers/attn/{name}" for name in LORA_TARGETS[:4]} | {
+    name: f"layers/mlp/{name}" for name in LORA_TARGETS[4:]
 }
 
 

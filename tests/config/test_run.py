@@ -239,7 +239,7 @@ def test_problems_of_a_file_are_told_at_once_whatever_their_section():
         "did you mean 'steps'",
         "group_size must be an integer from 1 on, got 0",
         "optimizer.learning_rate must be a positive number, got -1.0",
-        "optimizer.b1 must lie in [0, 1)",
+        "optimizer.b1 must be in [0, 1)",
         "sampling.top_pp is not a field",
         "sampling.temperature must be a number not below 0",
         "mesh must be a mapping",
