@@ -92,7 +92,7 @@ def run_config(work: Workload, remat: Any, microbatch_size: int | None) -> Train
 def estimates(model: ModelConfig, config: TrainConfig) -> dict[str, int]:
     """Estimated bytes of each phase besides what is always held."""
     model = dataclasses.replace(model, remat=config.remat)
-    mesh = meshes.imagined_mesh(config.mesh, 1)
+    mesh = meshes.abstract_mesh(config.mesh, 1)
     phases = estimate(model, config, mesh).phases
     return {name: sum(sizes.values()) for name, sizes in phases.items()}
 

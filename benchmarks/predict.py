@@ -80,7 +80,7 @@ def predicted(
     kind, count = BOXES[box]
     device = DEVICES[kind]
     model, config = run(shape, count, rank)
-    mesh = meshes.imagined_mesh(config.mesh, count)
+    mesh = meshes.abstract_mesh(config.mesh, count)
     limit = int(USABLE * device.memory_gib * GIB)
     model, config = settled(model, config, mesh, limit=limit)
     copies = count // mesh.shape["tensor"]

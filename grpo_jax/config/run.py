@@ -258,6 +258,11 @@ class TrainConfig(Section):
             )
 
     @property
+    def prompts_per_update(self) -> int:
+        """Prompts of one optimizer update, over all processes."""
+        return self.prompts_per_step // self.minibatches
+
+    @property
     def updates_per_step(self) -> int:
         """Optimizer updates that follow one rollout."""
         return self.updates_per_rollout * self.minibatches

@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh and what lies where on it."""
+"""The device mesh, shardings, and the processes of a run."""

@@ -1,7 +1,7 @@
-"""What all processes of a run learn at the same points: one failed, or is to stop.
+"""Agreement of all processes of a run: whether one failed, or is to stop.
 
-Between two collective computations a process works by itself: it calls reward
-functions, writes files. If one left the run there, the others would wait for ever.
+Between two collective computations each process works alone: it calls reward functions
+and writes files. If one left the run there, the others would wait forever.
 """
 
 import contextlib
@@ -11,32 +11,32 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from grpo_jax.parallel import mesh as meshes
+from grpo_jax.parallel.mesh import gather_rows
 
-# Seconds between two looks at how the others fare.
-_LOOK_EVERY = 0.5
+# Seconds after which a waiting process asks whether another has failed.
+_POLL_SECONDS = 0.5
 
 
 def end_of_work(result: Callable[[float], object]) -> Exception | None:
-    """The error of work that all processes do in the background; None if none failed.
+    """The error of background work that all processes share; None if none failed.
 
-    A process that waits for the part of one that failed is not waited for: all learn of
-    the failure within a second. All must call this at the same point.
+    All return within a second of a failure, although a process that waits for the part
+    of the failed one still goes on. All must call this at the same point.
 
     Args:
-      result: waits that many seconds for the end of the work of this process and raises
-        its error, or TimeoutError if it goes on.
+      result: called with a number of seconds; waits that long for the end of this
+        process's work and raises its error, or TimeoutError if it still runs.
     """
     while True:
         start, error, ended = time.monotonic(), None, True
         try:
-            result(_LOOK_EVERY)
-        # Before the time is up it is an error of the work, a TimeoutError too.
+            result(_POLL_SECONDS)
+        # A TimeoutError before the time is up is an error of the work itself.
         except Exception as raised:
-            waited = time.monotonic() - start >= _LOOK_EVERY
+            waited = time.monotonic() - start >= _POLL_SECONDS
             ended = not (isinstance(raised, TimeoutError) and waited)
             error = raised if ended else None
-        known = meshes.gather_rows(np.array([[ended, error is not None]]))
+        known = gather_rows(np.array([[ended, error is not None]]))
         failed = np.flatnonzero(known[:, 1])
         if failed.size:
             return error or RuntimeError(
@@ -62,10 +62,10 @@ class Agreement:
     def phase(self, name: str) -> Iterator[None]:
         """A part of the run without collective computations.
 
-        At its end every process learns in one small all-gather whether another failed
-        in it, and whether one was asked to stop. All must run the same phases in the
-        same order. When a process fails elsewhere, JAX ends the others once it has
-        left, at the latest after the time it allows for shutting down, 5 minutes.
+        At its end one small all-gather shows every process whether another failed in
+        it, and whether one was asked to stop. All must run the same phases in the same
+        order. When a process fails outside of a phase, JAX ends the others once it has
+        left, at the latest after JAX's time limit for a shutdown, 5 minutes.
 
         Raises:
           RuntimeError: where another process failed; the error itself is raised there.
@@ -75,7 +75,7 @@ class Agreement:
             yield
             failed = False
         finally:
-            known = meshes.gather_rows(np.array([[self.asked, failed]]))
+            known = gather_rows(np.array([[self.asked, failed]]))
             self.stop = bool(known[:, 0].any())
             others = np.flatnonzero(known[:, 1])
             if not failed and others.size:

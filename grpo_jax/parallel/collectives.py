@@ -1,8 +1,8 @@
-"""What is gathered over the fsdp axis, where and when.
+"""Gathering over the fsdp axis.
 
-A parameter that is split over fsdp meets a batch that is split over the same devices:
-one of the two has to move. Layers are gathered one at a time, as they are used. Here
-are the two cases in which something else is better.
+Parameters and batch are split over the same fsdp devices, so a product of both gathers
+one of them. The layers' parameters are gathered one layer at a time, as they are used.
+The functions here are for the two exceptions: the head, and the sampler's parameters.
 """
 
 import math
@@ -15,16 +15,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 
-def least_moved(
+def place_for_matmul(
     hidden: Float[Array, "N ... D"], head: Float[Array, "D V"]
 ) -> tuple[Float[Array, "N ... D"], Float[Array, "D V"]]:
-    """Hidden states and head, laid out so that their product moves the smaller one.
+    """Hidden states and head, sharded so that their product gathers the smaller one.
 
-    Where there are fewer tokens than entries of the vocabulary, the hidden states are
-    gathered over fsdp and the vocabulary is split over it, besides tensor: no device
-    then holds the whole head, or a whole gradient of it, which would have to be summed
-    over all devices for each chunk of tokens. Otherwise, without a mesh, and where the
-    vocabulary does not divide, both stay as they are.
+    With fewer tokens than vocabulary entries, the hidden states are gathered over fsdp,
+    and the vocabulary is split over fsdp and tensor. Then no device holds the whole
+    head or a whole gradient of it, which would be summed over all devices for each
+    chunk of tokens. Otherwise, without a mesh, and if the vocabulary does not divide,
+    both stay as they are.
     """
     shape = jax.sharding.get_abstract_mesh().shape
     if shape.get("fsdp", 1) == 1:
@@ -39,15 +39,15 @@ def least_moved(
 
 
 def moves_head(tokens: int, vocabulary: int, *, fsdp: int, tensor: int) -> bool:
-    """Whether `least_moved` leaves it to the head to be gathered.
+    """Whether `place_for_matmul` leaves both as they are, so that the head is gathered.
 
-    `tokens` are those whose hidden states one group of fsdp devices holds together.
+    `tokens` is the number whose hidden states one group of fsdp devices holds.
     """
     return tokens > vocabulary or vocabulary % (fsdp * tensor) != 0
 
 
 def split_over_fsdp(tree: PyTree) -> bool:
-    """Whether the fsdp axis splits some array; of traced arrays it is not known: no."""
+    """Whether the fsdp axis splits an array; False if they are traced (unknown)."""
 
     def split(leaf: Array) -> bool:
         if isinstance(leaf, Tracer):

@@ -1,4 +1,4 @@
-"""Where programs that JAX compiled are kept for the next run."""
+"""The folder in which JAX stores compiled programs for the next run."""
 
 import importlib
 import os
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def use_compile_cache() -> None:
-    """Let JAX keep compiled programs, in a folder of this user alone.
+    """Let JAX store compiled programs in a folder that only this user can write to.
 
-    Who can write to that folder can run code here, hence the mode. A cache that the
-    user has chosen, or turned off, stays as it is. Without a home that can be written
-    there is no cache.
+    Whoever can write to that folder can run code here, hence the mode. A cache that the
+    user has chosen or turned off is left alone. Without a writable home there is no
+    cache.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -26,21 +26,18 @@ def use_compile_cache() -> None:
 
 
 def cache_name() -> str:
-    """The name of the folder whose programs this Python can read.
+    """The name of the folder with the programs that this Python can read.
 
-    JAX compresses programs with what it finds, and finds a program again by a key that
-    does not always say with what: one that was compressed by zlib (3.13) cannot be
-    read by a Python with zstd (3.14), which then warns and compiles.
+    JAX compresses programs with the first module it finds, and the key of a program
+    does not always name that module. A program compressed with zlib (3.13) cannot be
+    read by a Python with zstd (3.14), which then warns and compiles again.
     """
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return f"python{python}-{_compressor()}"
-
-
-def _compressor() -> str:
-    for module in ("compression.zstd", "zstandard"):  # in the order of JAX
+    for compressor in ("compression.zstd", "zstandard"):  # in the order of JAX
         try:
-            importlib.import_module(module)
+            importlib.import_module(compressor)
+            break
         except ImportError:
             continue
-        return module
-    return "zlib"
+    else:
+        compressor = "zlib"
+    return f"python{sys.version_info.major}.{sys.version_info.minor}-{compressor}"

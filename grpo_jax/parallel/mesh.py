@@ -1,11 +1,12 @@
-"""The device mesh, what lies where on it, and the way of arrays onto it and back.
+"""The device mesh, shardings on it, and the transfer of arrays to it and back.
 
-Three axes: ``data`` repeats parameters, ``fsdp`` splits them and the batch, ``tensor``
-splits single matrices. Names of array axes are mapped to them by one table, `RULES`.
+The mesh has three axes: ``data`` replicates parameters and splits the batch, ``fsdp``
+splits both, ``tensor`` splits single matrices. One table, `RULES`, maps the names of
+array axes to mesh axes.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,12 +17,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-from grpo_jax.config import MeshConfig, TrainConfig
+from grpo_jax.config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. Where two names of one array claim a mesh axis, the name
-# that stands first here gets it: activations are split by batch, parameters by embed.
+# Logical axis -> mesh axes. If two axes of an array would take the same mesh axis, the
+# one that is first here gets it: activations are split by batch, parameters by embed.
 RULES: tuple[tuple[str, Any], ...] = (
     ("batch", ("data", "fsdp")),
     ("rows", "data"),  # a batch whose other axes are split over fsdp
@@ -46,8 +47,8 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
     )
 
 
-def imagined_mesh(config: MeshConfig, count: int) -> AbstractMesh:
-    """The mesh of `count` devices that need not be here: it says what lies where.
+def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
+    """The mesh of `count` devices, which need not exist: for shapes and shardings.
 
     Raises:
       ValueError: as `mesh_sizes`.
@@ -59,7 +60,7 @@ def imagined_mesh(config: MeshConfig, count: int) -> AbstractMesh:
 def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
     """The sizes of the axes data, fsdp and tensor over `count` devices.
 
-    Under mode "pmap", which repeats parameters, fsdp is a part of data.
+    Under mode "pmap", which replicates parameters, fsdp is a part of data.
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices; the message
@@ -81,7 +82,7 @@ def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts the mesh splits a batch."""
+    """The number of parts into which the mesh splits a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -109,9 +110,16 @@ def parameter_shardings(
     """
 
     def place(path: tuple, logical: tuple, leaf: Any) -> NamedSharding:
-        spec = spmd.logical_to_mesh_axes(logical, RULES)
-        sharding = NamedSharding(mesh, spec or P())
-        _check_divides(path_name(path), leaf, sharding)
+        sharding = NamedSharding(mesh, spmd.logical_to_mesh_axes(logical, RULES) or P())
+        for size, axes in zip(leaf.shape, tuple(sharding.spec), strict=False):
+            named = (axes,) if isinstance(axes, str) else axes or ()
+            parts = int(np.prod([mesh.shape[axis] for axis in named]))
+            if size % parts:
+                fits = max(d for d in range(1, parts) if size % d == 0)
+                raise ValueError(
+                    f"{path_name(path)} {tuple(leaf.shape)}: {size} cannot be split "
+                    f"over {' x '.join(named)} = {parts} devices; {fits} would fit."
+                )
         return sharding
 
     return jax.tree_util.tree_map_with_path(
@@ -128,18 +136,6 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 def path_name(path: tuple[Any, ...]) -> str:
     """The keys of a leaf's path in a tree, joined by "/"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _check_divides(name: str, leaf: Any, sharding: NamedSharding) -> None:
-    for size, axes in zip(leaf.shape, tuple(sharding.spec), strict=False):
-        named = (axes,) if isinstance(axes, str) else axes or ()
-        parts = int(np.prod([sharding.mesh.shape[axis] for axis in named]))
-        if size % parts:
-            fits = max(d for d in range(1, parts) if size % d == 0)
-            raise ValueError(
-                f"{name} {tuple(leaf.shape)}: {size} cannot be split over "
-                f"{' x '.join(named)} = {parts} devices; {fits} would fit."
-            )
 
 
 def to_mesh(mesh: Mesh, rows: PyTree) -> PyTree:
@@ -178,10 +174,10 @@ def gather_rows(rows: PyTree) -> PyTree:
 
 
 def own_share(count: int) -> slice:
-    """Which of `count` things are this process's, so that each has its part of them.
+    """The slice of `count` items that belongs to this process.
 
-    Shares differ by one at most, and may be empty; together, in the order of the
-    processes, they are all.
+    The slices of all processes, in their order, are all items. Their sizes differ by
+    one at most; one may be empty.
     """
     number, processes = jax.process_index(), jax.process_count()
     return slice(count * number // processes, count * (number + 1) // processes)
@@ -218,8 +214,8 @@ def to_first(values: PyTree) -> PyTree:
 def check_processes(mesh: Mesh, mode: Literal["jit", "pmap"]) -> None:
     """Refuse a mesh in which several processes hold the same rows of a batch.
 
-    Each process makes rows of its own and has them rewarded: no two may differ about
-    one row.
+    Each process samples and rewards its own rows. Two processes that share a row could
+    give it different rewards.
 
     Raises:
       ValueError: naming a size of the tensor axis that fits; for "pmap" on several
@@ -239,43 +235,44 @@ def check_processes(mesh: Mesh, mode: Literal["jit", "pmap"]) -> None:
         )
 
 
-def check_batch(mesh: Mesh | AbstractMesh, config: TrainConfig) -> None:
-    """Refuse an update, or a microbatch of it, that the mesh does not divide.
+def check_batch(
+    mesh: Mesh | AbstractMesh,
+    prompts: int,
+    *,
+    group_size: int,
+    microbatch_size: int | None,
+    mode: Literal["jit", "pmap"],
+) -> None:
+    """Refuse an update of `prompts` groups, or a microbatch, that does not divide.
 
     Raises:
       ValueError: naming the nearest number that fits.
     """
-    parts, group = batch_shards(mesh), config.group_size
+    parts = batch_shards(mesh)
     over = f"cannot be split over data x fsdp = {parts} devices; use"
-    prompts = config.prompts_per_step // config.minibatches
     if prompts % parts:
         fits = max(round(prompts / parts), 1) * parts
         raise ValueError(f"{prompts} prompts per update {over} {fits}.")
-    size = config.microbatch_size
-    if size is None:
+    if microbatch_size is None:
         return
-    held = max(size // group, 1)
-    if config.mesh.mode == "pmap":
-        _check_own_part(prompts // parts, held, size, group)
+    held = max(microbatch_size // group_size, 1)
+
+    def nearest(counts: Iterable[int], whole: int) -> int:
+        divisors = [count for count in counts if whole % count == 0]
+        return min(divisors, key=lambda count: abs(count - held)) * group_size
+
+    own = prompts // parts
+    if mode == "pmap":  # each device cuts its own prompts into microbatches
+        if own % min(held, own):
+            raise ValueError(
+                f"microbatch_size {microbatch_size}, {held} prompts, does not divide "
+                f"the {own} that a device has under mesh.mode 'pmap'; use "
+                f"{nearest(range(1, own + 1), own)}."
+            )
     elif held % parts:
-        multiples = range(parts, prompts + 1, parts)
-        fits = min(
-            (count for count in multiples if prompts % count == 0),
-            key=lambda count: abs(count - held),
-        )
+        fits = nearest(range(parts, prompts + 1, parts), prompts)
         raise ValueError(
-            f"microbatch_size {size}, {held} prompt(s), {over} {fits * group}."
-        )
-
-
-def _check_own_part(own: int, held: int, size: int, group: int) -> None:
-    """Under pmap each device cuts its own prompts into microbatches."""
-    if own % min(held, own):
-        divisors = [count for count in range(1, own + 1) if own % count == 0]
-        fits = min(divisors, key=lambda count: abs(count - held))
-        raise ValueError(
-            f"microbatch_size {size}, {held} prompts, does not divide the {own} that a "
-            f"device has under mesh.mode 'pmap'; use {fits * group}."
+            f"microbatch_size {microbatch_size}, {held} prompt(s), {over} {fits}."
         )
 
 

@@ -1,22 +1,22 @@
-"""State that is not in use, in the host's memory instead of the device's.
+"""Offloading: state that is not in use moves to host memory.
 
-It goes there and back between compiled programs, which therefore see device memory
-alone and give the same numbers.
+It moves between compiled programs, never within one. So programs only see device
+memory and give the same numbers as without offloading.
 """
 
 import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-# Memory of the host that devices read and write directly.
+# Host memory that devices read and write directly.
 _HOST = "pinned_host"
 
 
 def check_offload(mesh: Mesh) -> None:
-    """Refuse devices that cannot keep arrays in the host's memory.
+    """Refuse devices that cannot use host memory.
 
     Raises:
-      ValueError: naming the kinds of memory that there are.
+      ValueError: naming the kinds of memory that they have.
     """
     device = mesh.local_devices[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
@@ -27,18 +27,19 @@ def check_offload(mesh: Mesh) -> None:
         )
 
 
-def to_host(values: PyTree) -> PyTree:
-    """The arrays in pinned memory of the host, each beside the devices it was on."""
+def to_host_memory(values: PyTree) -> PyTree:
+    """The arrays in pinned host memory, each beside the devices it was on."""
     return jax.tree.map(lambda leaf: _moved(leaf, _HOST), values)
 
 
-def to_device(values: PyTree) -> PyTree:
+def to_device_memory(values: PyTree) -> PyTree:
     """The arrays in the memory of their devices."""
     return jax.tree.map(lambda leaf: _moved(leaf, "device"), values)
 
 
 def _moved(leaf: Array, kind: str) -> Array:
-    # Counts stay: moving one would tie a fresh one to its device.
+    # Scalars, such as step counts, stay: device_put would commit an uncommitted one to
+    # its device, and jit then refuses it beside arrays on a mesh.
     if leaf.ndim == 0 or leaf.sharding.memory_kind in (kind, None):
         return leaf
     return jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))

@@ -14,7 +14,7 @@ def initialize_processes(config: MeshConfig) -> None:
 
     Explicit settings come from the configuration or from ``GRPO_COORDINATOR``,
     ``GRPO_NUM_PROCESSES`` and ``GRPO_PROCESS_ID``. Without them JAX asks the TPU,
-    SLURM, Open MPI or Kubernetes; where none is found the process is alone.
+    SLURM, Open MPI or Kubernetes; if none is found, the process is alone.
     A runtime that is already initialized is left as it is.
 
     Raises:
@@ -35,17 +35,18 @@ def initialize_processes(config: MeshConfig) -> None:
     elif len(missing) < len(given):
         raise ValueError(
             f"mesh.{', mesh.'.join(missing)} must be given too: coordinator, "
-            "num_processes and process_id belong together."
+            "num_processes and process_id go together."
         )
     elif _in_cluster():
         jax.distributed.initialize()
 
 
 def leave_processes() -> None:
-    """Leave the runtime that several processes share, as Python does too late.
+    """Leave the runtime that several processes share, before Python ends.
 
-    Where a save failed on one process, others have threads that wait for it for up to
-    20 minutes. Python joins them before it ends; leaving first ends their wait.
+    After a failed save on one process, the others have threads that wait for it for up
+    to 20 minutes. Python joins these threads before its own shutdown of the runtime;
+    leaving first ends their wait.
     """
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
@@ -61,16 +62,14 @@ def _number(value: int | None, variable: str) -> int | None:
 
 
 def _in_cluster() -> bool:
-    """Whether JAX can find the other processes, or that there are none, by itself."""
+    """Whether JAX can find the other processes, or that there are none, on its own."""
     env = os.environ
     slurm = int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env
     open_mpi = int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
     kubernetes = "JOB_COMPLETION_INDEX" in env and "KUBERNETES_SERVICE_HOST" in env
-    return _on_tpu() or slurm or open_mpi or kubernetes
-
-
-def _on_tpu() -> bool:
-    """Whether JAX will use TPUs of this machine; asking it would start the backend."""
-    wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
+    # Whether JAX will use this machine's TPUs; jax.devices() would start the backend,
+    # which must happen after the processes have joined.
+    wanted = env.get("JAX_PLATFORMS", "tpu").split(",")
     chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return "tpu" in wanted and bool(chips) and find_spec("libtpu") is not None
+    tpu = "tpu" in wanted and bool(chips) and find_spec("libtpu") is not None
+    return tpu or slurm or open_mpi or kubernetes

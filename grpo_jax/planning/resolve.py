@@ -152,8 +152,14 @@ def make_plan(
         devices = devices or count
         memory_gib = memory_gib or known.memory_gib
     limit = None if memory_gib is None else int(USABLE * memory_gib * GIB)
-    mesh = meshes.imagined_mesh(config.mesh, devices or _count(config))
-    meshes.check_batch(mesh, config)
+    mesh = meshes.abstract_mesh(config.mesh, devices or _count(config))
+    meshes.check_batch(
+        mesh,
+        config.prompts_per_update,
+        group_size=config.group_size,
+        microbatch_size=config.microbatch_size,
+        mode=config.mesh.mode,
+    )
     accelerator = None if device is None else True
     model = for_run(_read_model(config.model), config, accelerator=accelerator)
     model, config = settled(model, config, mesh, limit=limit)
@@ -215,8 +221,14 @@ def _turned(
     for flags, sizes in _layouts(mesh):
         changed = _on_mesh(config, **sizes)
         try:
-            place = meshes.imagined_mesh(changed.mesh, int(np.prod([*sizes.values()])))
-            meshes.check_batch(place, changed)
+            place = meshes.abstract_mesh(changed.mesh, int(np.prod([*sizes.values()])))
+            meshes.check_batch(
+                place,
+                changed.prompts_per_update,
+                group_size=changed.group_size,
+                microbatch_size=changed.microbatch_size,
+                mode=changed.mesh.mode,
+            )
             estimate(model, changed, place)
         except ValueError:  # it does not divide
             continue

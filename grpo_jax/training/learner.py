@@ -110,12 +110,14 @@ class Learner:
         """The state; moments that are offloaded are copied from the host first."""
         if "optimizer" not in self._config.mesh.offload:
             return self._state
-        return self._state.replace(opt_state=offload.to_device(self._state.opt_state))
+        return self._state.replace(
+            opt_state=offload.to_device_memory(self._state.opt_state)
+        )
 
     def set_state(self, state: TrainState) -> None:
         """Replace the state; moments go to the host if they are offloaded."""
         if "optimizer" in self._config.mesh.offload:
-            state = state.replace(opt_state=offload.to_host(state.opt_state))
+            state = state.replace(opt_state=offload.to_host_memory(state.opt_state))
         self._state = state
 
     def reference_on_devices(self) -> PyTree:
@@ -125,12 +127,12 @@ class Learner:
         """
         if "reference" not in self._config.mesh.offload:
             return self._reference
-        return offload.to_device(self._reference)
+        return offload.to_device_memory(self._reference)
 
     def set_reference(self, variables: PyTree) -> None:
         """Replace the reference policy; it goes to the host if it is offloaded."""
         if "reference" in self._config.mesh.offload:
-            variables = offload.to_host(variables)
+            variables = offload.to_host_memory(variables)
         self._reference = variables
 
     def refresh_reference(self) -> None:

@@ -90,7 +90,13 @@ def open_run(
         check_name(config.model)
         mesh = meshes.make_mesh(config.mesh)
         meshes.check_processes(mesh, config.mesh.mode)
-        meshes.check_batch(mesh, config)
+        meshes.check_batch(
+            mesh,
+            config.prompts_per_update,
+            group_size=config.group_size,
+            microbatch_size=config.microbatch_size,
+            mode=config.mesh.mode,
+        )
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(nn.logical_axis_rules(meshes.RULES))
         path = run_path(config.run_dir, task.name)

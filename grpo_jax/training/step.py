@@ -23,7 +23,7 @@ from grpo_jax.config import TrainConfig
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.objective import Mean
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.parallel.collectives import least_moved
+from grpo_jax.parallel.collectives import place_for_matmul
 from grpo_jax.training.state import Batch, TrainState, policy_variables
 
 # Fields of `Batch` with a group axis behind that of the prompts.
@@ -57,7 +57,7 @@ def policy_logprobs(
         variables, prompts, prompt_lengths, completions, method=model.score
     )
     head: Any = model.apply(variables, method=model.head)
-    hidden, head = least_moved(hidden, head)
+    hidden, head = place_for_matmul(hidden, head)
     return objective.chunked_logprobs(
         hidden,
         head,

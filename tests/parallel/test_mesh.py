@@ -1,7 +1,5 @@
 """The mesh, what it refuses by name, and the way of arrays onto it and back."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from grpo_jax.config import MeshConfig, TrainConfig
+from grpo_jax.config import MeshConfig
 from grpo_jax.models.decoder import abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
 
@@ -103,9 +101,9 @@ def test_rows_of_the_only_process_are_all_rows():
     assert meshes.gather_rows(rows) is rows
 
 
-def run_of(prompts, microbatch=None):
-    return TrainConfig(
-        prompts_per_step=prompts, group_size=4, microbatch_size=microbatch
+def check_batch(mesh, prompts, microbatch=None, mode="jit"):
+    meshes.check_batch(
+        mesh, prompts, group_size=4, microbatch_size=microbatch, mode=mode
     )
 
 
@@ -118,7 +116,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(
     with pytest.raises(
         ValueError, match=f"{prompts} prompts .* = 8 devices; use {fits}"
     ):
-        meshes.check_batch(meshes_of(2, 4, 1), run_of(prompts))
+        check_batch(meshes_of(2, 4, 1), prompts)
 
 
 # 24 prompts on 8 devices: microbatches of 8 or 24 prompts, of 4 completions each.
@@ -130,16 +128,14 @@ def test_a_microbatch_that_would_leave_devices_idle_is_refused(
 ):
     message = f"microbatch_size {microbatch}, {held} prompt.* = 8 devices; use {fits}"
     with pytest.raises(ValueError, match=message):
-        meshes.check_batch(meshes_of(2, 4, 1), run_of(24, microbatch))
+        check_batch(meshes_of(2, 4, 1), 24, microbatch)
 
 
 def test_under_pmap_a_microbatch_must_divide_what_a_device_has(meshes_of):
     mesh = meshes_of(2, 1, 1)
 
     def check(microbatch):
-        config = run_of(30, microbatch)  # 15 prompts on each device
-        pmap = dataclasses.replace(config.mesh, mode="pmap")
-        meshes.check_batch(mesh, dataclasses.replace(config, mesh=pmap))
+        check_batch(mesh, 30, microbatch, "pmap")  # 15 prompts on each device
 
     for microbatch in (None, 2, 4, 12, 20, 60, 120):  # the last two: all 15
         check(microbatch)
@@ -148,19 +144,19 @@ def test_under_pmap_a_microbatch_must_divide_what_a_device_has(meshes_of):
 
 
 def test_a_batch_that_divides_is_accepted(meshes_of):
-    meshes.check_batch(meshes_of(2, 2, 2), run_of(12))
-    meshes.check_batch(meshes_of(1, 1, 1), run_of(7, 4))
+    check_batch(meshes_of(2, 2, 2), 12)
+    check_batch(meshes_of(1, 1, 1), 7, 4)
     for microbatch in (32, 96):
-        meshes.check_batch(meshes_of(2, 4, 1), run_of(24, microbatch))
+        check_batch(meshes_of(2, 4, 1), 24, microbatch)
 
 
-def test_an_imagined_mesh_is_that_of_devices_which_are_not_here():
-    mesh = meshes.imagined_mesh(MeshConfig(data=4, tensor=8), 512)
+def test_an_abstract_mesh_is_that_of_devices_which_need_not_exist():
+    mesh = meshes.abstract_mesh(MeshConfig(data=4, tensor=8), 512)
     assert dict(mesh.shape) == {"data": 4, "fsdp": 16, "tensor": 8}
     sharding = NamedSharding(mesh, P("tensor", "fsdp"))
     assert sharding.shard_shape((64, 64)) == (8, 4)
     with pytest.raises(ValueError, match="does not fit 12 devices"):
-        meshes.imagined_mesh(MeshConfig(data=8), 12)
+        meshes.abstract_mesh(MeshConfig(data=8), 12)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int64", "float32", "int8", "bool"])

@@ -35,7 +35,7 @@ def made(model, sizes=(1, 1, 1), **changes):
 
 def imagined(data, fsdp, tensor):
     config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-    return meshes.imagined_mesh(config, data * fsdp * tensor)
+    return meshes.abstract_mesh(config, data * fsdp * tensor)
 
 
 def on_one_device(tree):

@@ -89,7 +89,7 @@ def test_a_plan_counts_every_program_that_a_run_compiles(
     )
     train(config, dataset=ROWS, rewards=share, eval_dataset=ROWS)
     model = dataclasses.replace(tiny_policy.model.config, remat="none")
-    mesh = meshes.imagined_mesh(config.mesh, jax.device_count())
+    mesh = meshes.abstract_mesh(config.mesh, jax.device_count())
     planned = list(training_programs(config))
     if is_evaluated(config):
         batch = evaluation_batch(model, config, mesh)
@@ -125,7 +125,7 @@ def test_an_evaluation_is_as_large_as_training_leaves_room_for(tiny_policy, chan
     config = TrainConfig(**{"model": "tiny", "eval_prompts": 500} | values | changes)
     model, mesh = (
         tiny_policy.model.config,
-        meshes.imagined_mesh(MeshConfig(data=2, fsdp=1), 2),
+        meshes.abstract_mesh(MeshConfig(data=2, fsdp=1), 2),
     )
     bare = estimate(model, dataclasses.replace(config, eval_every=0), mesh)
     assert "evaluation" not in bare.phases
@@ -147,7 +147,7 @@ def test_a_batch_that_is_asked_for_is_counted_and_what_would_do_is_told(tiny_pol
         max_new_tokens=8,
         eval_batch_size=128,
     )
-    model, mesh = tiny_policy.model.config, meshes.imagined_mesh(MeshConfig(fsdp=1), 1)
+    model, mesh = tiny_policy.model.config, meshes.abstract_mesh(MeshConfig(fsdp=1), 1)
     made = estimate(model, config, mesh)
     assert made.peak == made.total("evaluation") > 3 * made.total("update")
     name, saved = next(iter(knobs(model, config, mesh).items()))
