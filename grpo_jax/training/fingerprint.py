@@ -20,7 +20,7 @@ from grpo_jax.tasks.base import Row, Task
 
 
 def describe_data(task: Task, held_out: Sequence[Row]) -> dict[str, Any]:
-    """What a run learns from and is measured on, as far as no model is needed for it.
+    """The rows and rewards of a run: all of its data that is known without the model.
 
     Digests are those of up to 1,000 rows, evenly chosen, or of 3 where rows are made or
     read on demand; values that JSON does not know count by their type.

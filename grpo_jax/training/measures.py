@@ -1,4 +1,4 @@
-"""The metrics of a step that are no update's: of its completions, rewards and speed.
+"""Metrics of a step beside those of its update: completions, rewards and speed.
 
 All are over all processes, and do not depend on how prompts were spread over them.
 """
@@ -62,7 +62,7 @@ class Measures:
 
 
 def slowest(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Times of this process as those of the process that took longest for each."""
+    """The largest of each time over all processes."""
     every = meshes.gather_lists([dict(seconds)])
     return {name: max(one[name] for one in every) for name in seconds}
 

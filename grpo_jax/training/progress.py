@@ -1,4 +1,4 @@
-"""Where a run stands, as it is saved with the state, and what it leaves in the end."""
+"""`Progress`, which is saved with the state, and `TrainResult`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from grpo_jax.reporting import metrics as names
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands; saved with the state, so that nothing is lost or repeated."""
+    """Where a run stands; saved with the state, so that a resumed run loses nothing."""
 
     step: int = 0  # steps done
     position: int = 0  # prompts drawn
@@ -27,16 +27,16 @@ class Progress:
 
     @classmethod
     def read(cls, saved: Mapping[str, Any]) -> "Progress":
-        """What was saved, without what another version of the package remembered."""
+        """From a checkpoint, without fields that only another version knows."""
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in saved.items() if name in known})
 
     def is_due(self, every: int | None) -> bool:
-        """Whether something happens after this step that happens `every` so many."""
+        """Whether this step is a multiple of `every`; never for None and 0."""
         return bool(every) and self.step % every == 0
 
     def after_step(self, *, drawn: int, skipped: bool) -> "Progress":
-        """After one more step, which drew that many prompts."""
+        """The progress after one more step, which drew that many prompts."""
         return dataclasses.replace(
             self,
             step=self.step + 1,
@@ -45,7 +45,7 @@ class Progress:
         )
 
     def evaluated(self, metrics: Mapping[str, float]) -> "Progress":
-        """With the numbers of an evaluation, which is the first one before any step."""
+        """The progress with a new evaluation; before any step it is the first one."""
         after = "" if self.step else "_before"
         measured = {
             f"accuracy{after}": metrics.get(names.ACCURACY),
@@ -54,7 +54,7 @@ class Progress:
         return dataclasses.replace(self, measured_at=self.step, **measured)
 
     def summary(self, *, finished: bool) -> dict[str, Any]:
-        """What the summary tells; a run that is not finished has no numbers "after"."""
+        """Fields of `summary.json`; only a finished run has numbers "after"."""
         return {
             "accuracy_before": self.accuracy_before,
             "accuracy_after": self.accuracy if finished else None,

@@ -1,6 +1,7 @@
-"""The directory of a run: who owns it, and what it was asked to do.
+"""The directory of a run: its lock, and its configuration.
 
-A lock keeps two runs apart; `config.yaml` says what the run is and refuses another one.
+The lock keeps two runs apart. A run whose configuration differs from `config.yaml` is
+refused.
 """
 
 import contextlib
@@ -25,8 +26,8 @@ from grpo_jax.training.manifest import (
 )
 from grpo_jax.weights.folder import remove_unfinished
 
-# What does not make another run of it: where it is kept, what is kept of it, and how
-# work is spread over time and devices.
+# Fields that may change when a run is resumed: where it is stored, what is stored, and
+# how work is spread over time and devices.
 _FREE_FIELDS = (
     *("run_dir", "mesh", "report", "microbatch_size", "eval_batch_size", "remat"),
     *(f"checkpoint.{n}" for n in ("every", "keep", "keep_every", "grace_seconds")),
@@ -41,10 +42,10 @@ _SAME_ROWS = (
 
 @contextlib.contextmanager
 def claim(path: Path) -> Iterator[None]:
-    """Holds the lock of a run directory, which is made if need be.
+    """Holds the lock of a run directory, which is created if it is missing.
 
     Raises:
-      ValueError: if another process works in it, or it cannot be written.
+      ValueError: if another process holds it, or if the directory cannot be written.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def run_path(run_dir: str | None, task: str) -> Path:
 def open_run_dir(
     path: Path, config: TrainConfig, data: Mapping[str, Any]
 ) -> Iterator[Origin]:
-    """Claims the directory for a run, logs into it, and gives where the run began.
+    """Locks the directory for a run, logs into it, and yields the run's origin.
 
     Raises:
       ValueError: as `claim` and `check_config`.
@@ -88,19 +89,18 @@ def open_run_dir(
 def check_config(
     path: Path, config: TrainConfig, data: Mapping[str, Any] | None = None
 ) -> None:
-    """Save what a new run is, or compare it with what the old one was.
+    """Save the configuration of a new run; compare it if there is one already.
 
-    A run that stopped before it wrote anything, say for want of its model, may be
-    followed by any other. Other steps, not fewer than are done, continue a run whose
-    learning rate is constant.
+    Any run may follow one that wrote nothing, for example because its model was
+    missing. `steps` may change where the learning rate is constant, but not below the
+    steps that are done.
 
     Args:
-      data: what `describe_data` says of its rows and rewards; None compares the
-        configuration alone.
+      data: the result of `describe_data`; None compares the configuration only.
 
     Raises:
-      ValueError: if the directory holds a run of another configuration or on other
-        rows, with the fields in which they differ. Other rewards are not refused.
+      ValueError: if the directory holds a run with another configuration or other
+        rows, naming what differs. Other rewards are not refused.
     """
     if not (path / "config.yaml").exists() or not has_begun(path):
         write_text(path / "config.yaml", to_yaml(config))
@@ -132,17 +132,17 @@ def check_config(
 
 
 def _with_best_mode(config: TrainConfig) -> TrainConfig:
-    """The configuration with a choice in place of the mode that the metric implies."""
+    """The configuration with the mode that its metric implies written out."""
     mode = best_mode(config.checkpoint)
     checkpoint = dataclasses.replace(config.checkpoint, best_mode=mode)
     return dataclasses.replace(config, checkpoint=checkpoint)
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The configuration a run was started with.
+    """The configuration of a run.
 
     Raises:
-      ValueError: if the directory holds no run, or its file was made by hand wrongly.
+      ValueError: if the directory holds no run, or its file cannot be read.
     """
     file = path / "config.yaml"
     if not file.is_file():
@@ -151,14 +151,13 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def read_located_config(path: Path) -> TrainConfig:
-    """The configuration of a run, to be used from any folder.
+    """The configuration of a run, with paths that are valid from any folder.
 
-    What it names by a relative path is that of the folder in which the run was started
-    last, or, where it is not there any more, that of the current one.
+    A relative path is looked up in the folder where the run was started last, then in
+    the current one.
 
     Raises:
-      ValueError: as `read_config`, and if its model, which was no model of the hub, is
-        in neither.
+      ValueError: as `read_config`, and if a local model is in neither of them.
     """
     config, manifest = read_config(path), read_manifest(path)
     if "directory" not in manifest:
