@@ -51,6 +51,47 @@ OWNERS = {
     "tensorboardX": "reporting.trackers",
 }
 HOST_ONLY = ("tasks", "rewards")
+# What a GRPO step of a plain dense model passes through, from a row to an update: the
+# part of the package to read first. All else is a wing, which the spine does not need.
+SPINE = (
+    "rollout.encoding",
+    "rollout.sampler",
+    "rollout.generate",
+    "rollout.draw",
+    "rollout.compaction",
+    "rollout.rollout",
+    "rollout.collect",
+    "models.decoder",
+    "models.block",
+    "models.layers",
+    "models.attention",
+    "models.cache",
+    "models.rope",
+    "objective",
+    "objective.advantages",
+    "objective.aggregate",
+    "objective.checks",
+    "objective.kl",
+    "objective.logprobs",
+    "objective.loss",
+    "objective.structs",
+    "objective.surrogate",
+    "training.advantages",
+    "training.state",
+    "training.step",
+    "training.optimizer",
+    "training.learner",
+    "training.loop",
+)
+WINGS = ("weights", "planning", "reporting", "checkpointing", "rewards", "training")
+# What the spine may import of the wings. `training.loop` wires the whole run together,
+# so it may import anything.
+OF_THE_WINGS = {
+    "rollout.encoding": {"weights.tokenizer"},
+    "rollout.draw": {"weights.tokenizer"},
+    "rollout.rollout": {"rewards.metrics"},
+    "rollout.collect": {"weights.tokenizer", "rewards.runner"},
+}
 # Modules without a test file of their own name -> the file that tests them.
 TESTED_IN = {
     "config.objective": "config/test_run.py",
@@ -221,6 +262,20 @@ def test_imports_point_to_lower_rows_or_within_a_folder():
         if imported is not None and not may_import(found.importer, imported):
             wrong.append(str(found))
     assert not wrong
+
+
+def test_the_spine_is_short():
+    """It can be read in an evening."""
+    assert sum(len(FILES[m].read_text().splitlines()) for m in SPINE) <= 4800
+
+
+def test_the_spine_imports_no_wing():
+    found: dict[str, set[str]] = {}
+    for module in set(SPINE) - {"training.loop"}:
+        for name in (own_module(i.target) for i in imports(module)):
+            if name and name not in SPINE and folder(name) in WINGS:
+                found.setdefault(module, set()).add(name)
+    assert found == OF_THE_WINGS
 
 
 def test_the_package_itself_imports_none_of_its_modules():

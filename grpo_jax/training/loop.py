@@ -132,15 +132,13 @@ def _run_steps(run: Run, progress: Progress) -> TrainResult:
             # What is saved is where the run stands: nothing is added after it.
             seconds = time.perf_counter() - began
             progress = dataclasses.replace(progress, seconds=seconds)
-            if (
-                progress.is_due(config.checkpoint.every)
-                or progress.step == config.steps
-            ):
+            last = progress.step == config.steps
+            if last or progress.is_due(config.checkpoint.every):
                 _save(run, progress, metrics)
         if progress.step < config.steps:
             return _stop(run, progress, metrics)
         if progress.measured_at != progress.step:
-            # It ends at a step that was to be one on the way.
+            # `steps` was lowered to a step that was not evaluated.
             progress, _ = _evaluate(run, progress)
         return _finish(run, progress)
     except BaseException:
@@ -261,7 +259,7 @@ def _log(run: Run, step: int, metrics: Mapping[str, float]) -> None:
 
 def _save(run: Run, progress: Progress, metrics: Mapping[str, float]) -> None:
     if not run.references.save_pending(run.learner):
-        return  # a checkpoint without its reference could not be resumed
+        return  # without its reference a checkpoint could not be resumed
     run.tracker.flush()
     meta = {"progress": dataclasses.asdict(progress)}
     items = state_items(run.learner.state_on_devices())

@@ -39,17 +39,17 @@ from grpo_jax.weights.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What is trained, and what it stands on.
+    """The model of a run, before its first step.
 
     Attributes:
       model: the decoder with the compute dtype and remat of the run.
       tokenizer: its tokenizer.
       params: what is trained: all parameters, or adapters; float32.
-      config: the run, with a choice in place of each "auto" about memory.
-      warning: what to change where the memory of the devices will not do; else None.
-      base: the frozen parameters under adapters, in the compute dtype, which needs no
-        more of them; None without adapters.
-      commit: of the model on the hub; None for one that is local.
+      config: the run's configuration, with each "auto" about memory resolved.
+      warning: what to change if the run will not fit into memory; else None.
+      base: the frozen parameters under adapters, in the compute dtype; None without
+        adapters.
+      commit: of the model on the hub; None for a local model.
     """
 
     model: Decoder
@@ -119,13 +119,13 @@ class Restored:
 def load_policy(
     config: TrainConfig, mesh: Mesh, origin: Origin | None = None
 ) -> Policy:
-    """The model that `config` names, each parameter born where the mesh wants it.
+    """The model that `config` names; each parameter is created with its sharding.
 
     With `config.lora` fresh adapters are trained, and the model's parameters are their
     frozen base.
 
     Args:
-      origin: of the run that goes on with the model: its commit and its date.
+      origin: of a run that is resumed: the model's commit, and the run's date.
 
     Raises:
       ValueError: if the model cannot be read or does not divide over the mesh, or if
@@ -146,7 +146,6 @@ def load_policy(
         key = jax.random.fold_in(jax.random.key(config.seed), 0)
         shapes = jax.eval_shape(init, key)
         places = meshes.parameter_shardings(lora_axes(model, shapes), shapes, mesh)
-        # Each adapter is born where the mesh wants it.
         params, base = jax.jit(init, out_shardings=places)(key), loaded.params
     return Policy(
         model=model,
@@ -167,8 +166,8 @@ def restore(
     The step "best" is the one that `checkpoint.keep_best` of the run keeps.
 
     Adapters are merged into their base, which is read again from the run's model in
-    the compute dtype of this machine. What the run names by a relative path is looked
-    for where it was started. The run's directory is left as it is.
+    the compute dtype of this machine. Relative paths of the run are looked up where it
+    was started. The run's directory is not changed.
 
     Args:
       mesh: where the parameters go; None is the default device, whatever mesh the run
@@ -176,7 +175,7 @@ def restore(
 
     Raises:
       ValueError: if the directory holds no run or no such step, or if the model is not
-        that from which the run began.
+        the one with which the run began.
     """
     path = Path(run_dir)
     origin = Origin.read(read_manifest(path))
