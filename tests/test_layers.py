@@ -79,7 +79,6 @@ SPINE = (
     "training.advantages",
     "training.state",
     "training.step",
-    "training.optimizer",
     "training.learner",
     "training.loop",
 )
@@ -91,6 +90,7 @@ OF_THE_WINGS = {
     "rollout.draw": {"weights.tokenizer"},
     "rollout.rollout": {"rewards.metrics"},
     "rollout.collect": {"weights.tokenizer", "rewards.runner"},
+    "training.learner": {"training.optimizer"},
 }
 # Modules without a test file of their own name -> the file that tests them.
 TESTED_IN = {
@@ -270,12 +270,14 @@ def test_the_spine_is_short():
 
 
 def test_the_spine_imports_no_wing():
-    found: dict[str, set[str]] = {}
+    wrong = []
     for module in set(SPINE) - {"training.loop"}:
-        for name in (own_module(i.target) for i in imports(module)):
-            if name and name not in SPINE and folder(name) in WINGS:
-                found.setdefault(module, set()).add(name)
-    assert found == OF_THE_WINGS
+        for found in imports(module):
+            name = own_module(found.target)
+            is_wing = name and name not in SPINE and folder(name) in WINGS
+            if is_wing and name not in OF_THE_WINGS.get(module, ()):
+                wrong.append(str(found))
+    assert not wrong
 
 
 def test_the_package_itself_imports_none_of_its_modules():
