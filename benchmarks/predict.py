@@ -20,7 +20,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.devices import DEVICES
 from grpo_jax.planning.memory import estimate
-from grpo_jax.planning.resolve import GIB, USABLE, for_run, settled
+from grpo_jax.planning.resolve import GIB, USABLE, resolve_auto, with_compute_dtype
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -82,7 +82,7 @@ def predicted(
     model, config = run(shape, count, rank)
     mesh = meshes.abstract_mesh(config.mesh, count)
     limit = int(USABLE * device.memory_gib * GIB)
-    model, config = settled(model, config, mesh, limit=limit)
+    model, config = resolve_auto(model, config, mesh, limit=limit)
     copies = count // mesh.shape["tensor"]
     least, expected = (
         floors(
@@ -127,7 +127,7 @@ def run(shape: str, count: int, rank: int | None) -> tuple[ModelConfig, TrainCon
         lora=LoraConfig(rank=rank),
         mesh=MeshConfig(tensor=tensor),
     )
-    model = for_run(ModelConfig.from_hf(hf), config, accelerator=True)
+    model = with_compute_dtype(ModelConfig.from_hf(hf), config, accelerator=True)
     if rank is not None:
         model = dataclasses.replace(model, lora_scale=config.lora.scale)
     return model, config

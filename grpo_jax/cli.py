@@ -136,7 +136,7 @@ def plan(
       ValueError: for a run that is not possible, a mesh that does not divide, or an
         unknown device.
     """
-    from grpo_jax.planning.resolve import make_plan
+    from grpo_jax.planning.advice import make_plan
     from grpo_jax.planning.table import print_plan
 
     made = make_plan(run, devices=devices, device=device, memory_gib=device_memory_gib)

@@ -9,7 +9,7 @@ from rich.text import Text
 
 
 def print_plan(plan: Mapping[str, Any], *, console: Console | None = None) -> None:
-    """Show what `training.plan.make_plan` gave; sizes in GiB per device."""
+    """Show what `make_plan` gave; sizes in GiB per device."""
     (console or Console()).print(Group(_heading(plan), _sizes(plan), *_verdict(plan)))
 
 

@@ -2,7 +2,7 @@
 
 Model FLOPs utilization as in Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311,
 appendix B: operations that the model needs, over the seconds that a phase took times
-the peak rate of all devices. `models.flops` says what counts.
+the peak rate of all devices. `planning.flops` says what counts.
 """
 
 import functools

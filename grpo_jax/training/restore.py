@@ -17,12 +17,12 @@ from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.models.lora import init_lora, lora_axes, merge_lora
 from grpo_jax.models.protocol import WIDE
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.planning.advice import memory_warning
 from grpo_jax.planning.resolve import (
-    advice,
     compute_dtype,
     device_memory,
-    for_run,
-    settled,
+    resolve_auto,
+    with_compute_dtype,
 )
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.training import run_dir as directories
@@ -134,8 +134,8 @@ def load_policy(
     origin = origin or Origin()
     loaded = _load(config, mesh, commit=origin.commit)
     limit = device_memory(mesh)
-    chosen = for_run(loaded.config, config)
-    chosen, config = settled(chosen, config, mesh, limit=limit)
+    chosen = with_compute_dtype(loaded.config, config)
+    chosen, config = resolve_auto(chosen, config, mesh, limit=limit)
     model, params, base = Decoder(chosen), loaded.params, None
     if (rank := config.lora.rank) is not None:
         model = Decoder(dataclasses.replace(chosen, lora_scale=config.lora.scale))
@@ -152,7 +152,7 @@ def load_policy(
         tokenizer=loaded.tokenizer.dated(origin.started),
         params=params,
         config=config,
-        warning=None if limit is None else advice(chosen, config, mesh, limit=limit),
+        warning=memory_warning(chosen, config, mesh, limit=limit),
         base=base,
         commit=loaded.commit,
     )
@@ -187,7 +187,7 @@ def restore(
         check_data(path, {"weights": describe_weights(base.params, frozen=True)})
         scaled = dataclasses.replace(base.config, lora_scale=config.lora.scale)
         params = _merge(base.params, params, scaled)
-    model = Decoder(for_run(model_config, config))
+    model = Decoder(with_compute_dtype(model_config, config))
     if mesh is None:
         place: Any = SingleDeviceSharding(jax.local_devices()[0])
     else:
@@ -236,7 +236,7 @@ def open_policy(
     loaded = load_pretrained(config.model)
     return Restored(
         params=loaded.params,
-        model=Decoder(for_run(loaded.config, config)),
+        model=Decoder(with_compute_dtype(loaded.config, config)),
         config=config,
         tokenizer=loaded.tokenizer,
         step=None,

@@ -1,4 +1,4 @@
-"""The estimate of memory is exact where it can be, and advice follows from it."""
+"""The estimate of memory is exact where it can be."""
 
 import dataclasses
 
@@ -9,7 +9,6 @@ from grpo_jax.config import LoraConfig, MeshConfig, ObjectiveConfig, TrainConfig
 from grpo_jax.models.decoder import abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.memory import activation_bytes, estimate
-from grpo_jax.planning.resolve import GIB, advice, knobs, settled
 
 
 @pytest.fixture
@@ -119,69 +118,3 @@ def test_what_is_offloaded_counts_where_it_is_used(model):
     assert moved.total("update") == kept.total("update") - reference
     bare = made(model, objective=ObjectiveConfig(kl_coef=0.0))
     assert "reference" not in bare.always
-
-
-def settle(model, limit, sizes=(1, 8, 1), **changes):
-    config = make_config(**changes)
-    return settled(model, config, imagined(*sizes), limit=limit)
-
-
-def test_as_little_is_computed_again_as_the_memory_allows(model):
-    def needs(remat):
-        return made(dataclasses.replace(model, remat=remat), (1, 8, 1)).total("update")
-
-    for limit, remat in [
-        (needs("none"), "none"),
-        (needs("none") - 1, "dots"),
-        (needs("dots") - 1, "layer"),
-        (1, "layer"),
-        (None, "dots"),  # of 2 GiB
-    ]:
-        chosen, config = settle(model, limit)
-        assert chosen.remat == config.remat == remat
-    # What is asked for is taken.
-    assert settle(model, 1, remat="none")[0].remat == "none"
-
-
-def test_without_a_known_memory_two_gib_of_activations_may_be_kept(model):
-    config = make_config(max_new_tokens=2000, prompts_per_step=64)
-    mesh = imagined(1, 1, 1)
-    none = dataclasses.replace(model, remat="none")
-    dots = dataclasses.replace(model, remat="dots")
-    assert activation_bytes(none, config, mesh) > 2 * GIB
-    assert activation_bytes(dots, config, mesh) < 2 * GIB
-    assert settled(model, config, mesh, limit=None)[0].remat == "dots"
-
-
-def test_the_sampler_gathers_its_parameters_if_they_fit(model):
-    room = made(model, (1, 8, 1)).total("rollout")
-    for limit, sampler in [(room, "gathered"), (room - 1, "split"), (None, "gathered")]:
-        assert settle(model, limit)[1].mesh.sampler == sampler
-    asked = MeshConfig(sampler="gathered")
-    assert settle(model, 1, mesh=asked)[1].mesh.sampler == "gathered"
-
-
-def test_knobs_save_what_they_say_and_the_best_comes_first(model):
-    config, mesh = make_config(), imagined(1, 2, 1)
-    found = knobs(model, config, mesh)
-    assert list(found.values()) == sorted(found.values(), reverse=True)
-    before = estimate(model, config, mesh).peak
-    layer = dataclasses.replace(model, remat="layer")
-    assert found["--remat layer"] == before - estimate(layer, config, mesh).peak
-    small = dataclasses.replace(config, microbatch_size=8)
-    assert found["--microbatch-size 8"] == before - estimate(model, small, mesh).peak
-    more = estimate(model, config, imagined(1, 4, 1)).peak
-    name = "--mesh.data 1 --mesh.fsdp 4 --mesh.tensor 1 on 4 devices"
-    assert found[name] == before - more
-    # Nine columns of key heads cannot be split over tensor 4; 8 prompts not over 16.
-    assert not any(
-        "fsdp 16" in name for name in knobs(model, config, imagined(1, 8, 1))
-    )
-
-
-def test_a_run_that_does_not_fit_is_told_what_would_save_most(model):
-    config, mesh = make_config(), imagined(1, 1, 1)
-    needed = estimate(model, config, mesh).peak
-    assert advice(model, config, mesh, limit=needed) is None
-    first = next(iter(knobs(model, config, mesh)))
-    assert first in advice(model, config, mesh, limit=needed - 1)

@@ -1,138 +1,76 @@
-"""`grpo-jax plan`: from a config.json and the sizes of a mesh that is not here."""
+"""Each "auto" is resolved by what fits into the memory of a device."""
 
-import json
-import shutil
+import dataclasses
 
-import jax
 import pytest
 
-from grpo_jax import cli
-from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
-from grpo_jax.planning.resolve import GIB, USABLE, _refused, make_plan
-from grpo_jax.weights.pretrained import load_pretrained, read_model_config
+from grpo_jax.config import MeshConfig, TrainConfig
+from grpo_jax.parallel import mesh as meshes
+from grpo_jax.planning.memory import activation_bytes, estimate
+from grpo_jax.planning.resolve import GIB, resolve_auto
 
 
-@pytest.fixture(scope="module")
-def folder(tiny_policy, tmp_path_factory):
-    """A folder with nothing but the configuration of a model."""
-    path = tmp_path_factory.mktemp("plan")
-    shutil.copy(tiny_policy.folder / "config.json", path)
-    return path
+@pytest.fixture
+def model(tiny_policy):
+    return tiny_policy.model.config
 
 
-def planned(capsys, *arguments):
-    cli._dispatch(["plan", *map(str, arguments)])
-    return capsys.readouterr().out
+def make_config(**changes):
+    values = {
+        "model": "tiny",
+        "prompts_per_step": 8,
+        "group_size": 4,
+        "max_prompt_tokens": 16,
+        "max_new_tokens": 32,
+    }
+    return TrainConfig(**(values | changes))
 
 
-def test_a_config_alone_is_planned_for_devices_that_are_not_here(
-    capsys, folder, monkeypatch
-):
-    monkeypatch.setattr(jax, "device_count", lambda: pytest.fail("counted devices"))
-    flags = ["--model", folder, "--prompts-per-step", 64, "--json"]
-    flags += ["--mesh.data", 2, "--devices", 64, "--mesh.tensor", 2, "--device", "v5e"]
-    made = json.loads(planned(capsys, *flags))
-    assert made["mesh"] == {"data": 2, "fsdp": 16, "tensor": 2}
-    assert made["compute_dtype"] == "bfloat16"
-    assert made["usable"] == int(USABLE * 16 * GIB) and made["fits"] is True
-    always = sum(made["always"].values())
-    update = sum(made["phases"]["update"].values())
-    assert made["totals"]["update"] == always + update <= made["peak"]
+def made(model, sizes=(1, 1, 1), **changes):
+    config = make_config(**changes)
+    return estimate(model, config, imagined(*sizes))
 
 
-def test_sizes_that_are_given_count_the_devices(folder):
-    base = {"model": str(folder), "prompts_per_step": 16}
-    made = make_plan(TrainConfig(**base, mesh=MeshConfig(data=4, fsdp=4)))
-    assert made["mesh"] == {"data": 4, "fsdp": 4, "tensor": 1}
-    here = make_plan(TrainConfig(**base))
-    assert here["mesh"]["fsdp"] == jax.device_count()
-    assert (here["usable"], here["fits"], here["compute_dtype"]) == (
-        None,
-        None,
-        "float32",
-    )
+def imagined(data, fsdp, tensor):
+    config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    return meshes.abstract_mesh(config, data * fsdp * tensor)
 
 
-def test_the_type_of_a_slice_says_how_many_devices(folder):
-    mesh = MeshConfig(data=-1, fsdp=1)
-    config = TrainConfig(model=str(folder), prompts_per_step=8, mesh=mesh)
-    by_type = make_plan(config, device="v5p-16")
-    assert by_type["mesh"]["data"] == 8
-    assert by_type == make_plan(config, device="v5p", devices=8)
+def resolve(model, limit, sizes=(1, 8, 1), **changes):
+    config = make_config(**changes)
+    return resolve_auto(model, config, imagined(*sizes), limit=limit)
 
 
-def test_the_table_shows_every_size_and_what_to_turn_where_it_does_not_fit(
-    capsys, folder
-):
-    flags = ["--model", folder, "--mesh.fsdp", 1]
-    needed = make_plan(TrainConfig(model=str(folder), mesh=MeshConfig(fsdp=1)))
-    shown = planned(capsys, *flags)
-    for name in [*needed["always"], *needed["phases"], *needed["phases"]["update"]]:
-        assert name in shown
-    assert f"{needed['totals']['update'] / GIB:.2f}" in shown
-    assert "What would save" in shown and "fit" not in shown
-    small = 0.5 * needed["peak"] / GIB / USABLE
-    shown = planned(capsys, *flags, "--remat", "none", "--device-memory-gib", small)
-    assert "does not fit" in shown and "--remat layer" in shown
+def test_as_little_is_computed_again_as_the_memory_allows(model):
+    def needs(remat):
+        return made(dataclasses.replace(model, remat=remat), (1, 8, 1)).total("update")
+
+    for limit, remat in [
+        (needs("none"), "none"),
+        (needs("none") - 1, "dots"),
+        (needs("dots") - 1, "layer"),
+        (1, "layer"),
+        (None, "dots"),  # of 2 GiB
+    ]:
+        chosen, config = resolve(model, limit)
+        assert chosen.remat == config.remat == remat
+    # What is asked for is taken.
+    assert resolve(model, 1, remat="none")[0].remat == "none"
 
 
-def test_a_plan_says_what_a_run_would_refuse(capsys, folder):
-    told = "would be refused: max_new_tokens 128 leaves no room"
-    flags = ["--model", folder, "--mesh.fsdp", 1, "--max-new-tokens"]
-    config = TrainConfig(model="tiny", sampling=SamplingConfig(stop_ids=(263, 264)))
-    assert "stop_ids 264: the model's" in _refused(read_model_config(folder), config)
-    assert told in " ".join(planned(capsys, *flags, 128).split())
-    assert json.loads(planned(capsys, *flags, 127, "--json"))["refused"] is None
+def test_without_a_known_memory_two_gib_of_activations_may_be_kept(model):
+    config = make_config(max_new_tokens=2000, prompts_per_step=64)
+    mesh = imagined(1, 1, 1)
+    none = dataclasses.replace(model, remat="none")
+    dots = dataclasses.replace(model, remat="dots")
+    assert activation_bytes(none, config, mesh) > 2 * GIB
+    assert activation_bytes(dots, config, mesh) < 2 * GIB
+    assert resolve_auto(model, config, mesh, limit=None)[0].remat == "dots"
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--device", "v99"], "'v99' is not known; use one of v4, v5e"),
-        (["--device", "v99-8"], "'v99-8' is not known; .* such as v5p-16"),
-        (["--device", "h100-8"], "'h100-8' is not known"),
-        (["--device", "v5p-7"], "counts cores, 2 to a device.*; v5p-8 is the next"),
-        (["--device", "v5p-16", "--devices", "16"], "a v5p-16 has 8 devices, got 16"),
-        (["--devices", "12", "--mesh.data", "8"], "does not fit 12 devices"),
-        (["--mesh.fsdp", "64"], "cannot be split over fsdp = 64 devices; 32 would"),
-        (["--mesh.fsdp", "3"], "16 prompts per update cannot .* use 15"),
-    ],
-)
-def test_what_cannot_be_planned_is_told(capsys, folder, flags, message):
-    prompts = ["--prompts-per-step", "64"] if "64" in flags else []
-    with pytest.raises(ValueError, match=message):
-        planned(capsys, "--model", folder, *prompts, *flags)
-
-
-def edited(file, **changes):
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-DAMAGES = {
-    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
-    "a damaged tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{"),
-    "a layer too many": lambda folder: edited(
-        folder / "config.json", num_hidden_layers=3
-    ),
-    "another vocabulary": lambda folder: edited(folder / "config.json", vocab_size=99),
-    "ends that are no ids": lambda folder: edited(
-        folder / "generation_config.json", eos_token_id=["<end>"]
-    ),
-    "no option that is known": lambda folder: edited(
-        folder / "config.json", hidden_act="tanh"
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_plan_refuses_what_loading_refuses_in_the_same_words(
-    tiny_policy, tmp_path, damage
-):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_policy.folder, folder)
-    damage(folder)
-    with pytest.raises(ValueError) as loading:
-        load_pretrained(folder)
-    with pytest.raises(ValueError) as planning:
-        make_plan(TrainConfig(model=str(folder), mesh=MeshConfig(fsdp=1)))
-    assert str(planning.value) == str(loading.value)
+def test_the_sampler_gathers_its_parameters_if_they_fit(model):
+    room = made(model, (1, 8, 1)).total("rollout")
+    for limit, sampler in [(room, "gathered"), (room - 1, "split"), (None, "gathered")]:
+        assert resolve(model, limit)[1].mesh.sampler == sampler
+    asked = MeshConfig(sampler="gathered")
+    assert resolve(model, 1, mesh=asked)[1].mesh.sampler == "gathered"

@@ -14,7 +14,7 @@ from grpo_jax.checkpointing.checkpoints import Checkpoints
 from grpo_jax.config import CheckpointConfig, MeshConfig, TrainConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.planning.resolve import device_memory, for_run
+from grpo_jax.planning.resolve import device_memory, with_compute_dtype
 from grpo_jax.training import restore as policies
 from grpo_jax.training import run_dir as directories
 from grpo_jax.training.manifest import Origin, Record, read_manifest
@@ -195,7 +195,7 @@ def test_a_model_that_will_not_fit_comes_with_advice(
     mesh = meshes_of(1, 1, 1)
     monkeypatch.setattr(policies, "device_memory", lambda mesh: 2**20)
     policy = load_policy(TrainConfig(model=str(tiny_policy.folder)), mesh)
-    assert "of which 0.0 are usable" in policy.warning
+    assert "but only 0.0 are usable" in policy.warning
     assert "--microbatch-size 8" in policy.warning
     assert policy.model.config.remat == "layer"
 
@@ -232,12 +232,13 @@ def test_accelerators_compute_in_bfloat16_unless_told_otherwise(
     tiny_policy, monkeypatch, backend, asked, dtype
 ):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    chosen = for_run(tiny_policy.model.config, TrainConfig(compute_dtype=asked))
+    config = TrainConfig(compute_dtype=asked)
+    chosen = with_compute_dtype(tiny_policy.model.config, config)
     assert chosen.dtype == dtype
 
 
 def test_a_run_changes_nothing_else_of_a_model(tiny_policy):
     before = tiny_policy.model.config
-    after = for_run(before, TrainConfig(compute_dtype="bfloat16"))
+    after = with_compute_dtype(before, TrainConfig(compute_dtype="bfloat16"))
     assert after == dataclasses.replace(before, dtype="bfloat16")
     assert Decoder(after).config == after
