@@ -43,8 +43,8 @@ from grpo_jax.checkpointing.metadata import (
 from grpo_jax.checkpointing.retention import BestStep, StepFolders
 from grpo_jax.checkpointing.targets import host_targets, restore_targets, savable
 from grpo_jax.config import CheckpointConfig
+from grpo_jax.parallel import mesh
 from grpo_jax.parallel.agreement import Agreement, end_of_work
-from grpo_jax.parallel.mesh import gather_rows
 
 _LOG = logging.getLogger(__name__)
 
@@ -349,7 +349,7 @@ def _read_together(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
             items = with_retries(lambda: _read(path, targets))
         except CorruptCheckpointError as error:
             corruption = error
-    failed = gather_rows(np.array([corruption is not None]))
+    failed = mesh.gather_rows(np.array([corruption is not None]))
     if items is None or failed.any():
         raise corruption or CorruptCheckpointError(
             f"process {failed.argmax()} cannot read it"

@@ -18,7 +18,7 @@ from grpo_jax.checkpointing.corruption import CorruptCheckpointError
 from grpo_jax.config.files import to_jsonable
 from grpo_jax.parallel.mesh import named_leaves
 
-SCHEMA = 1
+_SCHEMA = 1
 _SHOWN = 8  # differences that an error message lists
 
 
@@ -37,7 +37,7 @@ def make_metadata(
     leaves = named_leaves(items)
     checksums = np.asarray(array_checksums(list(leaves.values()))).tolist()
     content = {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "run": dict(run),
         "metrics": to_jsonable(metrics or {}),
         "arrays": {
@@ -68,10 +68,10 @@ def check_metadata(metadata: Any, *, name: str) -> None:
     # First the checksum, which every schema has: a changed schema is corruption.
     if metadata.get("sha256") != metadata_sha256(metadata):
         raise CorruptCheckpointError("its metadata does not match its checksum")
-    if metadata["schema"] > SCHEMA:
+    if metadata["schema"] > _SCHEMA:
         raise ValueError(
             f"checkpoint {name} has schema {metadata['schema']}, this version of "
-            f"grpo_jax reads schema {SCHEMA}; use the version that wrote it, or newer."
+            f"grpo_jax reads schema {_SCHEMA}; use the version that wrote it, or newer."
         )
 
 

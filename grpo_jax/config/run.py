@@ -28,8 +28,8 @@ from grpo_jax.config.validation import (
 UNSET: Any = None
 
 # The projections of a layer that can have adapters: of the attention, then of the MLP.
-LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
-LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
+_LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+LORA_TARGETS: tuple[_LoraTarget, ...] = get_args(_LoraTarget)
 
 EMBEDDED = "embedded"  # the small model that comes with the package
 
@@ -82,7 +82,7 @@ class LoraConfig(Section):
     rank: Count | None = None  # width of the adapters; None trains all weights
     alpha: Positive = 32.0  # the adapters' output is scaled by alpha / rank
     # The projections that get adapters.
-    targets: tuple[LoraTarget, ...] = LORA_TARGETS
+    targets: tuple[_LoraTarget, ...] = LORA_TARGETS
 
     @property
     def scale(self) -> float | None:

@@ -1,6 +1,6 @@
-"""What TRL calls the fields of the configuration, for whoever comes with its names."""
+"""TRL's names for the fields of the configuration."""
 
-# Names of TRL's GRPOConfig, and the fields that stand for them; docs/trl.md has all.
+# Names in TRL's GRPOConfig -> our fields; docs/trl.md has all of them.
 TRL_NAMES = {
     "model_name_or_path": "model",
     "output_dir": "run_dir",
@@ -43,5 +43,5 @@ TRL_NAMES = {
     "report_to": "report.wandb",
 }
 
-# Where the rest is explained, as the end of a message.
+# Where all options are explained; ends a message.
 TRL_PAGE = "docs/trl.md says what TRL's options are here"

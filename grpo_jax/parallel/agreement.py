@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from grpo_jax.parallel.mesh import gather_rows
+from grpo_jax.parallel import mesh
 
 # Seconds after which a waiting process asks whether another has failed.
 _POLL_SECONDS = 0.5
@@ -36,7 +36,7 @@ def end_of_work(result: Callable[[float], object]) -> Exception | None:
             waited = time.monotonic() - start >= _POLL_SECONDS
             ended = not (isinstance(raised, TimeoutError) and waited)
             error = raised if ended else None
-        known = gather_rows(np.array([[ended, error is not None]]))
+        known = mesh.gather_rows(np.array([[ended, error is not None]]))
         failed = np.flatnonzero(known[:, 1])
         if failed.size:
             return error or RuntimeError(
@@ -75,7 +75,7 @@ class Agreement:
             yield
             failed = False
         finally:
-            known = gather_rows(np.array([[self.asked, failed]]))
+            known = mesh.gather_rows(np.array([[self.asked, failed]]))
             self.stop = bool(known[:, 0].any())
             others = np.flatnonzero(known[:, 1])
             if not failed and others.size:

@@ -38,10 +38,10 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
     """The mesh of all devices (or of `devices`) with axes data, fsdp, tensor.
 
     Raises:
-      ValueError: as `mesh_sizes`.
+      ValueError: if the sizes in `config` do not fit the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = mesh_sizes(config, len(devices))
+    sizes = _mesh_sizes(config, len(devices))
     return jax.make_mesh(
         sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
@@ -51,13 +51,13 @@ def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
     """The mesh of `count` devices, which need not exist: for shapes and shardings.
 
     Raises:
-      ValueError: as `mesh_sizes`.
+      ValueError: if the sizes in `config` do not fit the number of devices.
     """
-    sizes = mesh_sizes(config, count)
+    sizes = _mesh_sizes(config, count)
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
+def _mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
     """The sizes of the axes data, fsdp and tensor over `count` devices.
 
     Under mode "pmap", which replicates parameters, fsdp is a part of data.

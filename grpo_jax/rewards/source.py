@@ -36,31 +36,32 @@ def changed_rewards(
 
     It is no error, so that a function that fails can be repaired.
     """
-    now = describe_rewards(functions)
-    changed = []
+    now, changed = describe_rewards(functions), []
     for name in {**before, **now}:
         if name not in before or name not in now:
             changed.append(name)
-            continue
-        old, new = before[name], now[name]
-        if not isinstance(old, Mapping):
-            # Older versions of the package stored the SHA-256 of the code, or nothing.
-            if old not in (None, new.get("code", old)):
-                changed.append(name)
-            continue
-        parts = [part for part in {**old, **new} if old.get(part) != new.get(part)]
-        if not parts:
-            continue
-        if "code" in parts:  # other code uses other values: list only common ones
-            parts = [p for p in parts if p in old and p in new and p != "code"]
-        notes = []
-        for part in sorted(parts):
-            then, today = old.get(part, "absent"), new.get(part, "absent")
-            shown = max(len(then), len(today)) <= _SHOWN
-            notes.append(f"{part}: {then} then, {today} now" if shown else part)
-        changed.append(f"{name} ({'; '.join(notes)})" if notes else name)
+        elif (notes := _changes(before[name], now[name])) is not None:
+            changed.append(f"{name} ({'; '.join(notes)})" if notes else name)
     text = f"other reward functions than before: {', '.join(changed)}"
     return [text] if changed else []
+
+
+def _changes(old: Any, new: Mapping[str, str]) -> list[str] | None:
+    """The changed values of a function that has changed; None if it has not."""
+    if not isinstance(old, Mapping):
+        # Older versions of the package stored the SHA-256 of the code, or nothing.
+        return None if old in (None, new.get("code", old)) else []
+    parts = sorted(p for p in {**old, **new} if old.get(p) != new.get(p))
+    if not parts:
+        return None
+    if "code" in parts:  # other code uses other values: list only common ones
+        parts = [p for p in parts if p in old and p in new and p != "code"]
+    notes = []
+    for part in parts:
+        then, today = old.get(part, "absent"), new.get(part, "absent")
+        shown = max(len(then), len(today)) <= _SHOWN
+        notes.append(f"{part}: {then} then, {today} now" if shown else part)
+    return notes
 
 
 def _parts(thing: Any, name: str, seen: set[int]) -> Iterator[tuple[str, str]]:

@@ -20,9 +20,9 @@ from typing import Any
 from grpo_jax.rewards.convention import Failure, Outcome, RewardCall, RewardInputs
 
 # Address space of the worker; an allocation beyond it raises MemoryError there.
-MEMORY_LIMIT_BYTES = 4 * 2**30
+_MEMORY_LIMIT_BYTES = 4 * 2**30
 # Time in which a new process must import the reward functions' modules.
-START_SECONDS = 120.0
+_START_SECONDS = 120.0
 
 
 class Worker:
@@ -69,7 +69,7 @@ class Worker:
                 os.environ["JAX_PLATFORMS"] = platforms
         # Only the child has this end open from now on, so that its death ends the pipe.
         theirs.close()
-        problem = self._receive(START_SECONDS)
+        problem = self._receive(_START_SECONDS)
         if problem is not None:
             self.stop()
             raise ValueError(
@@ -141,7 +141,7 @@ def _serve(connection: Any, pickled: bytes) -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     unlimited = hard == resource.RLIM_INFINITY
-    limit = MEMORY_LIMIT_BYTES if unlimited else min(MEMORY_LIMIT_BYTES, hard)
+    limit = _MEMORY_LIMIT_BYTES if unlimited else min(_MEMORY_LIMIT_BYTES, hard)
     # Not every system can limit the address space; there the worker has no limit.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

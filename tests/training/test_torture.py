@@ -26,4 +26,4 @@ def test_a_tortured_run_ends_in_the_bits_of_an_undisturbed_one(tiny_policy, tmp_
     torture.end()
     tally = torture.tally
     assert tally.kills.total() == 5 and tally.kills["in a save"] == 1, tally
-    assert tally.terminated == 1 and tally.set_aside == 1, tally
+    assert tally.terminated == 1 and tally.quarantined == 1, tally

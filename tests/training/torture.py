@@ -40,7 +40,7 @@ class Tally:
     kills: Counter[str] = dataclasses.field(default_factory=Counter)  # by moment
     terminated: int = 0  # stopped by SIGTERM: saved, exit status 0
     damages: Counter[str] = dataclasses.field(default_factory=Counter)  # by kind
-    set_aside: int = 0  # damaged checkpoints that the runs found
+    quarantined: int = 0  # damaged checkpoints that the runs found
     ended: int = 0  # runs, each in the bits of the undisturbed one
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Tally:
             f"SIGKILLs                  {listed(self.kills)}\n"
             f"SIGTERMs, saved, status 0 {self.terminated}\n"
             f"checkpoints damaged       {listed(self.damages)}\n"
-            f"of them set aside         {self.set_aside}\n"
+            f"of them quarantined       {self.quarantined}\n"
             f"runs ended in same bits   {self.ended}"
         )
 
@@ -171,7 +171,7 @@ class Torture:
         if status == "finished" and self._path.name == "disturbed":
             assert self._outcome() == self._expected
             saves = self._path / "checkpoints"
-            self.tally.set_aside += len(list(saves.glob("*.damaged*")))
+            self.tally.quarantined += len(list(saves.glob("*.damaged*")))
             self.tally.ended += 1
             shutil.rmtree(self._path)
         return status
