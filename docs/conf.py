@@ -1,7 +1,7 @@
 """How Sphinx builds these pages: `make docs`, in which a warning is an error.
 
-The pages are plain Markdown that reads well without it. What it adds are the API pages,
-made from docstrings, and the outputs of the notebook, which it runs.
+The pages are plain Markdown and readable without it. Sphinx adds the API pages, made
+from docstrings, and the output of the notebook, which it runs.
 """
 
 import ast
@@ -74,7 +74,7 @@ def shorten_signature(app, what, name, thing, options, arguments, returned):
 
 
 def list_fields(app, what, name, thing, options, lines) -> None:
-    """Appends each field of a configuration to its docstring: type, default, use."""
+    """Appends the fields of a configuration to its docstring: type, default, meaning."""
     if not (isinstance(thing, type) and issubclass(thing, Section)):
         return
     source = inspect.getsource(thing)
@@ -103,7 +103,7 @@ def comments_of(source: str) -> dict[int, str]:
 
 
 def comment_of(node: ast.AnnAssign, lines: list[str], comments: dict[int, str]) -> str:
-    """What the comments above and beside a field say."""
+    """The comments above and beside a field."""
     first = node.lineno
     while lines[first - 2].lstrip().startswith("#"):
         first -= 1
@@ -117,18 +117,16 @@ def default_of(section: type, name: str) -> str:
     if field.default_factory is not dataclasses.MISSING:
         return "its own defaults"
     if section is config.TrainConfig and field.default is config.UNSET:
-        for_embedded = vars(config.TrainConfig())
-        for_others = vars(config.TrainConfig(model="another"))
-        if name in config._EMBEDDED_RUN:
-            return (
-                f"default ``{shown(for_others[name])}``, with the embedded model "
-                f"``{shown(for_embedded[name])}``"
-            )
+        default = shown(vars(config.TrainConfig(model="another"))[name])
+        embedded = shown(vars(config.TrainConfig())[name])
+        if embedded != default:
+            return f"default ``{default}``, with the embedded model ``{embedded}``"
+        return f"default ``{default}``"
     return f"default ``{shown(field.default)}``"
 
 
 def shown(value: object) -> str:
-    """A default as one would write it: of a section only what is not its default."""
+    """A default as code; for a section, only the fields that differ from its own."""
     if not isinstance(value, Section):
         return repr(value)
     plain = vars(type(value)())

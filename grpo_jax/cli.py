@@ -90,11 +90,6 @@ def train(
     """Train a model by GRPO, or resume the run in --run-dir.
 
     Without flags, the packaged model learns arithmetic.
-
-    Args:
-      run: the configuration, with the file and the preset applied.
-      config: a YAML file of fields, such as a run's config.yaml; flags override it.
-      preset: the objective of a paper; sets all its fields; other flags override it.
     """
     from grpo_jax.reporting.console import is_terminal, next_commands
     from grpo_jax.training import loop
@@ -122,9 +117,6 @@ def plan(
     Takes the flags of train and its own. It needs only the config.json of a model.
 
     Args:
-      run: the configuration, with the file and the preset applied.
-      config: a YAML file of fields, such as a run's config.yaml; flags override it.
-      preset: the objective of a paper; sets all its fields; other flags override it.
       devices: number of devices of the mesh; by default the product of its sizes, or
         the devices of this machine.
       device: v4, v5e, v5p, v6e, a100, h100 or h200, or the type of a TPU slice: v5p-16

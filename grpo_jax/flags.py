@@ -11,12 +11,15 @@ import tyro
 from grpo_jax.config import EMBEDDED, PRESETS, ObjectiveConfig, TrainConfig
 from grpo_jax.config.trl_names import TRL_NAMES, TRL_PAGE
 
-# Types of arguments of a command. A run has no name, so that its flags have no prefix.
+# Arguments of a command. A run has no name, so that its flags have no prefix. The other
+# two are already applied to the run that the command gets: `base_config`.
 Run = Annotated[TrainConfig, tyro.conf.arg(name="")]
-ConfigFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+_FILE = "a YAML file of fields, such as a run's config.yaml; flags override it"
+ConfigFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=_FILE)]
+_PRESET = "the objective of a paper; sets all its fields, which other flags override"
+_NAMES = "{" + ",".join(PRESETS) + "}"
 Preset = Annotated[
-    str | None,
-    tyro.conf.arg(name="objective.preset", metavar="{" + ",".join(PRESETS) + "}"),
+    str | None, tyro.conf.arg(name="objective.preset", metavar=_NAMES, help=_PRESET)
 ]
 
 
