@@ -74,7 +74,7 @@ def shorten_signature(app, what, name, thing, options, arguments, returned):
 
 
 def list_fields(app, what, name, thing, options, lines) -> None:
-    """Appends the fields of a configuration to its docstring: type, default, meaning."""
+    """Appends the fields of a configuration: name, type, default and meaning."""
     if not (isinstance(thing, type) and issubclass(thing, Section)):
         return
     source = inspect.getsource(thing)
