@@ -1,4 +1,4 @@
-"""What a task is: rows with prompts, reward functions, and a test of correctness.
+"""A task: rows with prompts, reward functions, and a test of correctness.
 
 A row is a mapping with a `prompt` (a string, or a list of chat messages) and any
 further columns; reward functions receive the columns by name, a value per completion.
@@ -14,11 +14,11 @@ Row = Mapping[str, Any]
 # f(prompts, completions, **columns) -> one reward per completion, None for "no reward";
 # a plain or an `async def` function. The convention is TRL's GRPOTrainer's.
 RewardFunction = Callable[..., Any]
-# Completion text and its row -> what it gives as its answer, None where it gives none.
+# Completion text and its row -> the answer that it gives, or None.
 # Equal answers are one vote of a majority, so they must be both right or both wrong.
 AnswerReader = Callable[[str, Row], Hashable | None]
 
-# Keywords that reward functions receive besides the columns.
+# Keywords that reward functions also receive.
 RESERVED_COLUMNS = frozenset(
     {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
 )
@@ -60,7 +60,7 @@ class Task:
     name: str
     train: Sequence[Row]
     test: Sequence[Row] = ()  # held-out rows; may be empty
-    held_out: str = ""  # where they come from, to be told; "" where it is plain
+    held_out: str = ""  # where they come from; "" where that is obvious
     rewards: tuple[RewardFunction, ...]
     # Completion text and its row -> right or wrong; None where only rewards can judge.
     is_correct: Callable[[str, Row], bool] | None = None
@@ -68,13 +68,12 @@ class Task:
     is_correct_lenient: Callable[[str, Row], bool] | None = None
     answer: AnswerReader = whole_text
     answer_lenient: AnswerReader | None = None
-    # Judges where comparing cannot tell: a reward function that is given what `answer`
-    # found in place of the completions, and gives 1.0 for right.
+    # The judge where comparing texts is not enough: a reward function that receives
+    # what `answer` found instead of the completions, and returns 1.0 for right.
     verdict: RewardFunction | None = None
     reward_weights: tuple[float, ...] | None = None  # the task's own; None means all 1
-    isolate: bool = (
-        False  # rewards must run in a worker process: they parse model output
-    )
+    # Whether rewards must run in a worker process, because they parse model output.
+    isolate: bool = False
 
     def __post_init__(self) -> None:
         if not self.rewards:
@@ -137,7 +136,7 @@ def reward_functions(given: Any) -> tuple[RewardFunction, ...]:
 
 
 def describe_held_out(task: Task) -> str:
-    """How many rows are held out, and whence, where that is not plain."""
+    """The number of held-out rows, and their source if it is not obvious."""
     if not len(task.test):
         return "none held out"
     source = f" ({task.held_out})" if task.held_out else ""
@@ -152,7 +151,7 @@ def is_conversational(rows: Sequence[Row]) -> bool:
 def first_rows(rows: Sequence[Row], count: int | None) -> Sequence[Row]:
     """The first `count` rows as a list, or all; rows of a file still know their lines.
 
-    Rows are asked for one by one: a slice of a `datasets.Dataset` is no list of rows.
+    Rows are read one by one: a slice of a `datasets.Dataset` is not a list of rows.
     """
     numbers = range(len(rows) if count is None else min(count, len(rows)))
     if isinstance(rows, FileRows):
@@ -168,7 +167,7 @@ def line_of(rows: Sequence[Row], number: int) -> str | None:
 
 
 def place(rows: Sequence[Row], number: int, *, name: str) -> str:
-    """Where to find a row: its line, or its number among the rows of that name."""
+    """The place of a row for messages: its line, or its number among these rows."""
     return line_of(rows, number) or f"{name}: row {number} (counting from 0)"
 
 
@@ -190,12 +189,16 @@ def check_rows(rows: Sequence[Row], *, name: str, count: int | None = None) -> N
         )
     if not len(rows):
         raise ValueError(f"{name} are empty; at least one row is needed.")
-    first: Row | None = None
+    first: Row = {}
     for number, row in enumerate(itertools.islice(rows, count)):
-        problem = _row_problem(row) or _difference(row, first)
+        first = first or row
+        problem = _row_problem(row)
+        if not problem and is_conversational([row]) != is_conversational([first]):
+            problem = "mixes string prompts and chat messages, unlike the first row"
+        if not problem and row.keys() != first.keys():
+            problem = f"has the columns {_listed(row)}, the first has {_listed(first)}"
         if problem:
             raise ValueError(f"{place(rows, number, name=name)} {problem}.")
-        first = row if first is None else first
 
 
 def completion_text(completion: str | Sequence[Mapping[str, str]]) -> str:
@@ -206,7 +209,7 @@ def completion_text(completion: str | Sequence[Mapping[str, str]]) -> str:
 
 
 def _row_problem(row: Any) -> str | None:
-    """What is wrong with one row by itself, or None."""
+    """What is wrong with one row on its own, or None."""
     if not isinstance(row, Mapping):
         return f"is a {type(row).__name__}; expected a mapping such as a dict"
     if "prompt" not in row:
@@ -245,17 +248,6 @@ def _message_problem(message: Any) -> str | None:
         if not isinstance(value, str):
             kind = type(value).__name__
             return f"its {field!r} is {reprlib.repr(value)}, a {kind}"
-    return None
-
-
-def _difference(row: Row, first: Row | None) -> str | None:
-    """How a row differs in kind from the first one, or None."""
-    if first is None:
-        return None
-    if isinstance(row["prompt"], str) != isinstance(first["prompt"], str):
-        return "mixes string prompts and chat messages; the first has the other kind"
-    if row.keys() != first.keys():
-        return f"has the columns {_listed(row)}, the first has {_listed(first)}"
     return None
 
 

@@ -10,13 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from grpo_jax.tasks.answers import last_number, marked_number, parse_number
-from grpo_jax.tasks.base import (
-    FileRows,
-    Row,
-    Task,
-    completion_text,
-    place,
-)
+from grpo_jax.tasks.base import FileRows, Row, Task, completion_text, place
 from grpo_jax.tasks.jsonl import read_splits
 from grpo_jax.tasks.numbers import number_text
 
@@ -54,7 +48,7 @@ def accuracy_reward(
 ) -> list[float]:
     """1.0 where the number after the last `####` is the gold answer, else 0.0."""
     return [
-        float(_equal(marked_number(completion_text(completion)), gold))
+        float(is_correct(completion_text(completion), {"answer": gold}))
         for completion, gold in zip(completions, answer, strict=True)
     ]
 

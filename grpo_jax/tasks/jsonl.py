@@ -29,8 +29,11 @@ def jsonl_task(path: str) -> Task:
     number); see `read_splits` for the held-out rows, `answer_reward` for the reward.
     """
     train, test, held_out = read_splits(path)
-    for rows in (train, test):
-        _check_answers(rows)
+    for rows in filter(None, (train, test)):
+        check_rows(rows, name=f"rows of {rows.file}")
+        for number, row in enumerate(rows):
+            if problem := _answer_problem(row):
+                raise ValueError(f"{line_of(rows, number)} {problem}.")
     return Task(
         name=Path(path).stem,
         train=train,
@@ -49,9 +52,9 @@ def answer_reward(
 ) -> list[float]:
     """1.0 for each completion that gives the answer, else 0.0.
 
-    A number must be the last number of the completion; any other answer must be the
-    whole completion, letter case, runs of spaces, a final period and variants of the
-    same character aside.
+    A number must be the last number of the completion. Any other answer must be the
+    whole completion. Letter case, runs of spaces, a final period and variants of the
+    same character do not matter.
     """
     return [
         float(same_answer(completion_text(completion), str(expected)))
@@ -70,22 +73,22 @@ def is_correct_lenient(completion: str, row: Mapping[str, Any]) -> bool:
 
 
 def read_answer(completion: str, row: Mapping[str, Any]) -> str | None:
-    """What a completion answers, of the kind of the row's answer; None for nothing.
+    """The answer that a completion gives, or None.
 
-    Its last number where that is a number, else the whole of it.
+    Its last number if the row's answer is a number, else the whole completion.
     """
     return answer_like(completion, str(row["answer"]))
 
 
 def read_answer_lenient(completion: str, row: Mapping[str, Any]) -> str | None:
-    """The same for the answer at its end, unless the whole gives the right one."""
+    """The same for the answer at its end, unless the whole completion is right."""
     if is_correct(completion, row):
         return read_answer(completion, row)
     return read_answer(last_answer(completion) or "", row)
 
 
 def read_splits(path: str) -> tuple[FileRows, FileRows, str]:
-    """Returns training and held-out rows of a file or folder, and whence the latter.
+    """Returns training rows, held-out rows and their source, from a file or folder.
 
     Held-out rows are those of the file beside it whose name has `test` for `train`
     (`train.jsonl` and `test.jsonl`); without one, a fixed tenth of the rows, at most
@@ -101,34 +104,38 @@ def read_splits(path: str) -> tuple[FileRows, FileRows, str]:
     sibling = _test_file(file)
     if sibling is not None:
         return rows, read_jsonl(sibling), f"those of {sibling}"
-    train, test = _split(rows)
-    return train, test, f"a fixed tenth of {file}, at most {HELD_OUT_MOST}"
+    count = min(HELD_OUT_MOST, int(len(rows) * HELD_OUT_FRACTION))
+    order = random.Random(_SPLIT_SEED).sample(range(len(rows)), len(rows))
+    held_out = set(order[:count])
+    train = rows.pick(index for index in range(len(rows)) if index not in held_out)
+    source = f"a fixed tenth of {file}, at most {HELD_OUT_MOST}"
+    return train, rows.pick(order[:count]), source
 
 
 def _test_file(file: Path) -> Path | None:
-    """The file of held-out rows that lies beside a file of training rows, if any."""
+    """The file of held-out rows beside a file of training rows, if any.
+
+    `test` replaces one `train` in the name, or all of them, in the same letter case.
+    """
+
+    def test_for(found: re.Match[str]) -> str:
+        if found[0].isupper():
+            return "TEST"
+        return "Test" if found[0][0].isupper() else "test"
+
     name = file.name
-    places = [found.span() for found in re.finditer("train", name, re.IGNORECASE)]
-    names = {
-        name[:start] + _in_case("test", name[start:end]) + name[end:]
-        for start, end in places
+    names = {re.sub("train", test_for, name, flags=re.IGNORECASE)} | {
+        name[: found.start()] + test_for(found) + name[found.end() :]
+        for found in re.finditer("train", name, re.IGNORECASE)
     }
-    names.add(
-        re.sub("train", lambda found: _in_case("test", found[0]), name, flags=re.I)
-    )
-    found = sorted(n for n in names - {name} if file.with_name(n).is_file())
-    if len(found) > 1:
+    present = sorted(n for n in names - {name} if file.with_name(n).is_file())
+    if len(present) > 1:
         raise ValueError(
-            f"{file} has several files of held-out rows beside it: {', '.join(found)}; "
-            "leave one, or name a folder with train.jsonl and test.jsonl."
+            f"{file} has several files of held-out rows beside it: "
+            f"{', '.join(present)}; leave one, or name a folder with train.jsonl and "
+            "test.jsonl."
         )
-    return file.with_name(found[0]) if found else None
-
-
-def _in_case(word: str, pattern: str) -> str:
-    if pattern.isupper():
-        return word.upper()
-    return word.capitalize() if pattern[0].isupper() else word
+    return file.with_name(present[0]) if present else None
 
 
 def read_jsonl(file: Path) -> FileRows:
@@ -139,23 +146,20 @@ def read_jsonl(file: Path) -> FileRows:
     """
     if not file.is_file():
         raise ValueError(f"{file} is not a file.")
+    try:
+        # A byte order mark at the start of the file is accepted and dropped.
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}.") from error
     rows, lines = [], []
     # Not splitlines(): strings in JSON may hold U+2028 and other line separators.
-    for number, line in enumerate(_text(file).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             rows.append(_object(line, where=f"{file}, line {number}"))
             lines.append(number)
     if not rows:
         raise ValueError(f"{file} has no rows; at least one is needed.")
     return FileRows(rows, file=str(file), lines=lines)
-
-
-def _text(file: Path) -> str:
-    try:
-        # A byte order mark at the start of the file is accepted and dropped.
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}.") from error
 
 
 def _object(line: str, *, where: str) -> dict[str, Any]:
@@ -190,24 +194,6 @@ def _finite(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"{text} is larger than a float can be; write it as a string")
     return value
-
-
-def _split(rows: FileRows) -> tuple[FileRows, FileRows]:
-    count = min(HELD_OUT_MOST, int(len(rows) * HELD_OUT_FRACTION))
-    order = random.Random(_SPLIT_SEED).sample(range(len(rows)), len(rows))
-    held_out = set(order[:count])
-    train = rows.pick(index for index in range(len(rows)) if index not in held_out)
-    return train, rows.pick(order[:count])
-
-
-def _check_answers(rows: FileRows) -> None:
-    if not rows:
-        return
-    check_rows(rows, name=f"rows of {rows.file}")
-    for number, row in enumerate(rows):
-        problem = _answer_problem(row)
-        if problem:
-            raise ValueError(f"{line_of(rows, number)} {problem}.")
 
 
 def _answer_problem(row: Mapping[str, Any]) -> str | None:

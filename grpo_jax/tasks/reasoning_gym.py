@@ -4,6 +4,7 @@ Stojanovski et al. 2025, https://arxiv.org/abs/2505.24760; needs the extra `task
 scorers evaluate what the model wrote, so they run in the isolated worker process only.
 """
 
+import collections
 import contextlib
 import difflib
 import functools
@@ -33,14 +34,15 @@ _LOG = logging.getLogger(__name__)
 
 
 def reasoning_gym_task(dataset: str, *, seed: int) -> Task:
-    """Returns the data set of that name; its problems are made when they are asked for.
+    """Returns the data set of that name; problems are made when they are read.
 
     The seed decides the training problems; the held-out ones are the same for every
-    seed. In data sets with few distinct problems the two can coincide. Where several
-    answers are right, only the isolated scorer can tell: `is_correct` is then None and
-    `verdict` judges.
+    seed. In data sets with few distinct problems the two can coincide. If several
+    answers can be right, `is_correct` is None and `verdict` judges: only the isolated
+    scorer can then decide.
     """
-    known = _library().factory.DATASETS
+    library = _library()
+    known = library.factory.DATASETS
     if dataset not in known:
         near = difflib.get_close_matches(dataset, known, n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -48,7 +50,9 @@ def reasoning_gym_task(dataset: str, *, seed: int) -> Task:
             f"reasoning_gym has no data set {dataset!r}.{hint} It has {len(known)}: "
             f"{', '.join(sorted(known))}."
         )
-    compares = _compares(dataset)
+    # Whether the library compares the answer as a text with the one right answer.
+    scorer = known[dataset][0].score_answer
+    compares = scorer is library.dataset.ProceduralDataset.score_answer
     train_seed = (seed % _DISTINCT_SEEDS + 1) * TRAIN_ROWS
     _probe(dataset, train_seed)
     return Task(
@@ -75,8 +79,8 @@ def answer_score(
 ) -> list[float]:
     """1.0 where the library gives the tagged answer its full score, else 0.0.
 
-    Partial credit is not passed on: most of the library's scorers give some to any text
-    that contains the answer, and a little to every text, which a policy learns to farm.
+    Partial credit counts as 0. Most of the library's scorers give some to any text that
+    contains the answer, and a little to every text; a policy learns to exploit that.
     Run it in the isolated worker: scorers of several data sets evaluate the answer,
     and `9**9**9**9` as an answer to a countdown keeps one busy for ever.
     """
@@ -126,10 +130,11 @@ def _is_right(scorer: Any, answer: str, entry: dict[str, Any]) -> bool:
 def _probe(dataset: str, seed: int) -> None:
     """Tries the scorer on right and wrong answers to the first problems.
 
+    Warns of each kind of wrong answer that is right for every problem.
+
     Raises:
       ValueError: if the problems cannot be made, if nonsense is right, or if the right
-        answer is not: nothing could be learned. What is wrong and yet right for every
-        problem is a warning.
+        answer is not. Then nothing could be learned.
     """
     library = f"reasoning_gym {version('reasoning_gym')}"
     try:
@@ -139,38 +144,27 @@ def _probe(dataset: str, seed: int) -> None:
         raise ValueError(
             f"{library} cannot make problems of {dataset!r} without options: {error}."
         ) from error
+    fault, verdicts = None, collections.defaultdict(list)
     with _prints_aside():
-        fault = next(filter(None, (_fault(scorer, entry) for entry in entries)), None)
-        taken = _taken(scorer, entries)
+        for entry in entries:
+            gold = entry["answer"]
+            if _is_right(scorer, _NONSENSE, entry):
+                fault = fault or f"{_NONSENSE!r} for right"
+            elif gold is not None and not _is_right(scorer, str(gold), entry):
+                fault = fault or f"its own answer {str(gold)[:80]!r} for wrong"
+            for kind, wrong in _wrong_answers(entry, entries):
+                verdicts[kind].append(_is_right(scorer, wrong, entry))
     if fault is not None:
         raise ValueError(
             f"the scorer of {dataset!r} in {library} takes {fault}: nothing can be "
             "learned from it; choose another data set."
         )
-    for kind in taken:
-        _LOG.warning(
-            "the scorer of %r in %s takes %s for right: a policy may learn that",
-            *(dataset, library, kind),
-        )
-
-
-def _fault(scorer: Any, entry: dict[str, Any]) -> str | None:
-    """What is wrong with the verdict on nonsense or on the right answer, or None."""
-    if _is_right(scorer, _NONSENSE, entry):
-        return f"{_NONSENSE!r} for right"
-    gold = entry["answer"]
-    if gold is not None and not _is_right(scorer, str(gold), entry):
-        return f"its own answer {str(gold)[:80]!r} for wrong"
-    return None
-
-
-def _taken(scorer: Any, entries: Sequence[dict[str, Any]]) -> list[str]:
-    """The kinds of wrong answers that are right for every problem."""
-    verdicts: dict[str, list[bool]] = {}
-    for entry in entries:
-        for kind, wrong in _wrong_answers(entry, entries):
-            verdicts.setdefault(kind, []).append(_is_right(scorer, wrong, entry))
-    return [kind for kind, right in verdicts.items() if all(right)]
+    for kind, right in verdicts.items():
+        if all(right):
+            _LOG.warning(
+                "the scorer of %r in %s takes %s for right: a policy may learn that",
+                *(dataset, library, kind),
+            )
 
 
 def _wrong_answers(
@@ -209,13 +203,6 @@ class _GeneratedRows(Sequence[Mapping[str, Any]]):
             "dataset_seed": self._seed,
             "index": number,
         }
-
-
-def _compares(dataset: str) -> bool:
-    """Whether the library judges this data set by comparing texts."""
-    base = _library().dataset.ProceduralDataset
-    kind = _library().factory.DATASETS[dataset][0]
-    return kind.score_answer is base.score_answer
 
 
 def _is_correct(completion: str, row: Mapping[str, Any]) -> bool:
