@@ -1,7 +1,7 @@
-"""What a person sees while a run goes on: a live display, or plain lines in a log.
+"""Shows a run while it goes on: a live display, or plain lines in a log.
 
-Everything passes through the library's logger, so that records of other modules appear
-here too, and all of it in `log.txt` where `logs.attach_log_file` is at work.
+Everything passes through the library's logger. So records of other modules appear here
+too, and `logs.attach_log_file` also writes all of it to `log.txt`.
 """
 
 import contextlib
@@ -26,7 +26,16 @@ from rich.text import Text
 from grpo_jax.config import ReportConfig, TrainConfig
 from grpo_jax.config.files import to_jsonable
 from grpo_jax.reporting import logs
-from grpo_jax.reporting import metrics as names
+from grpo_jax.reporting.metrics import (
+    ACCURACY,
+    CLIPPED_RATIO,
+    EVAL_REWARD,
+    GRAD_NORM,
+    KL,
+    MEAN_LENGTH,
+    REWARD,
+    TOKENS_PER_SECOND,
+)
 from grpo_jax.reporting.text import (
     Prompt,
     duration_text,
@@ -34,21 +43,21 @@ from grpo_jax.reporting.text import (
     prompt_text,
 )
 
-# Lines about single steps; a live display shows them in its own way.
+# The logger of lines about single steps. A live display draws those itself.
 _PROGRESS = logs.LOGGER.getChild("progress")
 
 # Name on the screen, metric, format.
 _SHOWN = (
-    ("reward", names.REWARD, "{:.3f}"),
-    ("accuracy", names.ACCURACY, "{:.1%}"),
-    ("held-out reward", names.EVAL_REWARD, "{:.3f}"),
-    ("kl", names.KL, "{:.4f}"),
-    ("length", names.MEAN_LENGTH, "{:.1f}"),
-    ("cut", names.CLIPPED_RATIO, "{:.0%}"),
-    ("grad", names.GRAD_NORM, "{:.3g}"),
-    ("tok/s", names.TOKENS_PER_SECOND, "{:,.0f}"),
+    ("reward", REWARD, "{:.3f}"),
+    ("accuracy", ACCURACY, "{:.1%}"),
+    ("held-out reward", EVAL_REWARD, "{:.3f}"),
+    ("kl", KL, "{:.4f}"),
+    ("length", MEAN_LENGTH, "{:.1f}"),
+    ("cut", CLIPPED_RATIO, "{:.0%}"),
+    ("grad", GRAD_NORM, "{:.3g}"),
+    ("tok/s", TOKENS_PER_SECOND, "{:,.0f}"),
 )
-_SAMPLE_SECONDS = 3.0  # a sample stays at least so long, to be read
+_SAMPLE_SECONDS = 3.0  # the shortest time that a sample stays, so that it can be read
 _SAMPLE_LINES = 6  # of the prompt, and of the completion
 
 
@@ -86,7 +95,7 @@ class Console:
         if self._enabled:
             if is_terminal(self._stream):
                 self._live = rich.live.Live(
-                    console=self._screen, get_renderable=self._shown
+                    console=self._screen, get_renderable=self._display
                 )
                 self._live.__enter__()
                 self._open.push(self._live)
@@ -110,8 +119,8 @@ class Console:
         if not self._enabled:
             return
         self._step = step
-        # An evaluation stays on display until the next one.
-        # Replaced, not changed: the thread that redraws may be reading it.
+        # Merged, so that an evaluation stays on display until the next one. A new dict,
+        # because the thread that redraws may be reading the old one.
         self._latest = self._latest | to_jsonable(metrics)
         self._clock.tick(step)
         if step % self._every == 0 or step in (1, self._total):
@@ -120,14 +129,22 @@ class Console:
     def sample(
         self, prompt: Prompt, completion: str, rewards: Mapping[str, float | None]
     ) -> None:
-        """Show a completion with its rewards by name; only a live display does."""
+        """Show a completion with its rewards by name, on a live display only."""
         now = time.monotonic()
         if self._live is None or now < self._sample_time + _SAMPLE_SECONDS:
             return
         self._sample_time = now
-        # It stays on display while further steps end.
-        title = f"a completion of step {self._step}"
-        self._sample = _sample_panel(title, prompt_text(prompt), completion, rewards)
+        scores = "  ".join(
+            f"{name} {'none' if value is None else format(value, '.3g')}"
+            for name, value in rewards.items()
+        )
+        body = Text()
+        body.append(_last_lines(prompt_text(prompt)) + "\n", style="dim")
+        body.append(_last_lines(completion) + "\n")
+        body.append(escape_control_chars(scores), style="bold")
+        # The title names the step, because the sample stays while further steps end.
+        title = Text(f"a completion of step {self._step}")
+        self._sample = Panel(body, title=title, title_align="left")
 
     def note(self, text: str) -> None:
         """Show a line of information."""
@@ -135,7 +152,7 @@ class Console:
             logs.LOGGER.info(text)
 
     def phase(self, text: str) -> None:
-        """Show what begins, once: only the first time it has to be compiled."""
+        """Show the name of a phase, once: only its first time has to be compiled."""
         if text not in self._phases:
             self._phases.add(text)
             self.note(text)
@@ -158,7 +175,12 @@ class Console:
         known = {name: value for name, value in plain.items() if value is not None}
         width = max(map(len, known), default=0)
         for name, value in known.items():
-            logs.LOGGER.info(f"{name:<{width}}  {_summary_text(name, value)}")
+            text = str(value)
+            if isinstance(value, float):
+                seconds = name == "seconds"
+                text = duration_text(value) if seconds else f"{value:.4g}"
+                text = f"{value:.1%}" if "accuracy" in name else text
+            logs.LOGGER.info(f"{name:<{width}}  {text}")
 
     def show(self, record: logging.LogRecord) -> None:
         """Write one record of the logger to the stream."""
@@ -179,13 +201,13 @@ class Console:
             self._stream.write(safe + "\n")
             self._stream.flush()
         except OSError:
-            self._fall_silent()
+            self._drop_stream()
 
-    def _fall_silent(self) -> None:
-        """Go on without a reader, as after `| head`: the run is worth more than that.
+    def _drop_stream(self) -> None:
+        """Go on without a reader, as after `| head`: the run must not fail with it.
 
-        What is left in the stream's buffer must not fail at the end of the program
-        either, so its file becomes one that takes everything.
+        The stream's buffer is flushed at the end of the program and would fail then. So
+        its file descriptor becomes that of the null device.
         """
         nowhere = self._open.enter_context(open(os.devnull, "w"))
         with contextlib.suppress(OSError, ValueError):
@@ -198,33 +220,30 @@ class Console:
         ending = [f"left {duration_text(left)}"] if left is not None else []
         return "  ".join([f"step {self._step}/{self._total}", *values, *ending])
 
-    def _shown(self) -> rich.console.Group:
+    def _display(self) -> rich.console.Group:
         """The live display; drawn again several times a second, so that time passes."""
-        table = [self._table()] if self._latest else []
-        sample = [] if self._sample is None else [self._sample]
-        return rich.console.Group(self._bar(), *table, *sample)
-
-    def _bar(self) -> Table:
-        bar = Table.grid(padding=(0, 1))
         left = self._clock.left()
+        bar = Table.grid(padding=(0, 1))
         bar.add_row(
             Text(f"step {self._step}/{self._total}", style="bold"),
             ProgressBar(total=self._total, completed=self._step, width=40),
             Text(f"{duration_text(self._clock.elapsed())} so far"),
             Text("" if left is None else f"{duration_text(left)} left"),
         )
-        return bar
-
-    def _table(self) -> Table:
-        table = Table.grid(padding=(0, 3))
-        shown = _formatted(self._latest)
-        table.add_row(*(Text(label, style="dim") for label, _ in shown))
-        table.add_row(*(Text(text, style="bold") for _, text in shown))
-        return table
+        parts: list[Table | Panel] = [bar]
+        if self._latest:
+            shown = _formatted(self._latest)
+            table = Table.grid(padding=(0, 3))
+            table.add_row(*(Text(label, style="dim") for label, _ in shown))
+            table.add_row(*(Text(text, style="bold") for _, text in shown))
+            parts.append(table)
+        if self._sample is not None:
+            parts.append(self._sample)
+        return rich.console.Group(*parts)
 
 
 def next_commands(run_dir: Path, config: TrainConfig) -> str:
-    """What can be done with a run that has ended, a command per line."""
+    """The commands for a run that has ended, one per line."""
     folder = shlex.quote(str(run_dir))
     best = " --step best" if config.checkpoint.keep_best else ""
     adapter = "" if config.lora.rank is None else " --adapter"
@@ -255,12 +274,12 @@ class _Clock:
     def __init__(self, total_steps: int) -> None:
         self._total = total_steps
         self._start = time.monotonic()
-        # The first step that was seen, and when.
+        # The first step that ended here, and the time.
         self._first: tuple[int, float] | None = None
         self._latest = (0, self._start)
 
     def tick(self, step: int) -> None:
-        """Note that `step` has ended; step 0 is an evaluation and does not count."""
+        """Record the end of `step`; step 0 is an evaluation and does not count."""
         if step == 0:
             return
         self._latest = (step, time.monotonic())
@@ -281,13 +300,13 @@ class _Clock:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a person reads a stream: no file, no pipe, no job of a CI."""
+    """Whether a person reads the stream: not a file, a pipe or a CI job."""
     dumb = os.environ.get("TERM", "") in ("", "dumb")
     return stream.isatty() and not dumb and not os.environ.get("CI")
 
 
 def _formatted(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Label and text of the metrics that people watch and that are there."""
+    """Label and text of the metrics in `_SHOWN` that are present."""
     plain = to_jsonable(metrics)
     return [
         (label, "-" if plain[name] is None else form.format(plain[name]))
@@ -296,30 +315,8 @@ def _formatted(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _summary_text(name: str, value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    if "accuracy" in name:
-        return f"{value:.1%}"
-    return duration_text(value) if name == "seconds" else f"{value:.4g}"
-
-
-def _sample_panel(
-    title: str, prompt: str, completion: str, rewards: Mapping[str, float | None]
-) -> Panel:
-    scores = "  ".join(
-        f"{name} {'none' if value is None else format(value, '.3g')}"
-        for name, value in rewards.items()
-    )
-    body = Text()
-    body.append(_shortened(prompt) + "\n", style="dim")
-    body.append(_shortened(completion) + "\n")
-    body.append(escape_control_chars(scores), style="bold")
-    return Panel(body, title=Text(title), title_align="left")
-
-
-def _shortened(text: str) -> str:
-    """The last lines of a long text, where a prompt asks and a completion answers."""
+def _last_lines(text: str) -> str:
+    """The end of a long text: there a prompt asks and a completion answers."""
     lines = escape_control_chars(text).expandtabs(4).strip("\n").split("\n")
     cut = ["..."] if len(lines) > _SAMPLE_LINES else []
     lines = cut + lines[-_SAMPLE_LINES:]

@@ -1,11 +1,11 @@
-"""Tells when rewards teach nothing: every group of completions has equal ones."""
+"""Warns when rewards give no signal: they are equal within every group."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from grpo_jax.reporting import metrics as names
+from grpo_jax.reporting.metrics import EQUAL_GROUPS, REWARD, series
 
-_IN_A_ROW = 10  # steps after which it is told, and again after twice as many
+_IN_A_ROW = 10  # steps before the first warning; the next comes after twice as many
 _CHECK = (
     "Read the completions, and call the reward on one that you write yourself; "
     "docs/troubleshooting.md, 'The reward stays flat', says what else to try."
@@ -22,7 +22,7 @@ class EqualGroups:
 
     def check(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Look at the metrics of one more step."""
-        if metrics.get(names.EQUAL_GROUPS) != 1.0:
+        if metrics.get(EQUAL_GROUPS) != 1.0:
             self._first, self._next = None, _IN_A_ROW
             return
         self._first = self._first or step
@@ -36,15 +36,15 @@ class EqualGroups:
 
 
 def taught_nothing(history: Sequence[Mapping[str, Any]]) -> str | None:
-    """What to say at the end of a run in which rewards never differed; else None.
+    """A message for the end of a run in which rewards never differed; else None.
 
     Args:
-      history: the lines of its metrics.
+      history: the lines of the run's metrics.
     """
     steps = [line for line in history if line["step"] > 0]
-    if not steps or any(line.get(names.EQUAL_GROUPS) != 1.0 for line in steps):
+    if not steps or any(line.get(EQUAL_GROUPS) != 1.0 for line in steps):
         return None
-    _, rewards = names.series(steps, names.REWARD)
+    _, rewards = series(steps, REWARD)
     low, high = min(rewards, default=None), max(rewards, default=None)
     seen = "no completion had one" if low is None else f"the mean was {low:.4g}"
     if low != high:

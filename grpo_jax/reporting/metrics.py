@@ -1,4 +1,4 @@
-"""Names and numbers of a run: what is computed, how it is written and read back.
+"""The metrics of a run: their names, how they are computed, and how files are read.
 
 Names are TRL's where TRL has one
 (https://huggingface.co/docs/trl/grpo_trainer#logged-metrics). Lengths are in tokens,
@@ -18,12 +18,12 @@ from jaxtyping import Bool, Float, Int
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_DIR = "completions"
 
-# Metrics that people look at, and that console, plots and page therefore name.
+# Metrics that console, plots and report page name.
 REWARD = "reward"
 REWARD_STD = "reward_std"
 EQUAL_GROUPS = "frac_reward_zero_std"
 ACCURACY = "eval/accuracy"
-EVAL_REWARD = "eval/reward"  # where a task cannot tell right from wrong
+EVAL_REWARD = "eval/reward"  # for tasks without a test of correctness
 KL = "kl"
 ENTROPY = "entropy"
 GRAD_NORM = "grad_norm"
@@ -37,7 +37,7 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 def completion_metrics(
     lengths: Int[np.ndarray, "N G"], finished: Bool[np.ndarray, "N G"]
 ) -> dict[str, float]:
-    """Lengths of the completions, and of those that ended by themselves ("terminated").
+    """Lengths of the completions, and of those that ended on their own ("terminated").
 
     `completions/clipped_ratio` is the share cut at the token limit. When none ended,
     the three terminated lengths are 0, as in TRL.
@@ -101,7 +101,7 @@ def read_completions(run_dir: str | Path, step: int) -> list[dict[str, Any]]:
 
 
 def completions_file(run_dir: str | Path, step: int) -> Path:
-    """Where the completions of `step` are kept."""
+    """The file of the completions of `step`."""
     return Path(run_dir) / COMPLETIONS_DIR / f"step_{step:06d}.jsonl"
 
 
@@ -124,7 +124,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             records.append(json.loads(line))
-        # A line cut within a character, or filled with zeros, is not even text.
+        # ValueError also covers a line that is not text: cut within a character, or
+        # filled with zeros.
         except ValueError as error:
             if number == len(lines):
                 break

@@ -1,4 +1,4 @@
-"""Curves of one run or several over each other, as a PNG."""
+"""Curves of one run, or of several in the same panels, as PNG or SVG."""
 
 import io
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito 2008, told apart with every kind of color vision;
-# https://jfly.uni-koeln.de/color/. Yellow is left out: too faint on white.
+# Okabe and Ito 2008, https://jfly.uni-koeln.de/color/: people with every kind of color
+# vision can tell these apart. Without yellow, which is too faint on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _STYLES = ("-", "--", "-.", ":")
 # From here on single steps are drawn faint, with their running mean over them.
@@ -25,7 +25,7 @@ _MANY_STEPS = 40
 
 
 def plot_runs(run_dirs: Sequence[str | Path], out_png: str | Path) -> Path:
-    """The path of a PNG in which the runs' curves lie over each other.
+    """The path of a PNG with the runs' curves in the same panels.
 
     Metrics that no run has are left out. Raises ValueError without any run, for a
     directory without metrics, and when there is nothing to draw.
@@ -59,11 +59,14 @@ def make_figure(
     rows = -(-len(panels) // columns)
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
     figure = Figure(figsize=(4.6 * columns, 2.8 * rows + 0.6), layout=layout)
-    limits = _step_limits(runs)
+    # One horizontal range for all panels, so that they can be read across.
+    steps = [line["step"] for history in runs.values() for line in history]
+    first, last = min(steps), max(steps)
+    margin = max(0.02 * (last - first), 0.5)
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         _draw_panel(axes, panel, runs)
-        axes.set_xlim(*limits)
+        axes.set_xlim(first - margin, last + margin)
     _name_runs(figure, list(runs))
     return figure
 
@@ -89,18 +92,19 @@ def to_svg(figure: "Figure") -> str:
 def _draw_panel(
     axes: "Axes", panel: Panel, runs: dict[str, list[dict[str, Any]]]
 ) -> None:
-    for (name, history), (color, style) in zip(runs.items(), _looks(), strict=False):
+    # Colors in turn; after the last one they start again, with another line style.
+    looks = ((color, style) for style in cycle(_STYLES) for color in _COLORS)
+    for (name, history), (color, style) in zip(runs.items(), looks, strict=False):
         steps, values = metrics.series(history, panel.metric)
         if not steps:
             continue
-        look = {"color": color, "linestyle": style, "label": name}
-        # A single point has no line, and evaluations are few: show where they are.
+        # A single point has no line, and evaluations are few: mark the points.
         marker = "o" if panel.sparse or len(steps) == 1 else ""
-        if len(steps) < _MANY_STEPS or panel.sparse:
-            axes.plot(steps, values, linewidth=1.6, marker=marker, markersize=4, **look)
-        else:
+        if len(steps) >= _MANY_STEPS and not panel.sparse:
             axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
-            axes.plot(steps, trend(values), linewidth=1.8, **look)
+            values = trend(values)
+        (line,) = axes.plot(steps, values, color=color, linestyle=style, label=name)
+        line.set(linewidth=1.7, marker=marker, markersize=4)
         if panel.band is not None:
             _draw_band(axes, (panel.metric, panel.band), history, color)
     low, high = axes.dataLim.intervaly
@@ -122,7 +126,7 @@ def _draw_panel(
 def _draw_band(
     axes: "Axes", pair: tuple[str, str], history: list[dict[str, Any]], color: str
 ) -> None:
-    """A band as wide as the second metric around the first, both smoothed alike."""
+    """A band of plus and minus the second metric around the first, both smoothed."""
     middle_name, spread_name = pair
     middle_at = dict(zip(*metrics.series(history, middle_name), strict=True))
     spread_at = dict(zip(*metrics.series(history, spread_name), strict=True))
@@ -141,7 +145,7 @@ def _smooth(values: list[float]) -> list[float]:
 
 
 def _name_runs(figure: "Figure", names: list[str]) -> None:
-    """A title for one run; for several a legend below, where it covers no curve."""
+    """A title for one run; for several a legend below the panels."""
     if len(names) == 1:
         figure.suptitle(names[0], fontsize=12, fontweight="bold")
         return
@@ -158,11 +162,6 @@ def _name_runs(figure: "Figure", names: list[str]) -> None:
     )
 
 
-def _looks() -> Any:
-    """Colors in turn; each time they begin again, with another style of line."""
-    return ((color, style) for style in cycle(_STYLES) for color in _COLORS)
-
-
 def _labels(run_dirs: Sequence[str | Path]) -> list[str]:
     """The runs' folder names, or whole paths where names alone would be the same."""
     paths = [Path(run_dir).resolve() for run_dir in run_dirs]
@@ -174,10 +173,3 @@ def _labels(run_dirs: Sequence[str | Path]) -> list[str]:
             f"a run directory is given twice: {', '.join(map(str, paths))}"
         )
     return [str(path) for path in paths]
-
-
-def _step_limits(runs: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
-    """One horizontal range for all panels, so that they can be read across."""
-    steps = [line["step"] for history in runs.values() for line in history]
-    margin = max(0.02 * (max(steps) - min(steps)), 0.5)
-    return min(steps) - margin, max(steps) + margin

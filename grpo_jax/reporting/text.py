@@ -19,24 +19,32 @@ _KEPT = frozenset("\n\t\u200c\u200d")
 
 
 def escape_control_chars(text: str) -> str:
-    r"""`text` with every control and format character written out as an escape.
+    r"""The text with every control and format character written as an escape.
 
     >>> escape_control_chars("\x1b[31mred")
     '\\x1b[31mred'
     """
-    text = text.replace("\r\n", "\n")
-    return "".join(_escaped(char) if _is_unsafe(char) else char for char in text)
+
+    def escaped(char: str) -> str:
+        if char in _KEPT or unicodedata.category(char) not in _UNSAFE:
+            return char
+        code = ord(char)
+        if code < 0x100:
+            return f"\\x{code:02x}"
+        return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+    return "".join(map(escaped, text.replace("\r\n", "\n")))
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The prompt as one text; of chat messages, each with its role before it."""
+    """The prompt as one text; each chat message has its role before it."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def duration_text(seconds: float) -> str:
-    """A length of time in its two largest units, such as `45s`, `3m20s` or `2h05m`."""
+    """A duration in its two largest units, such as `45s`, `3m20s` or `2h05m`."""
     whole = int(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -45,14 +53,3 @@ def duration_text(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
-
-
-def _is_unsafe(char: str) -> bool:
-    return char not in _KEPT and unicodedata.category(char) in _UNSAFE
-
-
-def _escaped(char: str) -> str:
-    code = ord(char)
-    if code < 0x100:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

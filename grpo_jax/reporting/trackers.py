@@ -1,7 +1,7 @@
-"""Where numbers and completions go: JSON lines always, TensorBoard and W&B if asked.
+"""Writes numbers and completions: always JSON lines, on request TensorBoard and W&B.
 
 Every tracker takes the same calls in the order of the steps. Only process 0 of a run
-has trackers; the others get an empty composite.
+has trackers; the other processes get an empty composite.
 """
 
 import contextlib
@@ -15,7 +15,12 @@ from typing import Any, Protocol
 
 from grpo_jax.config import ReportConfig
 from grpo_jax.config.files import to_json_line, to_jsonable, write_text
-from grpo_jax.reporting import metrics as names
+from grpo_jax.reporting.metrics import (
+    METRICS_FILE,
+    completion_steps,
+    completions_file,
+    read_lines,
+)
 from grpo_jax.reporting.text import escape_control_chars, prompt_text
 
 # Completions of one step that TensorBoard shows; all of them are in the JSON lines.
@@ -23,7 +28,7 @@ _SHOWN = 4
 
 
 class Tracker(Protocol):
-    """A place that numbers and completions are sent to."""
+    """A destination of numbers and completions."""
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Record the metrics of one step; called once per step."""
@@ -52,10 +57,10 @@ class Tracker(Protocol):
 def make_tracker(
     config: ReportConfig, run_dir: str | Path, *, enabled: bool = True
 ) -> Tracker:
-    """All trackers that `config` asks for, as one; none when not `enabled`.
+    """All trackers that `config` enables, as one; none when not `enabled`.
 
-    Raises ValueError when one needs a package that is not installed, so make trackers
-    before anything slow starts.
+    Raises ValueError if a package is not installed. So make trackers before anything
+    slow starts.
     """
     if not enabled:
         return CompositeTracker(())
@@ -77,18 +82,18 @@ class JsonlTracker:
     def __init__(self, run_dir: str | Path) -> None:
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        self._path = self._run_dir / names.METRICS_FILE
+        self._path = self._run_dir / METRICS_FILE
         self._file = self._path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Append one line, visible to readers at once."""
+        """Append one line; readers see it at once."""
         line = to_json_line({**metrics, "step": step})
         self._file.write(line + "\n")
         self._file.flush()
 
     def log_completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Write the file of this step, whole or not at all."""
-        path = names.completions_file(self._run_dir, step)
+        path = completions_file(self._run_dir, step)
         path.parent.mkdir(exist_ok=True)
         write_text(path, "".join(to_json_line(row) + "\n" for row in rows))
 
@@ -99,13 +104,13 @@ class JsonlTracker:
 
     def truncate_after(self, step: int) -> None:
         """Drop lines, a torn one too, and completions of later steps, atomically."""
-        kept = [line for line in names.read_lines(self._path) if line["step"] <= step]
+        kept = [line for line in read_lines(self._path) if line["step"] <= step]
         self._file.close()
         write_text(self._path, "".join(to_json_line(line) + "\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
-        for written in names.completion_steps(self._run_dir):
+        for written in completion_steps(self._run_dir):
             if written > step:
-                names.completions_file(self._run_dir, written).unlink()
+                completions_file(self._run_dir, written).unlink()
 
     def close(self) -> None:
         """Flush and close the file of metrics."""
@@ -148,7 +153,7 @@ class TensorBoardTracker:
             self._open_writer.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Begin an event file that hides what the ones before say of later steps."""
+        """Begin an event file that hides the later steps of earlier files."""
         self.close()
         self._purge_step = step + 1
 
@@ -160,12 +165,12 @@ class TensorBoardTracker:
 
     @property
     def _writer(self) -> Any:
-        # Made when there is something to write: an empty file would stay.
+        # Opened at the first write, so that no empty file is left.
         if self._open_writer is None:
             self._open_writer = self._writer_type(
                 self._log_dir,
                 purge_step=self._purge_step,
-                # Files are named by the second; two of one must not be the same.
+                # tensorboardX names files by the second; two could be the same.
                 filename_suffix=f".{time.time_ns()}",
             )
         return self._open_writer
@@ -181,12 +186,16 @@ class WandbTracker:
             raise ValueError(_missing("wandb", "wandb")) from error
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        # The id of this run at W&B stays the same after a restart.
+        id_file = folder / "wandb_id.txt"
+        if not id_file.exists():
+            write_text(id_file, uuid.uuid4().hex[:12])
         self._make_table = wandb.Table
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "grpo_jax"),
             name=os.environ.get("WANDB_NAME", folder.resolve().name),
             dir=str(folder),
-            id=_run_id(folder / "wandb_id.txt"),
+            id=id_file.read_text(encoding="utf-8"),
             resume="allow",
         )
 
@@ -211,7 +220,7 @@ class WandbTracker:
         )
 
     def flush(self) -> None:
-        """Do nothing: a process of W&B's own writes and sends."""
+        """Do nothing: W&B writes and sends in a process of its own."""
 
     def truncate_after(self, step: int) -> None:
         """Do nothing: W&B keeps a step's first value, and a rerun gives the same."""
@@ -261,13 +270,6 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
         for name, value in plain.items()
         if name != "step" and isinstance(value, int | float)
     }
-
-
-def _run_id(path: Path) -> str:
-    """The id of this run at W&B, the same after a restart."""
-    if not path.exists():
-        write_text(path, uuid.uuid4().hex[:12])
-    return path.read_text(encoding="utf-8")
 
 
 def _missing(field: str, package: str) -> str:
