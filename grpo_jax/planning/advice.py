@@ -47,7 +47,7 @@ def _candidates(
     layout = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
     config = dataclasses.replace(config, remat=model.remat, mesh=layout)
     smallest = config.group_size * meshes.batch_shards(mesh)
-    sequences = config.prompts_per_step // config.minibatches * config.group_size
+    sequences = config.prompts_per_update * config.group_size
     default = dataclasses.replace(config, eval_batch_size=None)
     batch = config.eval_batch_size and evaluation_batch(model, default, mesh)
     offload = (*layout.offload, "optimizer")

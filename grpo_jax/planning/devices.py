@@ -1,4 +1,4 @@
-"""What a device can do at most, by the figures of its maker, and what slices hold."""
+"""Memory and peak rates of devices, by their makers, and the devices of TPU slices."""
 
 import re
 from typing import NamedTuple
@@ -23,8 +23,8 @@ DEVICES = {
     "h100": Device(80, 989e12, 3.35e12),
     "h200": Device(141, 989e12, 4.8e12),
 }
-# What `device_kind` says, word for word: an H100 on a PCIe card is a slower one. TPUs:
-# jax/_src/pallas/mosaic/tpu_info.py of JAX.
+# `device_kind` of JAX -> device. Only exact names: an H100 on a PCIe card is slower.
+# TPUs: jax/_src/pallas/mosaic/tpu_info.py of JAX.
 _KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -50,12 +50,12 @@ _SLICES = {
 
 
 def find_device(name: str) -> tuple[Device, int | None]:
-    """The device of a name, and how many a slice has where it is the type of one.
+    """The device of a name, and the number of devices if it is the type of a slice.
 
-    A "v5p" is a device, "v5p-16" a slice of 8: its type counts cores.
+    "v5p" is a device. "v5p-16" is a slice of 8 devices, because its type counts cores.
 
     Raises:
-      ValueError: for a name that is not known, or a slice of half a device.
+      ValueError: for an unknown name, or a slice with half a device.
     """
     if name in DEVICES:
         return DEVICES[name], None

@@ -1,11 +1,10 @@
-"""Floating-point operations that a model must make at least for groups of completions.
+"""The floating-point operations that a model needs at least for groups of completions.
 
-A multiplication and an addition are two operations. Counted are matrix products: the
-projections, the MLP (or the experts that a token passes through, and their router),
-scores and sums of attention over the tokens that each token sees, and the head for each
-completion token. Not counted are norms, rotations, softmax, nonlinearities, biases, the
-products of adapters, padding, and what a backward pass computes again. A prompt counts
-once for its whole group.
+A multiplication and an addition are two operations. Only matrix products count: the
+projections, the MLP (or the router and the experts of a token), attention over the
+tokens that each token sees, and the head for each completion token. Norms, rotations,
+softmax, nonlinearities, biases, adapters, padding and recomputation do not count. A
+prompt counts once for its whole group.
 """
 
 from typing import NamedTuple
@@ -44,10 +43,10 @@ def completion_flops(
     prompts: Int[np.ndarray, " N"],
     lengths: Int[np.ndarray, "N G"],
 ) -> Flops:
-    """Operations of the completions of these lengths, whose prompts are done already.
+    """Operations of the completions of these lengths, without those of their prompts.
 
     A completion of length l has l products with the head but reads only l - 1 tokens:
-    the last one is predicted and never read. So decoding and scoring count alike.
+    the last one is predicted and never read. So decoding and scoring need the same.
     """
     read = np.maximum(lengths - 1, 0)
     per_token = config.num_layers * layer_weights(config)
@@ -63,7 +62,7 @@ def forward_flops(
     prompts: Int[np.ndarray, " N"],
     lengths: Int[np.ndarray, "N G"],
 ) -> Flops:
-    """Operations of log-probabilities of the completions, and as well of sampling."""
+    """Operations of the log-probabilities of completions; sampling needs as many."""
     parts = prefill_flops(config, prompts), completion_flops(config, prompts, lengths)
     return Flops(*map(sum, zip(*parts, strict=True)))
 
@@ -78,7 +77,7 @@ def gradient_flops(forward: Flops, *, frozen: bool = False) -> float:
 
 
 def layer_weights(config: ModelConfig) -> int:
-    """Weights of one layer with which a token is multiplied."""
+    """The number of weights of one layer that multiply a token."""
     queries = config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
     projections = 2 * queries + 2 * keys  # q and o; k and v
@@ -97,7 +96,7 @@ def _pairs(
     """Pairs of a token and one that it sees, itself included, over all layers."""
     total = np.zeros(lengths.shape, np.int64)
     for window in config.layer_window:
-        # The first tokens see all before them, the others as many as the window holds.
+        # The first tokens see all tokens before them, later ones a full window.
         filling = lengths if window is None else np.minimum(lengths, window)
         full = lengths - filling
         total += filling * (filling + 1) // 2 + full * (window or 0)

@@ -1,8 +1,8 @@
 """How much memory each device needs, before anything is loaded or compiled.
 
-Sizes of arrays that stay are exact; what the backward pass keeps is counted by tracing
-the model on the shapes of one device. What a compiler adds or saves on top (fused
-operations, buffers of collectives, fragments) is not known here: see `Estimate`.
+Sizes of arrays that stay are exact. Activations kept for the backward pass are counted
+by tracing the model on the shapes of one device. The compiler adds and saves more by
+fused operations, buffers of collectives and fragments: see `Estimate`.
 """
 
 import dataclasses
@@ -31,26 +31,26 @@ from grpo_jax.planning.programs import (
     training_programs,
 )
 
-# Tokens whose logits are held at once, of `objective.chunked_logprobs`.
+# Tokens whose logits are held at once; the default of `objective.chunked_logprobs`.
 _CHUNK = 1024
-# Arrays of one chunk's logits that live at the same time: forward, and in the backward
-# pass the logits made again, their softmax and their gradient.
+# Arrays of one chunk's logits that exist at the same time. In the backward pass they
+# are the recomputed logits, their softmax and their gradient.
 _CHUNK_ARRAYS = 3
-# Arrays of the sampler's logits: with their softmax, its running sum, the choice.
+# Arrays of the sampler's logits: logits, softmax and its running sum.
 _SAMPLER_ARRAYS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes on one device, by what they are for.
+    """Bytes on one device, by purpose.
 
-    The phases of a step follow one another: rollout, score and update; an evaluation
-    comes now and then. Within a factor of two a phase is what XLA asks for when it
-    compiles the program for CPU; updates come closer.
+    The phases of a step follow one another: rollout, score, update, and at times an
+    evaluation. A phase is within a factor of two of what XLA reports when it compiles
+    the program for CPU; updates are closer.
 
     Attributes:
       always: held all the time.
-      phases: what each phase that the run has holds besides.
+      phases: what each phase of the run holds in addition.
     """
 
     always: Mapping[str, int]
@@ -69,7 +69,7 @@ class Estimate:
 def estimate(
     model: ModelConfig, config: TrainConfig, mesh: Mesh | AbstractMesh
 ) -> Estimate:
-    """The memory that a run needs on each device of a mesh, real or imagined.
+    """The memory that a run needs on each device of a mesh, which may be abstract.
 
     `model` has the compute dtype and remat of the run. A sampler of "auto" counts as
     "gathered".
@@ -77,7 +77,7 @@ def estimate(
     Raises:
       ValueError: if the model does not divide over the mesh, or adapters do not fit it.
     """
-    run = _Run(model, config, mesh)
+    run = _Sizes(model, config, mesh)
     made = _training(run)
     if not is_evaluated(config):
         return made
@@ -89,21 +89,21 @@ def estimate(
 def evaluation_batch(
     model: ModelConfig, config: TrainConfig, mesh: Mesh | AbstractMesh
 ) -> int:
-    """How many held-out prompts an evaluation completes at once, over all devices.
+    """The number of held-out prompts that an evaluation completes at once, in total.
 
-    By default as many as a rollout has sequences, or half of them, and so on, until
-    the evaluation needs no more memory than the rest of the run.
+    By default it is the number of sequences of a rollout. It is halved until the
+    evaluation needs no more memory than the rest of the run.
     """
     if config.eval_batch_size is not None:
         return min(config.eval_batch_size, config.eval_prompts)
-    run = _Run(model, config, mesh)
+    run = _Sizes(model, config, mesh)
     most = sum(run.holds(next(training_programs(config))).values())
     batch = min(config.prompts_per_step * config.group_size, config.eval_prompts)
     peak = functools.cache(lambda: _training(run))
 
     def fits() -> bool:
         size = sum(run.holds(evaluation_program(batch)).values())
-        # The peak takes time to find, and a rollout is often enough.
+        # The rollout is tried first, because finding the peak traces the model.
         return size <= most or size + sum(peak().always.values()) <= peak().peak
 
     while batch > meshes.batch_shards(mesh) and not fits():
@@ -111,36 +111,32 @@ def evaluation_batch(
     return batch
 
 
-def _training(run: "_Run") -> Estimate:
+def _training(run: "_Sizes") -> Estimate:
     """The memory of the steps of a run."""
-    always = {"parameters": run.parameters}
-    moments, reference = 2 * run.trained, run.reference
-    on_host = run.config.mesh.offload
-    if "optimizer" not in on_host:
-        always["optimizer moments"] = moments
-    if "reference" not in on_host:
-        always["reference"] = reference
+    kept = {"optimizer moments": 2 * run.trained, "reference": run.reference}
+    used_in = {"optimizer moments": "update", "reference": "score"}
     phases = {one.phase: run.holds(one) for one in training_programs(run.config)}
-    if "optimizer" in on_host:
-        phases["update"]["optimizer moments"] = moments
-    if "reference" in on_host:
-        phases["score"]["reference"] = reference
+    always = {"parameters": run.parameters}
+    for name, size in kept.items():
+        # Offloaded arrays are on the device only in the phase that uses them.
+        on_host = name.removesuffix(" moments") in run.config.mesh.offload
+        (phases[used_in[name]] if on_host else always)[name] = size
     return Estimate(_positive(always), {k: _positive(v) for k, v in phases.items()})
 
 
 def activation_bytes(
     model: ModelConfig, config: TrainConfig, mesh: Mesh | AbstractMesh
 ) -> int:
-    """Bytes on one device that the backward pass of a microbatch keeps of its forward.
+    """Bytes of activations on one device that a microbatch keeps for its backward pass.
 
     They depend on `model.remat`.
     """
-    return _Run(model, config, mesh).kept(model.remat)
+    return _Sizes(model, config, mesh).kept(model.remat)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """The sizes that an estimate is made of, in bytes on one device."""
+class _Sizes:
+    """The terms of an estimate, in bytes on one device."""
 
     model: ModelConfig
     config: TrainConfig
@@ -168,7 +164,7 @@ class _Run:
 
     @functools.cached_property
     def trained(self) -> int:
-        """What is trained, float32."""
+        """The trained parameters, float32."""
         return _bytes(*(self._adapters or self._places), dtype="float32")
 
     @functools.cached_property
@@ -177,12 +173,12 @@ class _Run:
 
     @property
     def parameters(self) -> int:
-        """What is trained, and the base of adapters."""
+        """The trained parameters, and the frozen base of adapters."""
         return self.trained + (0 if self._adapters is None else self._compute)
 
     @property
     def reference(self) -> int:
-        """The frozen copy; adapters have their base for it."""
+        """The frozen reference; adapters use their base instead."""
         if not self.config.objective.kl_coef:
             return 0
         if self._adapters is None:
@@ -193,24 +189,20 @@ class _Run:
     @property
     def microbatches(self) -> int:
         """Parts into which an update is cut."""
-        sequences = self._update_prompts * self.config.group_size
+        sequences = self.config.prompts_per_update * self.config.group_size
         return sequences // min(self.config.microbatch_size or sequences, sequences)
-
-    @property
-    def _update_prompts(self) -> int:
-        return self.config.prompts_per_step // self.config.minibatches
 
     @property
     def _microbatch(self) -> tuple[int, int]:
         """Prompts on one device, and completions of each, that are held at once."""
         size, group = self.config.microbatch_size, self.config.group_size
-        prompts = self._update_prompts
+        prompts = self.config.prompts_per_update
         if size is not None:
             prompts, group = max(size // group, 1), min(size, group)
         return -(-prompts // meshes.batch_shards(self.mesh)), group
 
     def kept(self, remat: str) -> int:
-        """What the backward pass of a microbatch needs of its forward pass."""
+        """Activations of a microbatch that are kept for its backward pass."""
         prompts, group = self._microbatch
         tensor = self.mesh.shape["tensor"]
         part = dataclasses.replace(
@@ -233,7 +225,7 @@ class _Run:
 
     @functools.cached_property
     def layer(self) -> int:
-        """What one layer of a microbatch holds while it is computed."""
+        """The bytes of one layer of a microbatch while it is computed."""
         return self.kept("none") // self.model.num_layers
 
     @property
@@ -267,7 +259,7 @@ class _Run:
         return jnp.dtype(self.model.dtype).itemsize
 
     def moved(self, *, gradient: bool) -> int:
-        """What comes over fsdp: a layer's weights, and hidden states or the head."""
+        """What is gathered over fsdp: one layer, and hidden states or the head."""
         fsdp, tensor = self.mesh.shape["fsdp"], self.mesh.shape["tensor"]
         if fsdp == 1:
             return 0
@@ -279,12 +271,12 @@ class _Run:
         return self._one_layer + self.item * self.model.hidden_size * tokens
 
     def holds(self, program: Program) -> dict[str, int]:
-        """What a program holds besides what is always there."""
+        """The bytes that a program holds in addition to those that are always held."""
         if program.function == "_generate":
             return self._sampling(program)
         if program.phase == "score":
             return {
-                # Without a gradient an array is gone as soon as the next one is made.
+                # Without a gradient an array is freed once the next one is computed.
                 "activations": self.layer // 4,
                 "log-prob chunks": self.chunks(1),
                 "moved over fsdp": self.moved(gradient=False),
@@ -297,7 +289,7 @@ class _Run:
         }
 
     def _sampling(self, program: Program) -> dict[str, int]:
-        """What sampling holds, from the prompts to the last token."""
+        """The bytes that sampling holds, from the prompts to the last token."""
         model, config, mesh = self.model, self.config, self.mesh
         fsdp = mesh.shape["fsdp"] > 1
         split = fsdp and config.mesh.sampler == "split"
@@ -307,39 +299,31 @@ class _Run:
         prompts = -(-program.prompts // meshes.batch_shards(mesh))
         sequences = prompts * program.completions
         vocabulary = -(-model.vocab_size // mesh.shape["tensor"])
-        # A split sampler gathers embedding and head before the loop, layers within.
-        moved = self._one_layer + 2 * self._head if split else 0
-        # The embedding lies by rows already.
-        turned = 0 if model.tie_embeddings else self._head
+        gathered = 0
+        if fsdp and not split:  # all parameters in the compute dtype, of adapters too
+            gathered = _whole_bytes(*self._places, dtype=model.dtype)
+            if self._adapters is not None:
+                gathered += _whole_bytes(*self._adapters, dtype=model.dtype)
+        # Attention scores, float32 with their softmax, and the MLP of one layer over
+        # prompts of full length.
+        length, tensor = config.max_prompt_tokens, mesh.shape["tensor"]
+        inner = -(-model.intermediate_size // tensor)
+        scores = 2 * 4 * -(-model.num_heads // tensor) * length
+        hidden = self.item * (2 * inner + 4 * model.hidden_size)
         return {
-            "sampler's parameters": self._gathered if fsdp and not split else 0,
-            # By layer and row, which the loop over tokens reads faster.
+            "sampler's parameters": gathered,
+            # Copies by layer, transposed, which decoding reads faster.
             "kernels": cast if split else self._one_layer * model.num_layers,
-            "moved over fsdp": moved,
-            "head": turned,
+            # A split sampler gathers embedding and head before the loop over tokens,
+            # and one layer at a time within it.
+            "moved over fsdp": self._one_layer + 2 * self._head if split else 0,
+            # The transposed head; a tied embedding has this layout already.
+            "head": 0 if model.tie_embeddings else self._head,
             "prompts' keys and values": prompts * config.max_prompt_tokens * entry,
             "own keys and values": sequences * config.max_new_tokens * entry,
             "logits": 4 * _SAMPLER_ARRAYS * sequences * vocabulary,
-            "activations": self._prefill(prompts),
+            "activations": prompts * length * (scores + hidden),
         }
-
-    @property
-    def _gathered(self) -> int:
-        """All parameters in the compute dtype, gathered over fsdp."""
-        whole = _whole_bytes(*self._places, dtype=self.model.dtype)
-        if self._adapters is None:
-            return whole
-        return whole + _whole_bytes(*self._adapters, dtype=self.model.dtype)
-
-    def _prefill(self, prompts: int) -> int:
-        """Attention scores and MLP of one layer over prompts of full length."""
-        model, tensor = self.model, self.mesh.shape["tensor"]
-        length = self.config.max_prompt_tokens
-        heads = -(-model.num_heads // tensor)
-        inner = -(-model.intermediate_size // tensor)
-        scores = 2 * 4 * heads * length  # float32, with their softmax
-        wide = self.item * (2 * inner + 4 * model.hidden_size)
-        return prompts * length * (scores + wide)
 
 
 @functools.lru_cache(maxsize=8)

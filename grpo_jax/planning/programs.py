@@ -1,6 +1,6 @@
-"""The programs of a run in which parameters meet tokens: all that it compiles of them.
+"""The compiled programs of a run that apply the model to tokens.
 
-What else is compiled copies or adds up arrays that these hold, or smaller ones.
+Other compiled programs only copy or add arrays that these hold, or smaller arrays.
 """
 
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from grpo_jax.config import TrainConfig
 
 
 class Program(NamedTuple):
-    """A compiled function, and the batch for which it is compiled, over all devices.
+    """A compiled function and its batch, counted over all devices.
 
     Attributes:
-      function: its name, as JAX tells it.
-      phase: of the run, as in an estimate of memory.
-      prompts: in its arrays.
-      completions: of each prompt.
+      function: its name, as JAX reports it.
+      phase: the phase of the run, as in an estimate of memory.
+      prompts: the number of prompts in its arrays.
+      completions: the number of completions of each prompt.
     """
 
     function: str
@@ -35,10 +35,10 @@ def training_programs(config: TrainConfig) -> Iterator[Program]:
 
 
 def evaluation_program(prompts: int) -> Program:
-    """The program that completes so many held-out prompts at once."""
+    """The program that completes this number of held-out prompts at once."""
     return Program("_generate", "evaluation", prompts, 1)
 
 
 def is_evaluated(config: TrainConfig) -> bool:
-    """Whether a run measures its policy, given that there are held-out rows."""
+    """Whether a run evaluates its policy, if there are held-out rows."""
     return bool(config.eval_every and config.eval_prompts)

@@ -1,4 +1,4 @@
-"""A plan of memory as a table for the terminal."""
+"""Shows a plan of memory as a table in the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,16 +9,13 @@ from rich.text import Text
 
 
 def print_plan(plan: Mapping[str, Any], *, console: Console | None = None) -> None:
-    """Show what `make_plan` gave; sizes in GiB per device."""
-    (console or Console()).print(Group(_heading(plan), _sizes(plan), *_verdict(plan)))
-
-
-def _heading(plan: Mapping[str, Any]) -> Text:
+    """Print the plan of `make_plan`; sizes in GiB per device."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    return Text(
+    heading = Text(
         f"{plan['model']} on {mesh}: {plan['compute_dtype']}, remat {plan['remat']}, "
         f"sampler {plan['sampler']}"
     )
+    (console or Console()).print(Group(heading, _sizes(plan), *_conclusion(plan)))
 
 
 def _sizes(plan: Mapping[str, Any]) -> Table:
@@ -37,7 +34,7 @@ def _sizes(plan: Mapping[str, Any]) -> Table:
     return table
 
 
-def _verdict(plan: Mapping[str, Any]) -> list[Text]:
+def _conclusion(plan: Mapping[str, Any]) -> list[Text]:
     lines = []
     if plan["refused"] is not None:
         lines.append(Text(f"would be refused: {plan['refused']}", style="bold red"))

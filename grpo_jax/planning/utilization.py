@@ -1,8 +1,8 @@
-"""How much of what the devices could compute a step uses (`mfu/...`).
+"""Model FLOPs utilization of each phase of a step (`mfu/...`).
 
-Model FLOPs utilization as in Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311,
-appendix B: operations that the model needs, over the seconds that a phase took times
-the peak rate of all devices. `planning.flops` says what counts.
+Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B: the operations that
+the model needs, divided by the seconds of the phase and the peak rate of all devices.
+`planning.flops` defines which operations count.
 """
 
 import functools
@@ -24,7 +24,7 @@ Lengths = tuple[Int[np.ndarray, " N"], Int[np.ndarray, "N G"]]
 
 
 class Utilization:
-    """Makes the metrics of a run's steps."""
+    """Computes the metrics `mfu/...` of a run's steps."""
 
     def __init__(self, model: ModelConfig, config: TrainConfig, mesh: Mesh) -> None:
         self._model, self._config, self._mesh = model, config, mesh
@@ -34,15 +34,13 @@ class Utilization:
     ) -> dict[str, float]:
         """Shares of the peak in rollout, score, update and the whole step.
 
-        Tokens of a completion behind its end and prompts beyond their length do not
-        count, their time does. A scoring pass runs while rewards are computed, so its
-        share is a lower bound: of the time until both are done. Without one there is no
-        `mfu/score`.
+        Padding has no operations that count, but its time does. A scoring pass runs
+        while rewards are computed, and its time ends when both are done. So its share
+        is a lower bound. Without a scoring pass there is no `mfu/score`.
 
         Args:
-          sampled: lengths of all prompts that completions were sampled for in the step,
-            and of these completions.
-          learned: of those that were scored and made the update.
+          sampled: lengths of the prompts and completions that the step sampled.
+          learned: lengths of those that were scored and used in the update.
           seconds: the step's metrics `time/...`.
         """
         objective = self._config.objective
@@ -69,9 +67,9 @@ class Utilization:
 def peak_rate(mesh: Mesh, dtype: str) -> float:
     """Operations per second of all devices of a mesh.
 
-    For accelerators that are known it is their makers' figure for bfloat16, whatever
-    the compute dtype. Others are measured once, by a short product on one device; the
-    CPU devices of a process share its cores and count as one.
+    For known accelerators it is the maker's figure for bfloat16, also if the compute
+    dtype differs. Others are measured once, by a short product on one device. The CPU
+    devices of a process share its cores and count as one.
     """
     device = mesh.local_devices[0]
     known = known_flops(device.device_kind)
@@ -90,7 +88,7 @@ def measured_rate(dtype: str, platform: str) -> float:
     size = 1024 if platform == "cpu" else 8192
     device = jax.local_devices(backend=platform)[0]
     product, times = jax.jit(jnp.matmul), []
-    # A mesh of its own: inside that of a run, all devices would take part.
+    # A mesh of one device: within the mesh of a run, all devices would take part.
     with jax.set_mesh(Mesh([device], ("device",))):
         x = jnp.ones((size, size), dtype)
         for _ in range(4):  # the first one compiles
