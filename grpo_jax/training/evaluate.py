@@ -25,7 +25,7 @@ from grpo_jax.rollout.encoding import encode_rows, unpad
 from grpo_jax.rollout.sampler import GroupSampler, Sampler
 from grpo_jax.tasks.base import Row, Task, first_rows
 from grpo_jax.training.restore import Policy
-from grpo_jax.training.scores import Completed, Evaluation, is_judged, judge
+from grpo_jax.training.scores import Completed, Evaluation, has_ground_truth, judge
 from grpo_jax.weights.tokenizer import Tokenizer
 
 GREEDY = SamplingConfig(temperature=0.0)
@@ -61,7 +61,7 @@ def evaluate(
     Raises:
       ValueError: if the task has no held-out prompts or cannot tell right from wrong.
     """
-    if not is_judged(task) or not len(task.test):
+    if not has_ground_truth(task) or not len(task.test):
         raise ValueError(
             f"task {task.name!r} has no held-out prompts with known answers; accuracy "
             "cannot be measured on it."
@@ -237,7 +237,7 @@ def make_evaluation(
         with agreement.phase("evaluation"):
             values = held_out_values(own, rows[share], task, runner, batch)
         values = np.array(meshes.gather_lists(values), np.float64)
-        if is_judged(task):
+        if has_ground_truth(task):
             result = Evaluation(correct=values[:, None] == 1.0, completions=())
             metrics = {
                 names.ACCURACY: result.accuracy,
@@ -266,7 +266,7 @@ def held_out_values(
     """
     if not rows:
         return []
-    if is_judged(task):
+    if has_ground_truth(task):
         judged = judge(completed, rows, task, lenient=False)
         return judged.correct[:, 0].astype(float).tolist()
     texts = [group[0] for group in completed.texts]

@@ -9,7 +9,7 @@ from grpo_jax.reporting import metrics as names
 from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.tasks.base import Task
 from grpo_jax.training.evaluate import held_out_rows
-from grpo_jax.training.scores import is_judged
+from grpo_jax.training.scores import has_ground_truth
 
 
 def make_runner(config: TrainConfig, task: Task) -> RewardRunner:
@@ -28,8 +28,8 @@ def make_runner(config: TrainConfig, task: Task) -> RewardRunner:
     runner.check_columns(task.train[0])
     known = [names.REWARD, "loss", names.ENTROPY]
     if held_out := held_out_rows(task, config):
-        known.insert(0, names.ACCURACY if is_judged(task) else names.EVAL_REWARD)
-        if not is_judged(task):
+        known.insert(0, names.ACCURACY if has_ground_truth(task) else names.EVAL_REWARD)
+        if not has_ground_truth(task):
             runner.check_columns(held_out[0], of="the held-out rows")
     if config.objective.kl_coef:
         known.append(names.KL)

@@ -151,7 +151,7 @@ class Evaluation:
         return np.array(right, np.float64)
 
 
-def is_judged(task: Task) -> bool:
+def has_ground_truth(task: Task) -> bool:
     """Whether the task can tell right completions from wrong ones."""
     return task.is_correct is not None or task.verdict is not None
 
@@ -204,7 +204,7 @@ def _verdicts(
     task: Task,
 ) -> Bool[np.ndarray, "N S"]:
     """Which answers the task's verdict finds right; no answer is wrong."""
-    assert task.verdict is not None, "is_judged() is asked first"
+    assert task.verdict is not None, "has_ground_truth() is asked first"
     correct = np.zeros((len(answers), len(answers[0])), bool)
     places = [
         (n, s)
