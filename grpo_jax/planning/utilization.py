@@ -76,11 +76,11 @@ def peak_rate(mesh: Mesh, dtype: str) -> float:
     if known is not None:
         return known * mesh.size
     count = jax.process_count() if device.platform == "cpu" else mesh.size
-    return measured_rate(dtype, device.platform) * count
+    return _measured_rate(dtype, device.platform) * count
 
 
 @functools.cache
-def measured_rate(dtype: str, platform: str) -> float:
+def _measured_rate(dtype: str, platform: str) -> float:
     """Operations per second of a square product on the first device of a platform.
 
     Takes some 50 ms on a CPU, and its compilation about as long.

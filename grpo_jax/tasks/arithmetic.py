@@ -12,8 +12,8 @@ from typing import Any
 from grpo_jax.tasks.answers import answer_like, same_answer
 from grpo_jax.tasks.base import Task, completion_text
 
-HELD_OUT = 1000  # held-out problems, at least
-OPERANDS = range(10, 100)
+_HELD_OUT = 1000  # held-out problems, at least
+_OPERANDS = range(10, 100)
 # One split for every run, whatever its seed: scores of different seeds compare, and a
 # model trained by an earlier run has not seen the held-out problems of a later one.
 _SPLIT_SEED = 20240212
@@ -29,7 +29,7 @@ def arithmetic_task() -> Task:
     twins = [
         sorted({(a, operator, b), (b, operator, a)})
         for operator in "+-"
-        for a, b in itertools.combinations_with_replacement(OPERANDS, 2)
+        for a, b in itertools.combinations_with_replacement(_OPERANDS, 2)
     ]
     generator = random.Random(_SPLIT_SEED)
     generator.shuffle(twins)
@@ -37,7 +37,7 @@ def arithmetic_task() -> Task:
     cut = next(
         end
         for end in itertools.accumulate(len(pair) for pair in twins)
-        if end >= HELD_OUT
+        if end >= _HELD_OUT
     )
     test, train = problems[:cut], problems[cut:]
     generator.shuffle(train)

@@ -19,7 +19,7 @@ RewardFunction = Callable[..., Any]
 AnswerReader = Callable[[str, Row], Hashable | None]
 
 # Keywords that reward functions also receive.
-RESERVED_COLUMNS = frozenset(
+_RESERVED_COLUMNS = frozenset(
     {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
 )
 
@@ -214,7 +214,7 @@ def _row_problem(row: Any) -> str | None:
         return f"is a {type(row).__name__}; expected a mapping such as a dict"
     if "prompt" not in row:
         return f"has no 'prompt' column; its columns are {_listed(row)}"
-    reserved = sorted(RESERVED_COLUMNS & row.keys())
+    reserved = sorted(_RESERVED_COLUMNS & row.keys())
     if reserved:
         return f"has a column {reserved[0]!r}, a name reserved for reward functions"
     prompt = row["prompt"]

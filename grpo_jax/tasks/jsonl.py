@@ -16,8 +16,8 @@ from grpo_jax.tasks.answers import answer_like, canonical, last_answer, same_ans
 from grpo_jax.tasks.base import FileRows, Task, check_rows, completion_text, line_of
 
 # Without a file of held-out rows: one row in ten is held out, at most 500.
-HELD_OUT_FRACTION = 0.1
-HELD_OUT_MOST = 500
+_HELD_OUT_FRACTION = 0.1
+_HELD_OUT_MOST = 500
 # One split for every run, whatever its seed, so that scores of different seeds compare.
 _SPLIT_SEED = 20240212
 
@@ -100,15 +100,15 @@ def read_splits(path: str) -> tuple[FileRows, FileRows, str]:
         file = file / "train.jsonl"
         if not file.is_file():
             raise ValueError(f"{path} has no train.jsonl; name a .jsonl file instead.")
-    rows = read_jsonl(file)
+    rows = _read_jsonl(file)
     sibling = _test_file(file)
     if sibling is not None:
-        return rows, read_jsonl(sibling), f"those of {sibling}"
-    count = min(HELD_OUT_MOST, int(len(rows) * HELD_OUT_FRACTION))
+        return rows, _read_jsonl(sibling), f"those of {sibling}"
+    count = min(_HELD_OUT_MOST, int(len(rows) * _HELD_OUT_FRACTION))
     order = random.Random(_SPLIT_SEED).sample(range(len(rows)), len(rows))
     held_out = set(order[:count])
     train = rows.pick(index for index in range(len(rows)) if index not in held_out)
-    source = f"a fixed tenth of {file}, at most {HELD_OUT_MOST}"
+    source = f"a fixed tenth of {file}, at most {_HELD_OUT_MOST}"
     return train, rows.pick(order[:count]), source
 
 
@@ -138,7 +138,7 @@ def _test_file(file: Path) -> Path | None:
     return file.with_name(present[0]) if present else None
 
 
-def read_jsonl(file: Path) -> FileRows:
+def _read_jsonl(file: Path) -> FileRows:
     """Returns the objects of a `.jsonl` file; blank lines are skipped.
 
     Raises `ValueError` for a missing or empty file, text that is not UTF-8, and a line
