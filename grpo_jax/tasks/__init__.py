@@ -1,4 +1,4 @@
-"""Where prompts and their rewards come from: `load_task` finds a task by its name."""
+"""Tasks: prompts and their rewards. `load_task` finds a task by its name."""
 
 import dataclasses
 import difflib
@@ -23,7 +23,7 @@ _CHOICES = ("arithmetic", "gsm8k", "reasoning_gym:NAME", "FILE.jsonl")
 
 
 def names_file(task: str) -> bool:
-    """Whether a task's name is the path of its rows, and not that of a task."""
+    """Whether a task's name is the path of its rows, not the name of a task."""
     return task.partition(":")[0] not in [c.partition(":")[0] for c in _CHOICES]
 
 
@@ -33,8 +33,8 @@ def load_task(name: str, *, data: str | None = None, seed: int = 0) -> Task:
     `arithmetic`, `gsm8k`, `reasoning_gym:NAME`, or the path of a `.jsonl` file or of a
     folder with `train.jsonl`. `data` is the local file or folder that GSM8K reads;
     `seed` decides which problems reasoning_gym makes. Raises `ValueError` for an
-    unknown name, rows that cannot be had, a library that is missing, and for `data`
-    with a task that takes none.
+    unknown name, rows that cannot be read, a missing library, or `data` with a task
+    that takes none.
     """
     if data is not None and name != "gsm8k":
         raise ValueError(

@@ -1,8 +1,7 @@
-"""Final answers found in text that a model wrote: numbers, tagged text, whole texts.
+"""Finds final answers in text of a model: numbers, tagged text, whole texts.
 
-Model output is read, never evaluated, in time linear in its length. Which renderings of
-numbers are read says `grpo_jax.tasks.numbers`; equal numbers are equal answers, however
-they are written.
+Model output is read, never evaluated, in time linear in its length. Equal numbers are
+equal answers, however they are written; `grpo_jax.tasks.numbers` reads them.
 """
 
 import re
@@ -17,12 +16,12 @@ from grpo_jax.tasks.numbers import (
     typeset,
 )
 
-# Where `####` is followed by digits in its line; without any it is a heading.
+# `####` with digits after it in its line; without digits it is a heading.
 _MARK = re.compile(r"####[ \t]*+(?=[^\n#\d]*+\d)")
 _DIGIT = re.compile(r"\d")
 _LONGEST_WORD = 1000
 _MARKS = " \t*_`$"  # of bold, code and mathematics around an answer
-# What may stand behind a number that is a whole text.
+# What may follow a number that is a whole text.
 _CLOSING = re.compile(r"[\s$*_`}%€£¥₹]*+\.?[\s$*_`]*+")
 
 
@@ -47,8 +46,8 @@ def marked_number(text: str) -> Fraction | None:
 def last_number(text: str) -> Fraction | None:
     """The last number in the text, or None: lenient, because any number counts.
 
-    None too where the last digits are no number by themselves, such as a time, a date,
-    a pair, or a part of a formula; an earlier number does not take their place.
+    It is also None if the last digits are not a number on their own, such as a time, a
+    date, a pair, or a part of a formula. Earlier numbers are not used instead.
     """
     found = last_expression(typeset(text))
     return None if found is None else found.value
@@ -58,7 +57,7 @@ def parse_number(text: str) -> Fraction | None:
     """The number that `text` is as a whole, or None.
 
     Signs of currency and percent, marks of bold and mathematics, and a final period may
-    stand around it, words not.
+    surround it; words may not.
     """
     text = typeset(text).strip()
     found = expression_at(text, 0)
@@ -112,9 +111,9 @@ def same_answer(text: str, expected: str) -> bool:
 
 
 def answer_like(text: str, expected: str) -> str | None:
-    """What a completion answers where such an answer is expected, or None for nothing.
+    """The answer of a completion, of the same kind as the expected one, or None.
 
-    Its last number where a number is expected, else the whole text; equal answers are
+    Its last number if a number is expected, else the whole text. Equal answers are
     equal strings.
     """
     if parse_number(expected) is None:

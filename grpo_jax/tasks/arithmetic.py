@@ -23,8 +23,8 @@ _PROBLEM = re.compile(r"[1-9][0-9][+-][1-9][0-9]=")
 def arithmetic_task() -> Task:
     """Returns all 16,200 problems `a+b` and `a-b`, at least 1,000 of them held out.
 
-    A problem and its twin with the operands exchanged fall on the same side of the
-    split, so that `34+12=` in training never gives away `12+34=` in the test.
+    A problem and its twin with exchanged operands are in the same part of the split, so
+    that `34+12=` in training never reveals `12+34=` in the test.
     """
     twins = [
         sorted({(a, operator, b), (b, operator, a)})
@@ -54,8 +54,9 @@ def arithmetic_task() -> Task:
 
 
 def unknown_to_embedded(prompts: Sequence[Any]) -> str | None:
-    """A warning of prompts that are no such problems, which the embedded model knows
-    alone; None where all of them are.
+    """A warning of prompts that are not such problems; None if all of them are.
+
+    The embedded model knows no other prompts.
     """
     strange = [p for p in prompts if not (isinstance(p, str) and _PROBLEM.fullmatch(p))]
     if not strange:
@@ -73,15 +74,15 @@ def unknown_to_embedded(prompts: Sequence[Any]) -> str | None:
 def correct(
     prompts: list, completions: list, answer: list[str], **columns: Any
 ) -> list[float]:
-    """1.0 for each completion that is the answer, spaces around it aside; else 0.0."""
+    """1.0 for each completion that is the answer, without outer spaces; else 0.0."""
     return [
-        float(completion_text(completion).strip() == expected)
+        float(is_correct(completion_text(completion), {"answer": expected}))
         for completion, expected in zip(completions, answer, strict=True)
     ]
 
 
 def is_correct(completion: str, row: Mapping[str, Any]) -> bool:
-    """Whether the completion is the row's answer, spaces around it aside."""
+    """Whether the completion, without outer spaces, is the row's answer."""
     return completion.strip() == row["answer"]
 
 

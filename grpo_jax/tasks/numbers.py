@@ -1,9 +1,9 @@
-r"""Numbers in text that a model or a data set wrote: each as itself, or not at all.
+r"""Reads numbers in text of a model or a data set: exactly, or not at all.
 
-What belongs together is read together: digits and what joins them (`1/2`, `10:30`,
-`2*10^3`) are one expression, and an expression that is no single number, or that is
-only a part of a larger one (`5x`, `\sqrt{2}`, `1.8 million`), is none. Text is read and
-never evaluated, values are exact, and every pattern needs time linear in the text.
+Digits and the signs that join them (`1/2`, `10:30`, `2*10^3`) are one expression. An
+expression has no value if it is not a single number, or if it is a part of a larger
+one (`5x`, `\sqrt{2}`, `1.8 million`). Text is read and never evaluated, values are
+exact, and every pattern takes time linear in the text.
 """
 
 import functools
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from decimal import Context, Decimal, Inexact
 from fractions import Fraction
 
-# Numbers of more digits, or larger powers of ten, are not read: they cost memory.
+# Numbers of more digits, or larger powers of ten, are not read: they take memory.
 _MOST_DIGITS = 400
 _LONGEST = 1000  # characters of an expression; `number_text` writes no longer ones
 # Characters beside an expression that may show it to be part of a larger one.
@@ -27,15 +27,16 @@ _QUOTES = dict.fromkeys("\u2018\u2019\u02bc", "'") | dict.fromkeys("\u201c\u201d
 _FIXED = _DASHES | _QUOTES | {"\u2044": "/", "\u2215": "/"}
 _SUPERSCRIPTS = re.compile("[\u00b2\u00b3\u00b9\u2070\u2074-\u207b]+")
 _VULGAR = "\u00bc-\u00be\u2150-\u215e\u2189"
-# Forms of a character that mean the character; superscripts, say, do not.
+# Unicode variants of a character with the same meaning; superscripts have another.
 _SAME = ("<wide>", "<narrow>", "<small>", "<font>", "<noBreak>", "<compat>")
 
 
 def plain(text: str) -> str:
-    """The text with one form for each typographic variant, ASCII where there is one.
+    """The text with one form for each typographic variant, ASCII if there is one.
 
     Minus signs, quotes, spaces, full-width and mathematical letters and digits become
-    those of a keyboard, `x²` becomes `x^{2}` and `3½` `3 1/2`; invisible characters go.
+    those of a keyboard. `x²` becomes `x^{2}`, and `3½` becomes `3 1/2`. Invisible
+    characters are removed.
     """
     if text.isascii():
         return text
@@ -58,16 +59,16 @@ def _plain(character: str) -> str:
     form = unicodedata.decomposition(character).partition(" ")[0]
     if form == "<fraction>":
         return unicodedata.normalize("NFKC", character).replace("\u2044", "/")
-    if form in _SAME and category not in ("No", "Nl"):  # those in circles, say, stay
+    if form in _SAME and category not in ("No", "Nl"):  # circled numbers stay
         return unicodedata.normalize("NFKC", character)
     return character
 
 
-# --- LaTeX: what only sets a number in type is undone --------------------------------
+# --- LaTeX: typesetting around numbers is removed -------------------------------------
 
 _END = r"(?![A-Za-z])"
 _LATEX = [
-    # What is no text: the space behind a line, its name and number, a color.
+    # Not text: the space after a line, tags, labels, colors.
     (re.compile(r"\\\\\[-?[\d.]{1,6} ?[a-z]{2}\]"), r"\\\\"),
     (
         re.compile(r"\\(?:tag|label|[hv]space|(?:text)?color)\*?\{[^{}\n]{0,40}\}"),
@@ -91,14 +92,15 @@ _LATEX = [
         " ",
     ),
     (re.compile(r"\{[ \t]+(?=\{)"), "{"),
-    # What parts an operator from its number stays in sight; two columns stay two.
+    # Two spaces remain, so that two columns, or an operator apart from its number, can
+    # still be recognized.
     (re.compile(r"[ \t]{3,}"), "  "),
 ]
 _ENTITY = re.compile(r"&#?[A-Za-z0-9]{2,8};")
 
 
 def typeset(text: str) -> str:
-    """The text without what only sets numbers in type: Unicode, HTML and LaTeX."""
+    """The text without typesetting of numbers by Unicode, HTML and LaTeX."""
     text = plain(_ENTITY.sub(lambda found: html.unescape(found[0]), text))
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
@@ -107,7 +109,8 @@ def typeset(text: str) -> str:
 
 # --- Expressions: digits, and all that is joined to them -----------------------------
 
-# Letters of scripts that put spaces between words; digits behind others stand alone.
+# Letters of scripts that put spaces between words. Digits after other letters, such as
+# Chinese ones, are an expression of their own.
 _L = "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u02af\u0370-\u052f"
 _CURRENCY = "$\u20ac\u00a3\u00a5\u20b9"
 _CODE = r"(?:USD|EUR|GBP|CHF|INR|JPY|CNY|RMB|US|Rs\.?)(?=[\d$])"
@@ -116,7 +119,7 @@ _ATOM = rf"""(?:
   | \\[dtc]?frac[ ]*(?:\{{[^{{}}\n]*+\}}|\d)[ ]*(?:\{{[^{{}}\n]*+\}}|\d)
 )"""
 # Between two atoms of one expression: punctuation without spaces, spaces alone, or an
-# operator between spaces. Relations, bars and marks of headings part expressions.
+# operator between spaces. Relations, bars and marks of headings separate expressions.
 _GLUE = r"(?:[^\w\s=<>|#\u2190-\u21ff\u2248\u2260\u2264\u2265]{1,8}|_)"
 _JOIN = rf"""(?:
     {_GLUE}
@@ -144,7 +147,7 @@ _EXPRESSION = re.compile(
 
 @dataclass(frozen=True)
 class Expression:
-    """A place in a text where digits stand; `value` is None where it is no number."""
+    """Digits in a text and what joins them; `value` is None if it is not a number."""
 
     value: Fraction | None
     end: int  # behind the last digit, that of a unit such as `m^2` included
@@ -216,7 +219,7 @@ _AFTER = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _LISTED = re.compile(r"\d[)}\]$*]*[ \t]*[,;]\s+\Z")
-# Behind a comma and a space: 18, 000 for sure, and 12, 345 perhaps.
+# Three digits after a comma and a space: "18, 000" is one number, "12, 345" may be.
 _ZEROS = re.compile(r"0\d\d(?!\d)")
 _GROUP_BEFORE = re.compile(r"(?<![\d.])\d{1,3},[ \t]+\Z")
 _GROUP = re.compile(r"\d{3}(?!\d)")
@@ -224,7 +227,7 @@ _LIST_ENDS = re.compile(r"[ \t$*]*\\?[)\]}]")
 
 
 def _is_part(found: re.Match[str]) -> bool:
-    """Whether what stands beside an expression makes it a part of a larger one."""
+    """Whether the text beside an expression makes it a part of a larger one."""
     text, (start, end) = found.string, found.span("body")
     if found["sign"]:
         start = found.start("sign")
@@ -306,7 +309,7 @@ def _decimal(text: str) -> Fraction | None:
 
 
 def number_text(number: Fraction) -> str:
-    """A number as text, the same for equal numbers: a decimal where it has an end."""
+    """The number as text, equal for equal numbers: a decimal if it terminates."""
     exact = Context(prec=_MOST_DIGITS, traps=[Inexact])
     try:
         quotient = exact.divide(Decimal(number.numerator), Decimal(number.denominator))

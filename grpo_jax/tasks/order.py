@@ -14,10 +14,10 @@ def rows_at(position: int, count: int, *, size: int, seed: int) -> list[int]:
 
     Position p lies in pass p // size; every pass visits each of the `size` rows once.
     """
-    numbers = []
-    for p in range(position, position + count):
-        numbers.append(int(_permutation(seed, p // size, size)[p % size]))
-    return numbers
+    return [
+        int(_permutation(seed, p // size, size)[p % size])
+        for p in range(position, position + count)
+    ]
 
 
 @functools.lru_cache(maxsize=2)
