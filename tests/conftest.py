@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import os
 import pathlib
+import sys
 import tempfile
 import threading
 
@@ -176,8 +177,11 @@ def act_on_processes(act, count):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "process_count", lambda: count)
         patch.setattr(jax, "process_index", lambda: number.value)
-        patch.setattr(meshes, "gather_rows", rows)
-        patch.setattr(meshes, "gather_lists", lists)
+        ours = [m for name, m in sys.modules.items() if name.startswith("grpo_jax.")]
+        for module in ours:  # also those that import the functions by name
+            for name, gather in (("gather_rows", rows), ("gather_lists", lists)):
+                if name in vars(module):
+                    patch.setattr(module, name, gather)
         threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
         for thread in threads:
             thread.start()

@@ -222,7 +222,9 @@ class Learner:
         if batch.old_logp is not None:
             # Later updates differ from the sampler because they moved away from it, and
             # the first one may see a part: what counts is the policy before them all.
-            largest = largest_difference(batch.old_logp, batch.sampler_logp, batch.mask)
+            largest = _largest_difference(
+                batch.old_logp, batch.sampler_logp, batch.mask
+            )
             metrics["sampler_logp_diff/max"] = float(largest)
         metrics["learning_rate"] = float(
             np.asarray(self._schedule(int(state.step) - 1))
@@ -240,7 +242,7 @@ class Learner:
 
 
 @jax.jit
-def largest_difference(
+def _largest_difference(
     logp: Float[Array, "N G T"],
     sampler_logp: Float[Array, "N G T"],
     mask: Bool[Array, "N G T"],

@@ -34,7 +34,7 @@ from grpo_jax.training.state import Batch, state_items, state_of
 from grpo_jax.weights.pretrained import save_pretrained
 
 # Updates in a row that may be skipped before the run stops.
-MAX_SKIPPED = 5
+_MAX_SKIPPED = 5
 
 
 def train(
@@ -176,9 +176,9 @@ def _step(run: Run, progress: Progress) -> tuple[Progress, dict[str, float]] | N
         progress, measured = _evaluate(run, progress)
         metrics |= measured
     _report(run, progress, rollout, batch, metrics)
-    if progress.skipped >= MAX_SKIPPED:
+    if progress.skipped >= _MAX_SKIPPED:
         raise FloatingPointError(
-            f"step {step}: {MAX_SKIPPED} updates in a row were not finite (loss "
+            f"step {step}: {_MAX_SKIPPED} updates in a row were not finite (loss "
             f"{metrics['loss']}, gradient norm {metrics['grad_norm']}). The last good "
             "checkpoint is kept; a lower learning rate is the usual remedy."
         )
@@ -239,7 +239,7 @@ def _report(
 ) -> None:
     config, step = run.config, progress.step
     rows = rollout.records(step, meshes.to_host(batch.advantages))
-    ends = step == config.steps or progress.skipped >= MAX_SKIPPED
+    ends = step == config.steps or progress.skipped >= _MAX_SKIPPED
     written = progress.is_due(config.report.completions_every) or step == 1 or ends
     rows = meshes.gather_lists(to_jsonable(rows, other=str)) if written else rows
     with run.agreement.phase("report"):

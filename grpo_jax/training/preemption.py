@@ -1,12 +1,12 @@
 """Requests to stop: SIGTERM and Ctrl-C let a run save before it ends.
 
-The handlers are Python's, not JAX's preemption notice, which knows SIGTERM only and
-polls it once a second: what one process is told, all agree on at the end of each phase
-of a step (`Agreement.phase`). The step that is under way is abandoned there, unless its
-update has begun, and the last finished step is saved.
+The handlers are Python's. JAX's preemption notice knows SIGTERM only and polls it once
+a second. A request to one process reaches all of them at the end of each phase of a
+step (`Agreement.phase`). The current step is abandoned there, unless its update has
+begun, and the last finished step is saved.
 
-Nothing can be saved while a phase goes on. When the machine is taken away before it has
-ended, the run resumes from its last checkpoint, in the same bits.
+Nothing can be saved within a phase. If the machine is taken away before its end, the
+run resumes from its last checkpoint, in the same bits.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ def stop_requests(agreement: Agreement) -> Iterator[None]:
     """Turns the first SIGTERM or SIGINT into a request; the second ends the process.
 
     The second ends it at once, with status 128 + its number, even while the main thread
-    waits for a device or a compiler. Outside the main thread, where Python cannot
-    handle signals, nothing is turned.
+    waits for a device or a compiler. Outside the main thread Python cannot handle
+    signals, and they are left as they are.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -57,9 +57,9 @@ def stop_requests(agreement: Agreement) -> Iterator[None]:
 
 
 class GraceCheck:
-    """Reports, once, a phase of a step that outlasts the grace between the signals.
+    """Warns, once, if a phase of a step takes longer than the grace period.
 
-    The first step, and others in which something was compiled, are left out.
+    Steps in which something was compiled do not count.
     """
 
     def __init__(self, grace_seconds: float, *, report: Callable[[str], None]) -> None:

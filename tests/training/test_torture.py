@@ -21,9 +21,11 @@ def test_a_tortured_run_ends_in_the_bits_of_an_undisturbed_one(tiny_policy, tmp_
     torture.kill_in_a_save()
     torture.kill_in_a_step()
     torture.kill_in_a_step()
-    torture.terminate()
-    torture.damage()
+    # On a slow machine one stop may not yet have left two checkpoints to choose from.
+    while not torture.tally.damages:
+        torture.terminate()
+        torture.damage()
     torture.end()
     tally = torture.tally
     assert tally.kills.total() == 5 and tally.kills["in a save"] == 1, tally
-    assert tally.terminated == 1 and tally.quarantined == 1, tally
+    assert tally.terminated >= 1 and tally.quarantined == 1, tally
