@@ -1,10 +1,10 @@
-"""The limits of a machine, and the least seconds that each phase of a step can take.
+"""The rates of a machine, and the least possible time of each phase of a step.
 
     python benchmarks/machine.py [--dtype bfloat16]
 
-Rates are measured: that of a large square product, and that of reads from memory, by a
-sum and by a product with one vector. `floors` is pure and serves machines that are not
-at hand as well (`predict.py`).
+It measures the rate of a large square product, and the rate of reads from memory, by a
+sum and by a product with one vector. `floors` is a pure function of the rates, so that
+`predict.py` can also use it for untested machines.
 """
 
 import dataclasses

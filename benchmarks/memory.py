@@ -1,9 +1,9 @@
-"""Peak memory of each program of a step, as XLA plans it, beside the estimate.
+"""Peak memory of each program of a step as XLA plans it, compared with the estimate.
 
     python benchmarks/memory.py smol [--remat none dots layer]
 
-Programs are compiled from shapes alone: no weights are read, and nothing runs. The
-estimate is that of `grpo-jax plan` and of the choices that a run makes by itself.
+Programs are compiled from shapes only: no weights are read, and nothing runs. The
+estimate is that of `grpo-jax plan`, which a run also uses for its automatic choices.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ def run_config(work: Workload, remat: Any, microbatch_size: int | None) -> Train
 
 
 def estimates(model: ModelConfig, config: TrainConfig) -> dict[str, int]:
-    """Estimated bytes of each phase besides what is always held."""
+    """Estimated bytes of each phase in addition to the state."""
     model = dataclasses.replace(model, remat=config.remat)
     mesh = meshes.abstract_mesh(config.mesh, 1)
     phases = estimate(model, config, mesh).phases

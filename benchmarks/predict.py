@@ -1,10 +1,11 @@
-"""What a step needs on accelerators that are not at hand, by the floors and a share.
+"""Predicted time of a step on untested accelerators, from floors and a share of peak.
 
     python benchmarks/predict.py [--flops-share 0.5 --bandwidth-share 0.6]
 
-Rates are the makers' figures (`grpo_jax.planning.devices`). Work divides evenly, and
-what moves between devices hides behind products: both flatter meshes of many devices,
-tensor parallelism in decoding most of all. Memory is the estimate of `grpo-jax plan`.
+Rates are the vendors' numbers (`grpo_jax.planning.devices`). The prediction assumes
+that work is divided evenly and that communication overlaps with products. Both favor
+meshes of many devices, most of all tensor parallelism in decoding. Memory is the
+estimate of `grpo-jax plan`.
 """
 
 import dataclasses

@@ -132,7 +132,7 @@ def record(
 
 
 def surroundings() -> dict[str, Any]:
-    """What every result depends on besides: the host, and when it was."""
+    """The other conditions of every result: host, versions and date."""
     return {
         "machine": {
             "cpu": _cpu_name(),
