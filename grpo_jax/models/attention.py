@@ -65,12 +65,16 @@ def attention(
         shared = (prefix.keys, prefix.values, mask)
         parts.append(("nkgtrh,nkph->nkgtrp", "nkgtrp,nkph->nkgtrh", *shared))
 
+    # One softmax over two sources of keys. The usual way joins keys and values first,
+    # but a joined array repeats the prompt's keys for each of its G sequences. Scores
+    # of each part are enough: the parts share one peak and one total.
     scores = []
     for equation, _, part_keys, _, mask in parts:
         raw = scale * _product(equation, folded, part_keys)
         capped = raw if softcap is None else softcap * jnp.tanh(raw / softcap)
         scores.append(jnp.where(mask, capped, _MASKED))
     peaks = [part.max(axis=-1, keepdims=True) for part in scores]
+    # The peak cancels in the quotient, so its gradient is 0 and need not be computed.
     peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
     weights = [jnp.exp(part - peak) for part in scores]
     totals = [part.sum(axis=-1, keepdims=True) for part in weights]
@@ -78,6 +82,7 @@ def attention(
         _product(equation, part.astype(part_values.dtype), part_values)
         for part, (_, equation, _, part_values, _) in zip(weights, parts, strict=True)
     ]
+    # Dividing after the product touches h numbers per query instead of one per key.
     out = functools.reduce(jnp.add, mixed) / functools.reduce(jnp.add, totals)
     out = out.astype(queries.dtype).transpose(0, 2, 3, 1, 4, 5)
     return out.reshape(n, g, t, heads, width)

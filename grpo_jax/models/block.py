@@ -87,7 +87,7 @@ def rotary_tables(
 ) -> tuple[Float[Array, "R N S h2"], Float[Array, "R N S h2"]]:
     """Returns cosines and sines of every rotary setting that some layer uses."""
     _, settings = _rope_settings(config)
-    return rope.rotary_tables(positions, settings, head_dim=config.head_dim)
+    return rope.cosines_and_sines(positions, settings, head_dim=config.head_dim)
 
 
 def _rope_settings(

@@ -1,8 +1,8 @@
 """Keys and values that outlive a call: of prompts, and of tokens generated so far.
 
-Those of all layers are one array with a leading axis of layers, or a tuple with an
-array per layer: a loop over tokens reads and writes such arrays where they lie, while
-it would copy a layer out of a stack at every token.
+All layers share one array with a leading axis of layers, or a tuple has one array per
+layer. A loop over tokens reads and writes separate arrays in place. From a stack it
+would copy a layer at every token.
 """
 
 import jax
@@ -20,8 +20,11 @@ class Prefix:
     [N, K, P, h]. Heads come before positions, as attention reads them.
     """
 
+    # Without a group axis: the G completions of a prompt share one copy.
     keys: PyTree
     values: PyTree
+    # A completion's position is its prompt's length plus its step, and attention masks
+    # the padding behind that length. Padding need only be finite.
     lengths: Int[Array, " N"]
 
 
@@ -37,7 +40,7 @@ class Cache:
     values: PyTree
 
 
-def write(
+def write_token(
     cache: Cache,
     keys: Float[Array, "N K G 1 h"],
     values: Float[Array, "N K G 1 h"],
@@ -45,11 +48,13 @@ def write(
     layer: Int[Array, ""] | int,
     step: Int[Array, ""] | int,
 ) -> Cache:
-    """Returns the cache with one token's keys and values put at a layer and step.
+    """Returns the cache with the keys and values of one token at a layer and step.
 
-    Within a loop that carries the cache, XLA makes this a write in place. The layer of
-    a cache in parts is a plain number.
+    Within a loop that carries the cache, XLA writes in place. For a tuple of layers,
+    `layer` is a Python int.
     """
+    # One scalar step serves all sequences: shorter prompts differ in their positions,
+    # not in the entry that they write. A step per sequence would be a scatter.
 
     def put(old: PyTree, new: Array) -> PyTree:
         if isinstance(old, tuple):
@@ -62,7 +67,7 @@ def write(
     return Cache(keys=put(cache.keys, keys), values=put(cache.values, values))
 
 
-def of_layer(
+def read_layer(
     cache: Cache, layer: Int[Array, ""] | int
 ) -> tuple[Float[Array, "N K G T h"], Float[Array, "N K G T h"]]:
     """Returns the keys and the values of one layer."""
@@ -75,8 +80,8 @@ def of_layer(
     return take(cache.keys), take(cache.values)
 
 
-def apart(stacked: PyTree, count: int) -> tuple[PyTree, ...]:
-    """Returns the tree of each of `count` layers from a tree of stacked arrays."""
+def per_layer(stacked: PyTree, count: int) -> tuple[PyTree, ...]:
+    """Returns one tree for each of `count` layers, from a tree of stacked arrays."""
     return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
 
 
@@ -95,6 +100,8 @@ def regroup(
     """
     parts = prompts.shape[0]
 
+    # The gather is batched over the parts. A gather over the whole axis could read from
+    # any device, and the mesh would have to exchange the caches.
     take = jax.vmap(lambda rows, at: rows[at])
 
     def of_prompts(x: Array) -> Array:
@@ -103,6 +110,7 @@ def regroup(
 
     def of_sequences(x: Array) -> Array:
         _, k, _, t, h = x.shape
+        # Heads stand before the group, but a sequence is moved with all its heads.
         rows = jnp.swapaxes(x, 1, 2).reshape(parts, -1, k, t, h)
         taken = take(rows, slots).reshape(-1, slots.shape[2], k, t, h)
         return jnp.swapaxes(taken, 1, 2)

@@ -14,12 +14,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from grpo_jax.models import cache as caches
 from grpo_jax.models.attention import attention, head_major
 from grpo_jax.models.block import Layer, PerLayer, per_layer_data, rotary_tables
-from grpo_jax.models.cache import Cache, Prefix
+from grpo_jax.models.cache import (
+    Cache,
+    Prefix,
+    per_layer,
+    read_layer,
+    regroup,
+    write_token,
+)
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.layers import Embedding, Projection, RMSNorm, read_by_rows
+from grpo_jax.models.layers import Embedding, Projection, RMSNorm, transpose_kernels
 
 
 class Decoder(nn.Module):
@@ -90,16 +96,18 @@ class Decoder(nn.Module):
         positions = jnp.broadcast_to(prefix.lengths[:, None] + step, tokens.shape)
         tables = rotary_tables(self.config, positions)
 
-        def body(layer, carry, per_layer):
+        def body(layer, carry, inputs):
             x, cache = carry
-            data, (keys, values) = per_layer
+            data, (keys, values) = inputs
             shared = Prefix(keys=keys, values=values, lengths=prefix.lengths)
 
             def attend(q, k, v):
                 q, *new = (part[:, :, None] for part in (q, k, v))
                 k, v = (head_major(part) for part in new)
-                written = caches.write(cache, k, v, layer=data.index, step=step)
-                k, v = caches.of_layer(written, data.index)
+                # The cache travels in the carry, where XLA can write in place. Scanned
+                # over and returned, it would be written whole at every token.
+                written = write_token(cache, k, v, layer=data.index, step=step)
+                k, v = read_layer(written, data.index)
                 out = self._attention(q, k, v, data=data, prefix=shared, offset=step)
                 return out[:, :, 0], written
 
@@ -107,31 +115,31 @@ class Decoder(nn.Module):
 
         embedded = self.embed(tokens, whole_table=True)
         carry, prompts = (embedded, cache), (prefix.keys, prefix.values)
-        in_turn = self._unroll if isinstance(prefix.keys, tuple) else self._scan
-        (x, cache), _ = in_turn(body, carry, prompts)
+        run = self._run_unrolled if isinstance(prefix.keys, tuple) else self._scan
+        (x, cache), _ = run(body, carry, prompts)
         return self.final_norm(x), cache
 
-    def unstack(
+    def unroll(
         self, variables: PyTree, prefix: Prefix, cache: Cache
     ) -> tuple[PyTree, Prefix, Cache]:
-        """Returns the three with each layer in arrays of its own, to decode faster.
+        """Returns the three with separate arrays for each layer, to decode faster.
 
-        `decode` takes them as it takes the stacked ones, and computes the same. Kernels
-        become [out, in]: a product with few rows reads such a kernel as it lies. Called
-        outside of `apply`.
+        `decode` accepts them like the stacked ones, and computes the same. Kernels
+        become [out, in]: a product with few rows reads such a kernel without a copy.
+        Called outside of `apply`.
         """
         count = self.config.num_layers
         variables = {
             collection: {
-                name: dict(enumerate(caches.apart(read_by_rows(tree), count)))
+                name: dict(enumerate(per_layer(transpose_kernels(tree), count)))
                 if name == "layers"
                 else tree
                 for name, tree in trees.items()
             }
             for collection, trees in variables.items()
         }
-        keys, values = (caches.apart(x, count) for x in (prefix.keys, prefix.values))
-        own = Cache(*(caches.apart(x, count) for x in (cache.keys, cache.values)))
+        keys, values = (per_layer(x, count) for x in (prefix.keys, prefix.values))
+        own = Cache(*(per_layer(x, count) for x in (cache.keys, cache.values)))
         return variables, Prefix(keys, values, prefix.lengths), own
 
     def regroup(
@@ -142,7 +150,7 @@ class Decoder(nn.Module):
         slots: Int[Array, "S M W"],
     ) -> tuple[Prefix, Cache]:
         """Returns the prefix and cache of other groups: `cache.regroup`."""
-        return caches.regroup(prefix, cache, prompts, slots)
+        return regroup(prefix, cache, prompts, slots)
 
     def score(
         self,
@@ -159,11 +167,13 @@ class Decoder(nn.Module):
         own = completions[..., :-1]  # the last token is predicted, never read
         own_positions = lengths[:, None, None] + jnp.arange(own.shape[2])[None, None]
         own_positions = jnp.broadcast_to(own_positions, own.shape)
+        # Rotary angles depend on the true position. Own tokens follow the last real
+        # token of their prompt, and not its padding.
         positions = _join(_prompt_positions(prompts), own_positions)
         tables = rotary_tables(self.config, positions)
 
-        def body(layer, x, per_layer):
-            data, _ = per_layer
+        def body(layer, x, inputs):
+            data, _ = inputs
 
             def attend(q, k, v):
                 parts = [_part(x, own.shape) for x in (q, k, v)]
@@ -173,6 +183,7 @@ class Decoder(nn.Module):
 
         x, _ = self._scan(body, self.embed(_join(prompts, own)), None)
         prompt, own_x = _part(x, own.shape)
+        # The last real token of a prompt predicts the first token of its completions.
         first = _at_last(prompt, lengths)[:, None, None, :]
         first = jnp.broadcast_to(first, (*own.shape[:2], 1, x.shape[-1]))
         return self.final_norm(jnp.concatenate([first, own_x], axis=2))
@@ -201,8 +212,8 @@ class Decoder(nn.Module):
         """Returns hidden states before the final norm, and keys and values if kept."""
         tables = rotary_tables(self.config, _prompt_positions(tokens))
 
-        def body(layer, x, per_layer):
-            data, _ = per_layer
+        def body(layer, x, inputs):
+            data, _ = inputs
 
             def attend(q, k, v):
                 k, v = _of_prompts(k), _of_prompts(v)
@@ -220,13 +231,15 @@ class Decoder(nn.Module):
 
         Each comes in two parts, the prompt's and that of the completions.
         """
-        (prompt_q, *prompt), own = zip(*parts, strict=True)
-        keys, values = map(_of_prompts, prompt)
+        (prompt_q, own_q), (prompt_k, own_k), (prompt_v, own_v) = parts
+        keys, values = _of_prompts(prompt_k), _of_prompts(prompt_v)
+        # One causal pass over the whole row would let completions see each other. So
+        # the prompt attends alone, and is then the shared prefix of its completions.
         out = self._causal(prompt_q, keys, values, data=data)
-        if own[0].size == 0:
+        if own_q.size == 0:  # completions of one token: it is predicted, never read
             return out
         prefix = Prefix(keys=keys, values=values, lengths=lengths)
-        q, k, v = own[0], head_major(own[1]), head_major(own[2])
+        q, k, v = own_q, head_major(own_k), head_major(own_v)
         return _join(out, self._attention(q, k, v, data=data, prefix=prefix))
 
     def _causal(
@@ -262,14 +275,16 @@ class Decoder(nn.Module):
             softcap=self.config.attention_softcap,
         )
 
-    def _unroll(self, body: Callable, carry: PyTree, apart: PyTree) -> Any:
-        """Returns what `_scan` does, with parameters and entries from `unstack`."""
+    def _run_unrolled(self, body: Callable, carry: PyTree, entries: PyTree) -> Any:
+        """Returns what `_scan` does, with parameters and entries from `unroll`."""
+        # A scan slices each layer's arrays out of the stack, which is a copy at every
+        # token. Here each layer's arrays are inputs of their own.
         plain = Layer(self.config, parent=None)
         count = self.config.num_layers
-        for i, data in enumerate(caches.apart(per_layer_data(self.config), count)):
+        for i, data in enumerate(per_layer(per_layer_data(self.config), count)):
             own = {name: trees["layers"][i] for name, trees in self.variables.items()}
             layer = functools.partial(plain.apply, own)
-            entry = tuple(arrays[i] for arrays in apart)
+            entry = tuple(arrays[i] for arrays in entries)
             carry, _ = body(layer, carry, (data.replace(index=i), entry))
         return carry, None
 

@@ -56,6 +56,7 @@ def flash_attention(
     """
     n, g, t, heads, width = queries.shape
     kv_heads = parts[0].keys.shape[1]
+    # The group becomes part of the heads, because cuDNN knows batch and heads alone.
     # Key/value heads stay outermost: a mesh may split them.
     split = queries.reshape(n, g, t, kv_heads, heads // kv_heads, width)
     q = split.transpose(0, 2, 3, 1, 4, 5).reshape(n, t, g * heads, width)

@@ -158,7 +158,7 @@ class GatedMLP(nn.Module):
         )
 
 
-def read_by_rows(params: PyTree) -> PyTree:
+def transpose_kernels(params: PyTree) -> PyTree:
     """Returns the parameters with each kernel [..., in, out] as [..., out, in].
 
     `Projection` takes both. A product of few rows of x with a kernel by rows needs no

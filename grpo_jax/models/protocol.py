@@ -9,9 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import Array, Float, Int, PyTree
 
-# Names of parameters that are used in float32, whatever the dtype of compute: scales of
-# norms, and routers, in which a rounding could choose another expert.
-WIDE = ("scale", "router")
+# Names of parameters that stay in float32 under any compute dtype: scales of norms, and
+# routers, where rounding could choose another expert.
+FLOAT32_PARAMS = ("scale", "router")
 
 
 class LanguageModelConfig(Protocol):
@@ -41,7 +41,7 @@ class LanguageModelConfig(Protocol):
     def dtype(self) -> str:
         """Name of the number type of compute.
 
-        Sampling casts every parameter to it once, except those of a name in `WIDE`.
+        Sampling casts every parameter to it once, except `FLOAT32_PARAMS`.
         """
         ...
 
@@ -116,14 +116,14 @@ class LanguageModel(Protocol):
 
 
 @runtime_checkable
-class DecodesApart(Protocol):
-    """What a model may offer besides, to sample faster: layers apart, moving slots.
+class UnrolledDecoder(Protocol):
+    """Optional methods for faster sampling: unrolled layers and moving sequences.
 
     Without it the sampler decodes with what `apply`, `prefill` and `init_cache` take
     and give, all completions until the last one ends. `Decoder` has both methods.
     """
 
-    def unstack(
+    def unroll(
         self, variables: PyTree, prefix: Any, cache: Any
     ) -> tuple[PyTree, Any, Any]:
         """Returns the three in the form in which `decode` is fastest.
@@ -155,6 +155,6 @@ def in_compute_dtype(variables: PyTree, dtype: str) -> PyTree:
     """
 
     def cast(path: tuple, leaf: Array) -> Array:
-        return leaf if path[-1].key in WIDE else leaf.astype(dtype)
+        return leaf if path[-1].key in FLOAT32_PARAMS else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, variables)

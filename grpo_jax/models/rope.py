@@ -123,7 +123,7 @@ def inverse_frequencies(rope: RopeConfig, *, head_dim: int) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def rotary_tables(
+def cosines_and_sines(
     positions: Int[Array, "N S"],
     settings: Sequence[RopeConfig | None],
     *,

@@ -205,6 +205,7 @@ def _chunked_forward(hidden, head, tokens, settings):
     def chunk(_, index):
         logits = _chunk_logits(hidden[:, index], head, settings)
         top = jnp.max(logits, axis=-1)
+        # Shifted by the largest logit, exp cannot overflow and the total is at least 1.
         shifted = logits - top[:, None]
         mass = jnp.exp(shifted)
         total = jnp.sum(mass, axis=-1)
@@ -215,6 +216,8 @@ def _chunked_forward(hidden, head, tokens, settings):
             entropy = jnp.log(total) - jnp.sum(mass * shifted, axis=-1) / total
         return None, (logp, entropy, top + jnp.log(total))
 
+    # The scan indexes axis 1. A mesh splits axis 0 over devices, and so every device
+    # has its share of every chunk.
     _, (logp, entropy, normalizer) = lax.scan(chunk, None, jnp.arange(hidden.shape[1]))
     return (logp.T, entropy.T), (hidden, head, tokens, normalizer.T, entropy.T)
 
@@ -225,6 +228,8 @@ def _chunked_backward(settings, residuals, cotangents):
 
     def chunk(head_grad, index):
         rows = hidden[:, index]
+        # Logits are made again instead of stored: those of all chunks are [tokens, V].
+        # The forward pass stores a normalizer and an entropy per token.
         scaled = _chunk_logits(rows, head, settings)
         logits_grad = _logits_grad(
             scaled,
@@ -268,6 +273,7 @@ def _logits_grad(
 
     d logp / dz = onehot - p, and d entropy / dz = -p * (log(p) + entropy).
     """
+    # The forward pass stored log(sum(exp)), so no second reduction over V is needed.
     log_probs = scaled - normalizer
     probs = jnp.exp(log_probs)
     grad = jnp.where(chosen, logp_grad, 0.0) - logp_grad * probs
@@ -280,5 +286,7 @@ def _logits_grad(
     return grad
 
 
+# A custom gradient, because that of lax.scan would store the residuals of every chunk,
+# among them its logits.
 _chunked = jax.custom_vjp(_chunked_primal, nondiff_argnums=(3,))
 _chunked.defvjp(_chunked_forward, _chunked_backward)

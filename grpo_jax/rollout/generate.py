@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from grpo_jax.config import SamplingConfig
 from grpo_jax.models.limits import check_stop_ids
-from grpo_jax.models.protocol import DecodesApart, LanguageModel, in_compute_dtype
+from grpo_jax.models.protocol import LanguageModel, UnrolledDecoder, in_compute_dtype
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.collectives import split_over_fsdp
 from grpo_jax.rollout import compaction as slots
@@ -148,8 +148,8 @@ def _generate(
     shape = (prompts.shape[0], group_size)
     cache = model.init_cache(*shape, max_new_tokens)
     regroup: Any = None
-    if apart and isinstance(model, DecodesApart):
-        variables, prefix, cache = model.unstack(variables, prefix, cache)
+    if apart and isinstance(model, UnrolledDecoder):
+        variables, prefix, cache = model.unroll(variables, prefix, cache)
         regroup = model.regroup
     pad_id = model.config.pad_token_id or 0
     blank = _blank(_sample_keys(key, prompt_ids, group_size), max_new_tokens, pad_id)

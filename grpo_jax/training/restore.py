@@ -15,7 +15,7 @@ from grpo_jax.config import SamplingConfig, TrainConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.models.lora import init_lora, lora_axes, merge_lora
-from grpo_jax.models.protocol import WIDE
+from grpo_jax.models.protocol import FLOAT32_PARAMS
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.advice import memory_warning
 from grpo_jax.planning.resolve import (
@@ -256,7 +256,7 @@ def _load(config: TrainConfig, mesh: Mesh | None, *, commit: str | None) -> Pret
     """The model of a run: master parameters, or a base that stays as it is."""
 
     def dtype(path: str) -> str:
-        whole = config.lora.rank is None or path.split("/")[-1] in WIDE
+        whole = config.lora.rank is None or path.split("/")[-1] in FLOAT32_PARAMS
         return "float32" if whole else compute_dtype(config)
 
     if mesh is None:

@@ -74,7 +74,7 @@ def test_decode_equals_score(any_tiny, apart):
     )()
     variables, cache = tiny.variables, model.init_cache(n, g, t)
     if apart:
-        variables, prefix, cache = model.unstack(variables, prefix, cache)
+        variables, prefix, cache = model.unroll(variables, prefix, cache)
     step = jax.jit(lambda *args: model.apply(variables, *args, method=model.decode))
     hidden = [jnp.broadcast_to(last[:, None], (n, g, last.shape[-1]))]
     for i in range(t - 1):

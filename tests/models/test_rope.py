@@ -7,13 +7,13 @@ import pytest
 from grpo_jax.models.rope import (
     RopeConfig,
     apply_rotary,
+    cosines_and_sines,
     inverse_frequencies,
-    rotary_tables,
 )
 
 
 def rotate(x, position, rope):
-    tables = rotary_tables(jnp.array([[position]]), [rope], head_dim=x.shape[-1])
+    tables = cosines_and_sines(jnp.array([[position]]), [rope], head_dim=x.shape[-1])
     out = apply_rotary(jnp.asarray(x)[None, None, None], tables[0][0], tables[1][0])
     return np.asarray(out)[0, 0, 0]
 

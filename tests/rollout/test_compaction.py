@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.models import cache as caches
-from grpo_jax.models.cache import Cache, Prefix
+from grpo_jax.models.cache import Cache, Prefix, regroup
 from grpo_jax.rollout import compaction as slots
 from grpo_jax.rollout.compaction import Layout
 
@@ -48,7 +47,7 @@ def test_moves_keep_every_completion_and_what_is_stored_of_it(bits, data):
             return
         held = np.isin(places.index, np.flatnonzero(alive))
         places, moves = slots.move_together(places, jnp.asarray(~held), wanted)
-        prefix, cache = caches.regroup(prefix, cache, *moves)
+        prefix, cache = regroup(prefix, cache, *moves)
         index = np.asarray(places.index)
         filled = index < PROMPTS * GROUP
         assert sorted(index[filled]) == sorted(np.flatnonzero(alive))
@@ -116,6 +115,6 @@ def test_regrouping_takes_parts_apart():
     prefix = Prefix(jnp.arange(4), jnp.arange(4), jnp.arange(4))
     own = jnp.arange(8).reshape(4, 1, 2, 1, 1)
     prompts, old = jnp.array([[1], [0]]), jnp.array([[[2, 0]], [[3, 3]]])
-    prefix, cache = jax.jit(caches.regroup)(prefix, Cache(own, own), prompts, old)
+    prefix, cache = jax.jit(regroup)(prefix, Cache(own, own), prompts, old)
     assert np.asarray(prefix.lengths).tolist() == [1, 2]
     assert np.asarray(cache.values)[:, 0, :, 0, 0].tolist() == [[2, 0], [7, 7]]
