@@ -5,6 +5,7 @@ import functools
 import shutil
 import types
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,6 @@ from grpo_jax.training import run_dir as directories
 from grpo_jax.training.manifest import Origin, Record, read_manifest
 from grpo_jax.training.restore import load_policy, open_policy, restore
 from grpo_jax.training.state import TrainState, state_items
-from grpo_jax.weights import pretrained
 
 
 def assert_same_bits(one, two):
@@ -144,7 +144,9 @@ def test_a_run_keeps_to_the_commit_of_the_hub_with_which_it_began(
     hub, newest = tmp_path / "snapshots", ["first"]
     shutil.copytree(tiny_policy.folder, hub / "first")
     monkeypatch.setattr(
-        pretrained, "_download", lambda name, at, files: hub / (at or newest[-1])
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, *, revision, allow_patterns: hub / (revision or newest[-1]),
     )
     config, mesh = TrainConfig(model="someone/model"), meshes_of(1, 1, 1)
     policy = load_policy(config, mesh)
