@@ -1,8 +1,8 @@
-"""Slots of the group sampler: fewer of them as completions end.
+"""Compaction of the group sampler's batch: fewer slots as completions end.
 
-A layout is M groups of W slots; the completions of a prompt fill whole groups, so that
-they go on to share its keys and values. Prompts are split into parts, one per device
-that holds some, and completions stay in theirs.
+A layout is M groups of W slots. The completions of a prompt fill whole groups, so that
+they still share its keys and values. Prompts are split into parts, one per device of
+the batch, and completions stay in their part.
 """
 
 from typing import NamedTuple
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
-# Layouts of a rollout. Each is compiled, which on a GPU takes 8 s: it must have many
-# tokens to save. Halving beyond an eighth gains little.
+# Each layout is a loop that is compiled, which takes 8 s on a GPU. It pays only in a
+# rollout of many tokens, and below an eighth of the slots further halving gains little.
 _TOKENS_PER_LAYOUT = 16
 _MOST_LAYOUTS = 4
-# Slots below which a token takes the same time however few there are.
+# With fewer slots a token takes no less time: the weights must be read all the same.
 _FEWEST_SLOTS = 16
 
 
@@ -28,13 +28,13 @@ class Layout(NamedTuple):
     parts: int = 1
 
 
-class Places(struct.PyTreeNode):
+class SlotAssignment(struct.PyTreeNode):
     """Whose completion each slot holds, part by part.
 
     Attributes:
-      prompts: ``[S, m]`` the number of each group's prompt among those of its part.
-      samples: ``[S, m, W]`` the number of the slot's completion among its prompt's; in
-        a slot that holds none, the size of a group, which is one too many.
+      prompts: ``[S, m]`` the prompt of each group, numbered within its part.
+      samples: ``[S, m, W]`` the number of the slot's completion among its prompt's; an
+        empty slot has the group size, one more than the last number.
       num_prompts: of all parts, N.
       group_size: G.
     """
@@ -46,12 +46,12 @@ class Places(struct.PyTreeNode):
 
     @property
     def index(self) -> Int[Array, "M W"]:
-        """Which of all N x G completions each slot holds; N x G where it holds none."""
+        """Which of all N x G completions each slot holds; N x G where it is empty."""
         parts, groups, width = self.samples.shape
         first = jnp.arange(parts)[:, None] * (self.num_prompts // parts)
         index = (first + self.prompts)[..., None] * self.group_size + self.samples
-        none = self.num_prompts * self.group_size
-        index = jnp.where(self.samples < self.group_size, index, none)
+        empty = self.num_prompts * self.group_size
+        index = jnp.where(self.samples < self.group_size, index, empty)
         return index.reshape(parts * groups, width)
 
 
@@ -76,11 +76,11 @@ def layouts(
     return chosen
 
 
-def first_places(layout: Layout) -> Places:
+def first_assignment(layout: Layout) -> SlotAssignment:
     """Every completion in the slot of its own prompt and number."""
     groups, width, parts = layout
     each = (parts, groups // parts)
-    return Places(
+    return SlotAssignment(
         prompts=jnp.broadcast_to(jnp.arange(each[1])[None, :], each),
         samples=jnp.broadcast_to(jnp.arange(width)[None, None, :], (*each, width)),
         num_prompts=groups,
@@ -89,60 +89,83 @@ def first_places(layout: Layout) -> Places:
 
 
 def fit(
-    places: Places, finished: Bool[Array, "M W"], layout: Layout
+    assignment: SlotAssignment, finished: Bool[Array, "M W"], layout: Layout
 ) -> Bool[Array, ""]:
     """Whether the completions that have not finished fit into a layout."""
 
-    def groups(prompts: Array, alive: Array) -> Array:
-        counts = _counts(jnp.where(alive, prompts[:, None], -1), places)
-        return jnp.sum(-(-counts // layout.width))
+    def needed(prompts: Array, alive: Array) -> Array:
+        # Groups are not shared: each prompt needs whole ones for its completions.
+        own = _counts(jnp.where(alive, prompts[:, None], -1), assignment)
+        return jnp.sum(-(-own // layout.width))
 
-    alive = ~finished.reshape(places.samples.shape)
-    needed = jax.vmap(groups)(places.prompts, alive)
-    return jnp.all(needed <= layout.groups // layout.parts)
+    alive = ~finished.reshape(assignment.samples.shape)
+    groups = jax.vmap(needed)(assignment.prompts, alive)
+    # Every part must fit on its own, for no completion leaves its device.
+    return jnp.all(groups <= layout.groups // layout.parts)
 
 
-def move_together(
-    places: Places, finished: Bool[Array, "M W"], layout: Layout
-) -> tuple[Places, tuple[Int[Array, "S m"], Int[Array, "S m W"]]]:
-    """The completions that have not finished, in the slots of a layout they `fit`.
+def compact(
+    assignment: SlotAssignment, finished: Bool[Array, "M W"], layout: Layout
+) -> tuple[SlotAssignment, tuple[Int[Array, "S m"], Int[Array, "S m W"]]]:
+    """Move the completions that have not finished into a layout that they `fit`.
+
+    Three prompts A, B and C in 3 groups of 4 slots go to 3 groups of 2 (a dot has
+    finished or is empty)::
+
+        old slot     0  1  2  3    4  5  6  7    8  9 10 11
+        holds       A0  . A2 A3 |  .  .  .  . |  . C1  .  .
+
+        by prompt   A0 A2 A3 C1    from old slots 0 2 3 9
+        rank         0  1  2  0    among the completions of the prompt
+        new slot     0  1  2  4    = (first group of the prompt) * 2 + rank
+
+        new slot     0  1    2  3    4  5
+        holds       A0 A2 | A3  . | C1  .
+
+    A has three completions and takes groups 0 and 1, B none, so C begins at group 2.
 
     Returns:
-      The new places, and where they come from: the old group that has the prompt of
-      each new group, and the old slot of each new slot, counted within their part.
-      Where there is no completion they are any.
+      The new assignment and, counted within their part, the old group that has the
+      prompt of each new group (0, 0, 2 above) and the old slot of each new slot
+      (0, 2, 3, any, 9, any). Groups and slots without a completion may name any.
     """
     each, width = layout.groups // layout.parts, layout.width
+    count = assignment.num_prompts // layout.parts
 
     def move(prompts: Array, samples: Array, alive: Array) -> tuple[Array, ...]:
-        count = places.num_prompts // layout.parts
-        # Slots ordered by prompt, those without a completion behind all prompts.
+        # Number `count` stands for no prompt: a stable sort puts these slots last.
         prompt = jnp.where(alive, prompts[:, None], count).reshape(-1)
-        slots = jnp.argsort(prompt, stable=True)
-        prompt = prompt[slots]
-        counts = _counts(prompt, places)
-        groups = -(-counts // width)
-        padded = lambda x: jnp.append(jnp.cumsum(x) - x, 0)  # noqa: E731
-        rank = jnp.arange(slots.size) - padded(counts)[prompt]
-        to = (padded(groups)[prompt] + rank // width) * width + rank % width
-        to = jnp.where(prompt < count, to, each * width)
-        old_slots = jnp.zeros(each * width, slots.dtype).at[to].set(slots, mode="drop")
-        held = jnp.zeros(each * width, bool).at[to].set(True, mode="drop")
-        own = jnp.where(held, samples.reshape(-1)[old_slots], places.group_size)
+        old_slots = jnp.argsort(prompt, stable=True)
+        prompt = prompt[old_slots]
+        own = _counts(prompt, assignment)
+        groups = -(-own // width)
+        # Exclusive sums; the appended entry is for the number that is no prompt.
+        before = lambda x: jnp.append(jnp.cumsum(x) - x, 0)  # noqa: E731
+        rank = jnp.arange(prompt.size) - before(own)[prompt]
+        new_slots = before(groups)[prompt] * width + rank
+        # A slot beyond the last one is dropped by the scatters below.
+        new_slots = jnp.where(prompt < count, new_slots, each * width)
+        source = jnp.zeros(each * width, old_slots.dtype)
+        source = source.at[new_slots].set(old_slots, mode="drop")
+        held = jnp.zeros(each * width, bool).at[new_slots].set(True, mode="drop")
+        sample = jnp.where(held, samples.reshape(-1)[source], assignment.group_size)
+        # Prompt of each new group: the first whose groups reach beyond its number.
         new = jnp.searchsorted(jnp.cumsum(groups), jnp.arange(each), side="right")
         new = jnp.minimum(new, count - 1).astype(prompts.dtype)
+        # After an earlier move a prompt may have several groups: any of them will do.
         last = prompts.shape[0] - 1
         holders = jnp.full(count, last).at[prompts].min(jnp.arange(last + 1))
         shape = (each, width)
-        return new, own.reshape(shape), holders[new], old_slots.reshape(shape)
+        return new, sample.reshape(shape), holders[new], source.reshape(shape)
 
-    alive = ~finished.reshape(places.samples.shape)
-    moved = jax.vmap(move)(places.prompts, places.samples, alive)
-    prompts, samples, holders, old_slots = moved
-    return places.replace(prompts=prompts, samples=samples), (holders, old_slots)
+    alive = ~finished.reshape(assignment.samples.shape)
+    moved = jax.vmap(move)(assignment.prompts, assignment.samples, alive)
+    prompts, samples, groups, slots = moved
+    return assignment.replace(prompts=prompts, samples=samples), (groups, slots)
 
 
-def _counts(prompts: Int[Array, "..."], places: Places) -> Int[Array, " n"]:
+def _counts(prompts: Int[Array, "..."], assignment: SlotAssignment) -> Int[Array, " n"]:
     """How often each prompt of a part is named; other numbers do not count."""
-    numbers = jnp.arange(places.num_prompts // places.samples.shape[0])
+    parts = assignment.samples.shape[0]
+    numbers = jnp.arange(assignment.num_prompts // parts)
     return jnp.sum(prompts.reshape(-1)[:, None] == numbers[None, :], axis=0)

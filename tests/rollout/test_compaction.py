@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.models.cache import Cache, Prefix, regroup
-from grpo_jax.rollout import compaction as slots
+from grpo_jax.rollout import compaction
 from grpo_jax.rollout.compaction import Layout
 
 PROMPTS, GROUP = 6, 4
@@ -23,8 +23,8 @@ def needed_groups(alive, width):
 @given(st.integers(0, 2 ** (PROMPTS * GROUP) - 1), st.sampled_from(SMALLER))
 def test_a_layout_fits_exactly_when_its_groups_hold_the_prompts(bits, layout):
     alive = alive_from(bits)
-    places = slots.first_places(Layout(PROMPTS, GROUP))
-    fits = bool(slots.fit(places, jnp.asarray(~alive), layout))
+    assignment = compaction.first_assignment(Layout(PROMPTS, GROUP))
+    fits = bool(compaction.fit(assignment, jnp.asarray(~alive), layout))
     assert fits == (needed_groups(alive, layout.width) <= layout.groups)
 
 
@@ -38,17 +38,17 @@ def alive_from(bits):
 def test_moves_keep_every_completion_and_what_is_stored_of_it(bits, data):
     """Twice in a row, with arrays in which each entry says whose it is."""
     alive = alive_from(bits)
-    places = slots.first_places(Layout(PROMPTS, GROUP))
+    assignment = compaction.first_assignment(Layout(PROMPTS, GROUP))
     prompt = jnp.arange(PROMPTS)
     own = jnp.arange(PROMPTS * GROUP).reshape(PROMPTS, 1, GROUP, 1, 1)
     prefix, cache = Prefix(prompt, prompt, prompt), Cache(own, own)
     for wanted in (Layout(PROMPTS, 2), Layout(PROMPTS // 2, 1)):
         if needed_groups(alive, wanted.width) > wanted.groups:
             return
-        held = np.isin(places.index, np.flatnonzero(alive))
-        places, moves = slots.move_together(places, jnp.asarray(~held), wanted)
+        held = np.isin(assignment.index, np.flatnonzero(alive))
+        assignment, moves = compaction.compact(assignment, jnp.asarray(~held), wanted)
         prefix, cache = regroup(prefix, cache, *moves)
-        index = np.asarray(places.index)
+        index = np.asarray(assignment.index)
         filled = index < PROMPTS * GROUP
         assert sorted(index[filled]) == sorted(np.flatnonzero(alive))
         np.testing.assert_array_equal(
@@ -61,21 +61,34 @@ def test_moves_keep_every_completion_and_what_is_stored_of_it(bits, data):
         alive &= alive_from(keep)
 
 
+def test_the_example_of_the_docstring():
+    alive = np.zeros((3, 4), bool)
+    alive[[0, 0, 0, 2], [0, 2, 3, 1]] = True
+    first = compaction.first_assignment(Layout(3, 4))
+    moved, (prompts, old) = compaction.compact(first, jnp.asarray(~alive), Layout(3, 2))
+    # Of twelve completions; 12 stands for an empty slot.
+    assert np.asarray(moved.index).tolist() == [[0, 2], [3, 12], [9, 12]]
+    assert np.asarray(prompts)[0].tolist() == [0, 0, 2]
+    assert np.asarray(old)[0].reshape(-1)[[0, 1, 2, 4]].tolist() == [0, 2, 3, 9]
+
+
 def test_completions_stay_in_their_part():
     alive = np.zeros((8, 2), bool)
     alive[[0, 1, 6], 1] = True
-    places = slots.first_places(Layout(8, 2, parts=2))
+    assignment = compaction.first_assignment(Layout(8, 2, parts=2))
     layout = Layout(4, 1, parts=2)
-    assert slots.fit(places, jnp.asarray(~alive), layout)
-    places, (prompts, old) = slots.move_together(places, jnp.asarray(~alive), layout)
+    assert compaction.fit(assignment, jnp.asarray(~alive), layout)
+    assignment, (prompts, old) = compaction.compact(
+        assignment, jnp.asarray(~alive), layout
+    )
     # 16 stands for none: prompts 0 and 1 are in the first part, 6 in the second.
-    assert np.asarray(places.index).tolist() == [[1], [3], [13], [16]]
+    assert np.asarray(assignment.index).tolist() == [[1], [3], [13], [16]]
     assert np.asarray(prompts)[:, 0].tolist() == [0, 2]
     assert np.asarray(old)[:, 0, 0].tolist() == [1, 5]
     # Three in one part do not fit, though they would fit into both together.
     alive[2, 0] = True
-    assert not slots.fit(
-        slots.first_places(Layout(8, 2, parts=2)), jnp.asarray(~alive), layout
+    assert not compaction.fit(
+        compaction.first_assignment(Layout(8, 2, parts=2)), jnp.asarray(~alive), layout
     )
 
 
@@ -91,18 +104,18 @@ def test_completions_stay_in_their_part():
     ],
 )
 def test_layouts_halve_down_to_the_fewest_slots(shape, parts, expected):
-    found = slots.layouts(*shape, max_new_tokens=256, parts=parts)
+    found = compaction.layouts(*shape, max_new_tokens=256, parts=parts)
     assert [tuple(layout) for layout in found] == [(*one, parts) for one in expected]
 
 
 @pytest.mark.parametrize("tokens, count", [(8, 1), (15, 1), (16, 2), (32, 3), (999, 4)])
 def test_short_rollouts_have_few_layouts(tokens, count):
-    assert len(slots.layouts(64, 16, max_new_tokens=tokens, parts=1)) == count
+    assert len(compaction.layouts(64, 16, max_new_tokens=tokens, parts=1)) == count
 
 
 def test_layouts_shrink_to_one_group(monkeypatch):
-    monkeypatch.setattr(slots, "_FEWEST_SLOTS", 1)
-    found = slots.layouts(3, 2, max_new_tokens=256, parts=1)
+    monkeypatch.setattr(compaction, "_FEWEST_SLOTS", 1)
+    found = compaction.layouts(3, 2, max_new_tokens=256, parts=1)
     assert [tuple(one) for one in found] == [
         (3, 2, 1),
         (3, 1, 1),

@@ -12,7 +12,7 @@ from flax import linen as nn
 from grpo_jax.config import SamplingConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.rollout import compaction as slots
+from grpo_jax.rollout import compaction
 from grpo_jax.rollout import generate as generating
 from grpo_jax.rollout.draw import sample_token
 from grpo_jax.rollout.generate import generate
@@ -198,7 +198,7 @@ def test_the_loop_stops_when_every_completion_has_ended(tiny_policy, monkeypatch
         jax.debug.callback(lambda: calls.append(1))
         return sample_token(*args, **kwargs)
 
-    monkeypatch.setattr(generating.draws, "sample_token", counted)
+    monkeypatch.setattr(generating, "sample_token", counted)
     everything = SamplingConfig(stop_ids=tuple(range(264)))
     drawn = sample(
         tiny_policy, *prompts_and_lengths(), sampling=everything, max_new_tokens=50
@@ -212,8 +212,8 @@ def test_the_loop_stops_when_every_completion_has_ended(tiny_policy, monkeypatch
 @pytest.fixture
 def few_slots(monkeypatch):
     """Layouts down to a single slot, for programs compiled while it is in use."""
-    monkeypatch.setattr(slots, "_FEWEST_SLOTS", 1)
-    monkeypatch.setattr(slots, "_TOKENS_PER_LAYOUT", 1)
+    monkeypatch.setattr(compaction, "_FEWEST_SLOTS", 1)
+    monkeypatch.setattr(compaction, "_TOKENS_PER_LAYOUT", 1)
     generating._generate.clear_cache()
     yield
     generating._generate.clear_cache()
@@ -228,7 +228,7 @@ def test_completions_move_into_fewer_slots_and_change_nothing(
         jax.debug.callback(lambda: used.append(len(uniform)))
         return sample_token(logits, uniform, **options)
 
-    monkeypatch.setattr(generating.draws, "sample_token", noted)
+    monkeypatch.setattr(generating, "sample_token", noted)
     again = sample(tiny_policy, *prompts_and_lengths())
     jax.effects_barrier()
     np.testing.assert_array_equal(again.tokens, sampled.tokens)
