@@ -76,7 +76,8 @@ def random_rollout(work: Workload, vocabulary: int) -> Rollout:
         logp=np.full(shape, -9.0, np.float32),
         lengths=np.full(shape[:2], work.new_tokens, np.int32),
         finished=np.ones(shape[:2], bool),
-        completions=[""] * work.sequences,
-        counts=np.ones(work.prompts, bool),
+        mask=np.ones(shape, bool),
+        completions=[[""] * work.group] * work.prompts,
+        keep=np.ones(work.prompts, bool),
         rewards=rng.normal(size=shape[:2]),
     )

@@ -15,6 +15,8 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from grpo_jax.rewards.metrics import has_signal
+
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_DIR = "completions"
 
@@ -66,11 +68,10 @@ def reward_metrics(rewards: Float[np.ndarray, "N G"]) -> dict[str, float]:
     """
     groups = [group[~np.isnan(group)] for group in np.asarray(rewards, np.float64)]
     spreads = [group.std(ddof=1) for group in groups if group.size > 1]
-    flat = [group.size == 0 or group.max() == group.min() for group in groups]
     return {
         REWARD: _mean(np.concatenate(groups)),
         REWARD_STD: _mean(spreads),
-        EQUAL_GROUPS: _mean(flat),
+        EQUAL_GROUPS: _mean(~has_signal(rewards)),
     }
 
 

@@ -12,6 +12,18 @@ import numpy as np
 ERROR, TIMEOUT = 1, 2
 
 
+def has_signal(rewards: np.ndarray) -> np.ndarray:
+    """Of rewards ``[N, G]``, whether those of each group differ; NaN is no reward.
+
+    Largest and smallest are compared, since a standard deviation of equal rewards can
+    differ from 0 by rounding.
+    """
+    missing = np.isnan(rewards)
+    largest = np.where(missing, -np.inf, rewards).max(axis=1)
+    smallest = np.where(missing, np.inf, rewards).min(axis=1)
+    return largest > smallest
+
+
 def reduce_metrics(
     rewards: Mapping[str, np.ndarray],
     failures: Mapping[str, np.ndarray],

@@ -4,6 +4,7 @@ A rollout is on the host and holds this process's share of the global batch.
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.rewards.runner import RewardRunner, Scores
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.rollout.encoding import bucket, encode_rows, pad, prompts_sha256, unpad
-from grpo_jax.rollout.rollout import Rollout, join, refill
+from grpo_jax.rollout.rollout import Rollout
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.tasks.base import Row, Task
 from grpo_jax.tasks.order import rows_at
@@ -81,7 +82,8 @@ class Collector:
         tokens, lengths = np.asarray(sampled.tokens), np.asarray(sampled.lengths)
         with self._agreement.phase("rollout"):
             decode = self._tokenizer.decode
-            completions = [decode(ids) for ids in unpad(tokens, lengths)]
+            groups = unpad(tokens, lengths)
+            completions = [[decode(ids) for ids in group] for group in groups]
         own = meshes.own_share(count)
         # All processes pad alike, for together their rows make one array.
         padded, prompt_lengths = pad(
@@ -97,8 +99,9 @@ class Collector:
             logp=np.asarray(sampled.logp),
             lengths=lengths,
             finished=np.asarray(sampled.finished),
+            mask=np.arange(tokens.shape[-1]) < lengths[..., None],
             completions=completions,
-            counts=np.ones(len(lengths), bool),
+            keep=np.ones(len(lengths), bool),
             rewards=np.full(lengths.shape, np.nan),
             seconds={"time/rollout": seconds},
         )
@@ -106,56 +109,31 @@ class Collector:
     def reward(self, rollout: Rollout, *, step: int) -> Rollout:
         """The rollout with its rewards."""
         start = time.perf_counter()
+        shape = size, group = rollout.lengths.shape
+        ids = unpad(rollout.tokens, rollout.lengths)
         scores = score_rows(
             self._runner,
-            [row for row in rollout.rows for _ in range(self._config.group_size)],
-            rollout.completions,
-            unpad(rollout.tokens, rollout.lengths),
+            [row for row in rollout.rows for _ in range(group)],
+            list(itertools.chain(*rollout.completions)),
+            list(itertools.chain(*ids)),
             step=step,
         )
         seconds = time.perf_counter() - start
-        shape = rollout.lengths.shape
-        per_function = lambda values: {  # noqa: E731
-            name: row.reshape(shape)
-            for name, row in zip(scores.names, values, strict=True)
-        }
+        by_name = lambda values: dict(  # noqa: E731
+            zip(scores.names, values.reshape(-1, *shape), strict=True)
+        )
         return dataclasses.replace(
             rollout,
             rewards=scores.total.reshape(shape),
-            rewards_by_name=per_function(scores.rewards),
-            failures_by_name=per_function(scores.failures),
-            extra=scores.extra,
+            rewards_by_name=by_name(scores.rewards),
+            failures_by_name=by_name(scores.failures),
+            extra={
+                name: [values[n * group : (n + 1) * group] for n in range(size)]
+                for name, values in scores.extra.items()
+            },
             logged=scores.logged,
             seconds=rollout.seconds | {"time/reward": seconds},
         )
-
-    def informative(
-        self, *, step: int, position: int, limit: int
-    ) -> tuple[Rollout, Rollout] | None:
-        """A rewarded rollout whose groups differ in reward, and all that was sampled.
-
-        None when the run is asked to stop.
-
-        Groups of equal rewards teach nothing; they are replaced, whole, from up to
-        `limit` further rollouts (dynamic sampling: DAPO, Yu et al. 2025, section 3.2,
-        https://arxiv.org/abs/2503.14476). What is still missing then is filled with
-        such groups, which do not count.
-        """
-        wanted = self._config.prompts_per_step // jax.process_count()
-        taken: list[Rollout] = []
-        while True:
-            drawn = position + len(taken) * self._config.prompts_per_step
-            rollout = self.sample(step=step, position=drawn)
-            with self._agreement.phase("rewards"):
-                taken.append(self.reward(rollout, step=step))
-            if self._agreement.stop:
-                return None
-            sampled = join(taken)
-            kept = refill(sampled, wanted, short=len(taken) > limit)
-            # One process that is short has all of them sample again.
-            missing = meshes.gather_rows(np.array([kept is None]))
-            if kept is not None and not missing.any():
-                return kept, sampled
 
 
 def score_rows(

@@ -96,10 +96,12 @@ def pad(
 
 def unpad(
     tokens: Int[np.ndarray, "N G T"], lengths: Int[np.ndarray, "N G"]
-) -> list[list[int]]:
-    """The token ids of N x G completions, group by group, stop token included."""
-    flat = tokens.reshape(-1, tokens.shape[-1])
-    return [row[:n].tolist() for row, n in zip(flat, lengths.reshape(-1), strict=True)]
+) -> list[list[list[int]]]:
+    """The token ids of completions, a list per group, stop token included."""
+    return [
+        [row[:length].tolist() for row, length in zip(*group, strict=True)]
+        for group in zip(tokens, lengths, strict=True)
+    ]
 
 
 def _as_messages(

@@ -136,8 +136,7 @@ def complete_share(
         sampling=sampling,
         batch_size=batch_size,
     )
-    flat = unpad(np.asarray(sampled.tokens), np.asarray(sampled.lengths))
-    ids = [flat[i : i + samples] for i in range(0, len(flat), samples)]
+    ids = unpad(np.asarray(sampled.tokens), np.asarray(sampled.lengths))
     texts = [[tokenizer.decode(one) for one in group] for group in ids]
     return Completed(texts=texts, ids=ids)
 

@@ -179,7 +179,7 @@ class Learner:
             "prompts": rollout.prompts,
             "prompt_lengths": rollout.prompt_lengths,
             "completions": rollout.tokens,
-            "mask": rollout.mask,
+            "mask": rollout.mask & rollout.keep[:, None, None],
             "advantages": np.zeros(rollout.lengths.shape, np.float32),
             "sampler_logp": rollout.logp,
         }
@@ -194,7 +194,7 @@ class Learner:
     def with_advantages(self, batch: Batch, rollout: Rollout) -> Batch:
         """The batch with the advantages of the rollout's rewards."""
         # A group that is left out must not enter the deviation of a batch either.
-        kept = np.where(rollout.counts[:, None], rollout.rewards, np.nan)
+        kept = np.where(rollout.keep[:, None], rollout.rewards, np.nan)
         rewards, lengths, finished = meshes.to_mesh(
             self._mesh, (kept.astype(np.float32), rollout.lengths, rollout.finished)
         )

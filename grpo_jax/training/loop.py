@@ -22,6 +22,7 @@ from grpo_jax.reporting.equal_groups import taught_nothing
 from grpo_jax.reporting.metrics import read_metrics
 from grpo_jax.reporting.plots import plot_runs
 from grpo_jax.rewards.source import changed_rewards
+from grpo_jax.rollout.dynamic_sampling import resample
 from grpo_jax.rollout.rollout import Rollout
 from grpo_jax.tasks.base import RewardFunction, Row
 from grpo_jax.training.announce import describe_resumed
@@ -192,7 +193,7 @@ def _collect(run: Run, progress: Progress) -> tuple[Rollout, Rollout, Batch] | N
     run.console.phase("compiling, then sampling")
     _update_sampler(run, progress)
     if limit := run.config.objective.resample_limit:
-        found = run.collector.informative(**at, limit=limit)
+        found = resample(run.collector, run.agreement, **at, limit=limit)
         run.sampler.release()
         if found is None:
             return None

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from grpo_jax.config import MeshConfig, RewardsConfig, SamplingConfig, TrainConfig
+from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rollout.collect import Collector, score_rows
+from grpo_jax.rollout.dynamic_sampling import resample
 from grpo_jax.rollout.sampler import GroupSampler
 from grpo_jax.tasks import task_from_rows
 from grpo_jax.tasks.order import rows_at
@@ -89,9 +91,17 @@ def test_a_rollout_takes_the_rows_at_its_position(make_scripted, tiny_policy, or
         rollout.rows, rollout.prompts, rollout.prompt_lengths, strict=True
     ):
         assert tiny_policy.tokenizer.decode(ids[:length]) == row["prompt"]
-    assert np.isnan(rollout.rewards).all() and rollout.counts.all()
+    assert np.isnan(rollout.rewards).all() and rollout.keep.all()
     # Prompts are numbered by their position, whatever their row.
-    assert rollout.completions == ["40", "41", "50", "51", "60", "61", "70", "71"]
+    assert rollout.completions == [[f"{n}0", f"{n}1"] for n in range(4, 8)]
+
+
+def test_the_mask_ends_with_the_completion(make_scripted):
+    rollout = make_scripted(by_number).sample(step=1, position=8)
+    # Prompts 8 and 9 have completions of two digits, 10 and 11 of three.
+    assert rollout.lengths.tolist() == [[2, 2], [2, 2], [3, 3], [3, 3]]
+    assert rollout.mask[1, 0].tolist() == [True, True, False, False, False]
+    assert rollout.mask[2, 1].tolist() == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -106,7 +116,7 @@ def test_processes_have_shares_of_a_rollout_in_one_shape(
     parts = on_processes(sample, count)
     assert [row for part in parts for row in part.rows] == whole.rows
     assert sum((part.completions for part in parts), []) == whole.completions
-    for name in ("prompts", "prompt_lengths", "tokens", "lengths"):
+    for name in ("prompts", "prompt_lengths", "tokens", "lengths", "mask"):
         joined = np.concatenate([vars(part)[name] for part in parts])
         np.testing.assert_array_equal(joined, vars(whole)[name])
 
@@ -145,19 +155,19 @@ def test_functions_are_given_columns_texts_and_ids_in_the_order_of_groups(
     assert seen["step"] == 7
     assert seen["number"] == [row["number"] for row in rollout.rows for _ in range(2)]
     assert seen["prompts"] == [row["prompt"] for row in rollout.rows for _ in range(2)]
-    assert seen["completions"] == rollout.completions
+    assert seen["completions"] == sum(rollout.completions, [])
     np.testing.assert_array_equal(rollout.rewards, np.arange(8.0).reshape(4, 2))
     for n, g in np.ndindex(4, 2):
         own = rollout.tokens[n, g, : rollout.lengths[n, g]].tolist()
         assert seen["ids"][2 * n + g] == own
-        assert tiny_policy.tokenizer.decode(own) == rollout.completions[2 * n + g]
+        assert tiny_policy.tokenizer.decode(own) == rollout.completions[n][g]
 
 
 def test_groups_of_equal_rewards_are_replaced_from_further_rollouts(
     make_scripted, order
 ):
     collector = make_scripted(by_number)
-    rollout, sampled = collector.informative(step=1, position=0, limit=4)
+    rollout, sampled = resample(collector, Agreement(), step=1, position=0, limit=4)
     even = [number for number in order if number % 2 == 0]
     assert [row["number"] for row in rollout.rows] == even[:4]
     # As many rollouts of four as it takes to meet four even numbers.
@@ -165,7 +175,7 @@ def test_groups_of_equal_rewards_are_replaced_from_further_rollouts(
     while sum(n % 2 == 0 for n in order[:needed]) < 4:
         needed += 1
     assert len(sampled.rows) == 4 * -(-needed // 4)
-    assert rollout.counts.all()
+    assert rollout.keep.all()
 
 
 def test_replacing_is_bounded_and_left_overs_do_not_count(make_scripted):
@@ -176,10 +186,10 @@ def test_replacing_is_bounded_and_left_overs_do_not_count(make_scripted):
         return constant(completions)
 
     collector = make_scripted(reward)
-    rollout, sampled = collector.informative(step=1, position=0, limit=2)
+    rollout, sampled = resample(collector, Agreement(), step=1, position=0, limit=2)
     assert len(sampled.rows) == 12 and len(calls) == 3
     assert len(rollout.rows) == 4
-    assert not rollout.counts.any() and not rollout.mask.any()
+    assert not rollout.keep.any()
 
 
 def test_a_rollout_that_needs_no_replacing_is_taken_as_it_is(make_scripted):
@@ -187,7 +197,7 @@ def test_a_rollout_that_needs_no_replacing_is_taken_as_it_is(make_scripted):
         return [float(i) for i in range(len(completions))]
 
     collector = make_scripted(reward)
-    rollout, sampled = collector.informative(step=1, position=0, limit=2)
+    rollout, sampled = resample(collector, Agreement(), step=1, position=0, limit=2)
     assert len(sampled.rows) == 4
     plain = collector.sample(step=1, position=0)
     np.testing.assert_array_equal(rollout.tokens, plain.tokens)

@@ -144,4 +144,4 @@ def test_a_prompt_leaves_room_for_its_completions():
 
 def test_unpadded_ids_keep_the_stop_token():
     tokens = np.array([[[5, 6, 0], [7, 0, 0]]])
-    assert texts.unpad(tokens, np.array([[3, 1]])) == [[5, 6, 0], [7]]
+    assert texts.unpad(tokens, np.array([[3, 1]])) == [[[5, 6, 0], [7]]]

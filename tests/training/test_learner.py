@@ -26,8 +26,9 @@ def make_rollout(batch, **changes):
         "logp": np.asarray(batch.sampler_logp),
         "lengths": lengths,
         "finished": lengths < 5,
-        "completions": ["y"] * lengths.size,
-        "counts": np.ones(len(lengths), bool),
+        "mask": np.asarray(batch.mask),
+        "completions": [["y"] * lengths.shape[1]] * len(lengths),
+        "keep": np.ones(len(lengths), bool),
         "rewards": REWARDS,
     }
     return Rollout(**(fields | changes))
@@ -188,7 +189,7 @@ def test_groups_that_do_not_count_do_not_enter_the_batch_s_deviation(
     objective = ObjectiveConfig(advantage="standardized", std_over="batch")
     learner = make_learner(objective=objective)
     counts = np.array([True, False, True, True])
-    partial = dataclasses.replace(rollout, counts=counts)
+    partial = dataclasses.replace(rollout, keep=counts)
     batch = learner.with_advantages(learner.score(partial), partial)
     expected = standardized_advantages(jnp.asarray(REWARDS[counts]), std_over="batch")
     np.testing.assert_allclose(batch.advantages[counts], expected, rtol=1e-5)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from grpo_jax.config import ObjectiveConfig, TrainConfig
 from grpo_jax.planning import utilization
 from grpo_jax.reporting.metrics import CompileCounter
-from grpo_jax.rollout.rollout import Rollout, join, refill
+from grpo_jax.rollout.dynamic_sampling import join, refill
+from grpo_jax.rollout.rollout import Rollout
 from grpo_jax.training.measures import Measures, slowest
 
 SECONDS = {f"time/{n}": 2.0 for n in ("rollout", "reward", "score", "update", "step")}
@@ -28,8 +29,9 @@ def make_rollout(rng, prompts):
         logp=np.zeros((*shape, 4)),
         lengths=lengths,
         finished=lengths < 4,
-        completions=["c"] * (2 * prompts),
-        counts=np.ones(prompts, bool),
+        mask=np.arange(4) < lengths[..., None],
+        completions=[["c"] * 2] * prompts,
+        keep=np.ones(prompts, bool),
         rewards=rewards,
         rewards_by_name={"f": rewards},
         failures_by_name={"f": failures},
@@ -46,7 +48,7 @@ def share(rollout, number, count):
     return Rollout(
         **arrays,
         rows=rollout.rows[rows],
-        completions=rollout.completions[2 * rows.start : 2 * rows.stop],
+        completions=rollout.completions[rows],
         rewards_by_name={"f": rollout.rewards_by_name["f"][rows]},
         failures_by_name={"f": rollout.failures_by_name["f"][rows]},
         logged=rollout.logged if number == 0 else {},
