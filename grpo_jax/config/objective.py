@@ -70,7 +70,7 @@ class ObjectiveConfig(Section):
     advantage: Literal["softmax", "standardized", "centered", "leave_one_out"] = (
         "softmax"
     )
-    # Temperature of the softmax over a group's rewards, in units of reward.
+    # Temperature of the softmax over a group's rewards, on the scale of the rewards.
     softmax_temperature: Positive = 1.0
     # Policy loss per token: clipped ratio, CISPO, or the plain log-likelihood.
     surrogate: Literal["clip", "cispo", "likelihood"] = "clip"
@@ -78,31 +78,31 @@ class ObjectiveConfig(Section):
     ratio_level: Literal["token", "sequence"] = "token"
     clip_low: Positive = 0.2  # the ratio is clipped below at 1 - clip_low
     clip_high: Positive = 0.2  # the ratio is clipped above at 1 + clip_high
-    # Bounds the loss of bad completions at dual_clip * |advantage|; must exceed 1.
+    # Limits the loss at dual_clip * |advantage| if the advantage is negative; above 1.
     dual_clip: AboveOne | None = None
     # Largest importance weight of the CISPO surrogate, as an absolute ratio.
     cispo_max_weight: Positive | None = None
-    # Weight of the KL to the frozen reference (beta); 0 holds no reference.
+    # Weight (beta) of the KL to the reference policy; 0: no reference is stored.
     kl_coef: NotNegative = 0.04
-    # Add the KL to the loss per token, or take it from the reward per sequence (RLOO).
+    # Add the KL to the loss per token, or subtract it from the reward (RLOO).
     kl_in: Literal["loss", "reward"] = "loss"
     kl_estimator: Literal["k2", "k3"] = "k3"  # per-token KL estimator
     entropy_coef: NotNegative = 0.0  # weight of the entropy bonus
-    # Cap of the truncated importance weight between sampler and learner; None is off.
+    # Upper limit of the importance weights of learner to sampler; None: no weights.
     sampler_correction_cap: Positive | None = None
-    # How tokens become one number.
+    # How the losses of the tokens become one number.
     aggregation: Literal[
         "sequence_mean", "sequence_sum", "token_mean", "fixed_length"
     ] = "sequence_mean"
     # Leave out completions that hit the length limit before they ended.
     mask_truncated: bool = False
-    # Last share of max_new_tokens in which a penalty grows to -1 (DAPO).
+    # A penalty grows to -1 over this last share of max_new_tokens (DAPO); None: none.
     overlong_share: Share | None = None
-    # Rewards of standardized advantages are divided by the deviation of this set.
+    # Standardized advantages are divided by the standard deviation of this set.
     std_over: Literal["group", "batch"] = "group"
-    # Extra rollouts a step may take to replace groups of equal rewards (DAPO).
+    # Extra rollouts per step, at most, to replace groups with equal rewards (DAPO).
     resample_limit: Size = 0
-    # Steps after which the reference policy becomes the current one; None is never.
+    # Every so many steps, the current policy becomes the reference; None: never.
     reference_every: Count | None = None
 
     @staticmethod

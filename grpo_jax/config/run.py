@@ -53,11 +53,11 @@ class OptimizerConfig(Section):
 
     section: ClassVar[str] = "optimizer"
     learning_rate: Positive = 1e-6  # peak learning rate
-    # The rate after the warm-up: it stays, or falls to 0 at the last update.
+    # After the warm-up, the rate stays constant or falls to 0 at the last update.
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: Size = 0  # updates over which the rate rises from 0
-    b1: Decay = 0.9  # decay of the first moment
-    b2: Decay = 0.999  # decay of the second moment
+    b1: Decay = 0.9  # decay rate of the first moment
+    b2: Decay = 0.999  # decay rate of the second moment
     weight_decay: NotNegative = 0.0  # decoupled weight decay
     max_grad_norm: Positive | None = 1.0  # global norm at which gradients are clipped
 
@@ -67,10 +67,11 @@ class RewardsConfig(Section):
     """How reward functions are called."""
 
     section: ClassVar[str] = "rewards"
-    weights: tuple[Finite, ...] | None = None  # one per function; None weighs all by 1
-    timeout_seconds: Positive | None = None  # time limit of a batch, per function
-    isolate: bool = False  # score in a separate process
-    # An exception in a reward function ends the run, or drops that completion.
+    weights: tuple[Finite, ...] | None = None  # one per function; None: all are 1
+    timeout_seconds: Positive | None = None  # time limit of one call of a function
+    isolate: bool = False  # run the functions in a separate process
+    # After an exception in a reward function: end the run (raise), or give the
+    # completion no reward (drop).
     on_error: Literal["raise", "drop"] = "raise"
 
 
@@ -96,16 +97,16 @@ class CheckpointConfig(Section):
 
     section: ClassVar[str] = "checkpoint"
     every: Count = 50  # steps between saves; the last step is always saved
-    keep: Count = 3  # newest checkpoints that are kept
-    keep_every: Count | None = None  # also keep each step that this number divides
-    # Also keep the step with the best value of this metric, such as eval/accuracy; of
-    # equal values the first.
+    keep: Count = 3  # number of newest checkpoints to keep
+    keep_every: Count | None = None  # also keep every multiple of this number
+    # Also keep the step with the best value of this metric, such as eval/accuracy.
+    # Among equal values the first step is the best.
     keep_best: Text | None = None
-    # Whether the largest or the smallest value is the best. None: by the metric, the
-    # largest reward or accuracy, the smallest loss or kl; other metrics need it.
+    # The best value is the largest (max) or the smallest (min). None: max for rewards
+    # and accuracy, min for loss and kl; for any other metric, set this field.
     best_mode: Literal["max", "min"] | None = None
-    # Seconds between the request to stop and the end of the machine. The run warns when
-    # a phase of a step takes longer: it would then lose the steps since its checkpoint.
+    # Seconds between the notice to stop and the end of the machine. The run warns if a
+    # phase of a step takes longer, because it could then not save in time.
     grace_seconds: Positive = 30.0
 
 
@@ -114,20 +115,21 @@ class MeshConfig(Section):
     """How devices and processes share the work."""
 
     section: ClassVar[str] = "mesh"
-    # Devices along the data axis; one axis may be -1: all that are left.
+    # Devices that split the batch only. One of the three axes may be -1: all devices
+    # that the other axes leave.
     data: AxisSize = 1
-    # Devices over which parameters are split, and the batch with them.
+    # Devices that split the parameters and also the batch.
     fsdp: AxisSize = -1
-    tensor: AxisSize = 1  # devices over which single matrices are split
-    # jit splits parameters and batch as the axes say; pmap is data parallelism alone.
+    tensor: AxisSize = 1  # devices that split each matrix (tensor parallelism)
+    # jit splits parameters and batch as the axes say; pmap splits the batch only.
     mode: Literal["jit", "pmap"] = "jit"
-    # The sampler's parameters: gathered over fsdp once per rollout, or left split and
-    # gathered layer by layer at each token; auto: gathered, if they fit.
+    # Parameters during sampling: gathered over fsdp once per rollout (gathered), or
+    # layer by layer at each token (split). auto: gathered, if they fit.
     sampler: Literal["auto", "gathered", "split"] = "auto"
-    # State that is in host memory while it is not in use.
+    # State that waits in host memory until a step needs it.
     offload: tuple[Literal["reference", "optimizer"], ...] = ()
     coordinator: str | None = None  # host:port of process 0; None: JAX finds it
-    num_processes: Count | None = None  # processes in all
+    num_processes: Count | None = None  # total number of processes
     process_id: Size | None = None  # number of this process, from 0
 
     def problems(self) -> Iterator[str]:
@@ -142,7 +144,7 @@ class MeshConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(Section):
-    """What is shown and written while the run goes on."""
+    """What is shown and written during the run."""
 
     section: ClassVar[str] = "report"
     log_every: Count = 1  # steps between lines on the console
@@ -165,25 +167,25 @@ class TrainConfig(Section):
     data: str | None = None  # local file or folder with the task's rows
     run_dir: str | None = None  # where the run is stored; None: runs/<task>
     steps: Count = UNSET  # rollouts, each followed by its updates
-    seed: Seed = 0  # every random number of the run follows from it
+    seed: Seed = 0  # all random numbers of the run depend on it
     prompts_per_step: Count = UNSET  # prompts of a step, over all processes
     group_size: Count = 8  # completions per prompt
     updates_per_rollout: Count = 1  # passes over a rollout
     minibatches: Count = 1  # optimizer updates per pass
-    microbatch_size: Count | None = None  # sequences held at once; None: all
-    max_prompt_tokens: Count = 512  # longer prompts are an error
+    microbatch_size: Count | None = None  # sequences in memory at once; None: all
+    max_prompt_tokens: Count = 512  # a longer prompt is an error
     max_new_tokens: Count = UNSET  # completions are cut at this length
     # Steps between evaluations; there is also one before the first step and one after
     # the last. 0: no evaluation.
     eval_every: Size = UNSET
     eval_prompts: Size = UNSET  # held-out prompts of an evaluation; 0: none
-    # Held-out prompts that are completed at once; None: as many as a rollout has
-    # sequences, or fewer, so that they need no more memory than training.
+    # Held-out prompts that are completed at once. None: the number of sequences of a
+    # rollout, or fewer if they would need more memory than training.
     eval_batch_size: Count | None = None
-    # Number type of the matrix products; auto: float32 on CPU, elsewhere bfloat16.
+    # dtype of the matrix products; auto: float32 on CPU, elsewhere bfloat16
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # What the backward pass recomputes to save memory: nothing, all but the matrix
-    # products (dots), or whole layers; auto: as little as the memory allows.
+    # What the backward pass recomputes to save memory: nothing (none), everything
+    # except matrix products (dots), or whole layers (layer). auto: as little as fits.
     remat: Literal["auto", "none", "layer", "dots"] = "auto"
     # What is optimized.
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -199,7 +201,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # How devices and processes share the work.
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    # What is shown and written while the run goes on.
+    # What is shown and written during the run.
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ def _sizes(plan: Mapping[str, Any]) -> Table:
         table.add_row(name, *[_gib(sizes.get(name)) for sizes in phases.values()])
     table.add_section()
     totals = [_gib(plan["totals"][phase]) for phase in phases]
-    table.add_row("in all", *totals, style="bold")
+    table.add_row("total", *totals, style="bold")
     return table
 
 

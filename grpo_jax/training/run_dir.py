@@ -124,8 +124,8 @@ def check_config(
             hints += f" {done} steps are done: steps may be {done} or more."
         raise ValueError(
             f"run_dir {path} holds a run with another configuration: "
-            f"{'; '.join(differing)} (there and here). Use another run_dir, or the "
-            f"same configuration to resume.{hints}"
+            f"{'; '.join(differing)} (stored and new value). Use another run_dir, or "
+            f"the same configuration to resume.{hints}"
         )
     if moved:
         write_text(path / "config.yaml", to_yaml(before))

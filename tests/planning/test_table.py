@@ -46,7 +46,7 @@ def test_what_is_always_there_is_in_every_phase_and_the_rest_in_its_own():
     assert cells(text, "parameters") == ["3.00", "3.00"]
     assert cells(text, "cache") == ["2.00"]
     assert cells(text, "gradients") == ["0.25"]
-    assert cells(text, "in all") == ["5.00", "3.25"]
+    assert cells(text, "total") == ["5.00", "3.25"]
     assert text.index("rollout") < text.index("update")
 
 

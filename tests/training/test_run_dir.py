@@ -132,7 +132,10 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(tmp_path):
     with pytest.raises(ValueError) as caught:
         directories.check_config(tmp_path, other)
     message = str(caught.value)
-    assert "objective.kl_coef: 0.04 and 0.0; seed: 1 and 2 (there and here)" in message
+    assert (
+        "objective.kl_coef: 0.04 and 0.0; seed: 1 and 2 (stored and new value)"
+        in message
+    )
     assert directories.read_config(tmp_path).seed == 1
 
 
