@@ -51,7 +51,7 @@ _HOMES = {
     "Pretrained": "grpo_jax.weights.pretrained",
     "load_pretrained": "grpo_jax.weights.pretrained",
     "save_pretrained": "grpo_jax.weights.pretrained",
-    "Completions": "grpo_jax.rollout.generate",
+    "Completions": "grpo_jax.rollout.sampler",
     "generate": "grpo_jax.rollout.generate",
     "Task": "grpo_jax.tasks.base",
     "load_task": "grpo_jax.tasks",

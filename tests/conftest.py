@@ -205,7 +205,7 @@ class ScriptedSampler:
         self.variables = None
 
     def sample(self, prompts, *, numbers, group_size, max_new_tokens, **_):
-        from grpo_jax.rollout.generate import Completions
+        from grpo_jax.rollout.sampler import Completions
 
         own = numbers[meshes.own_share(len(prompts))]
         tokens = np.zeros((len(own), group_size, max_new_tokens), np.int32)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 # Each layout is a loop that is compiled, which takes 8 s on a GPU. It pays only in a
 # rollout of many tokens, and below an eighth of the slots further halving gains little.
@@ -169,3 +169,23 @@ def _counts(prompts: Int[Array, "..."], assignment: SlotAssignment) -> Int[Array
     parts = assignment.samples.shape[0]
     numbers = jnp.arange(assignment.num_prompts // parts)
     return jnp.sum(prompts.reshape(-1)[:, None] == numbers[None, :], axis=0)
+
+
+def put_back(
+    every: Shaped[Array, "N G ..."],
+    held: Shaped[Array, "M W ..."],
+    index: Int[Array, "M W"],
+) -> Shaped[Array, "N G ..."]:
+    """The values of all completions, updated by those that the slots hold."""
+    flat = every.reshape(-1, *every.shape[2:])
+    new = held.reshape(-1, *held.shape[2:])
+    # An empty slot has an index beyond the last completion: its values are dropped.
+    return flat.at[index.reshape(-1)].set(new, mode="drop").reshape(every.shape)
+
+
+def take(
+    every: Shaped[Array, "N G ..."], index: Int[Array, "M W"]
+) -> Shaped[Array, "M W ..."]:
+    """The values of the slots out of those of all completions; any in an empty slot."""
+    flat = every.reshape(-1, *every.shape[2:])
+    return flat[jnp.where(index < len(flat), index, 0)]

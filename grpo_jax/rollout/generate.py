@@ -7,44 +7,27 @@ prompts beside it. As completions end, the others are compacted into fewer slots
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from grpo_jax.config import SamplingConfig
-from grpo_jax.models.limits import check_stop_ids
+from grpo_jax.models.limits import check_stop_ids, longest_prompt
 from grpo_jax.models.protocol import LanguageModel, UnrolledDecoder, in_compute_dtype
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.collectives import split_over_fsdp
 from grpo_jax.rollout import compaction
 from grpo_jax.rollout.draw import sample_token
-
-
-class Completions(struct.PyTreeNode):
-    """What was sampled.
-
-    Attributes:
-      tokens: ``[N, G, T]`` token ids; entries from `lengths` on are padding.
-      lengths: ``[N, G]`` tokens of each completion, its stop token included.
-      logp: ``[N, G, T]`` log-probability in nats of each token under the sampler, 0 in
-        the padding.
-      finished: ``[N, G]`` whether a stop token ended it, rather than the limit.
-    """
-
-    tokens: Int[Array, "N G T"]
-    lengths: Int[Array, "N G"]
-    logp: Float[Array, "N G T"]
-    finished: Bool[Array, "N G"]
-
-    @property
-    def mask(self) -> Bool[Array, "N G T"]:
-        """True for the tokens of a completion, False for the padding."""
-        positions = jnp.arange(self.tokens.shape[-1])[None, None]
-        return positions < self.lengths[..., None]
+from grpo_jax.rollout.encoding import bucket, pad
+from grpo_jax.rollout.sampler import Completions
 
 
 class _Loop(struct.PyTreeNode):
@@ -106,10 +89,7 @@ def generate(
             f"the model's context of {context}; lower max_new_tokens."
         )
     sampling = sampling or SamplingConfig()
-    stop_ids = sampling.stop_ids
-    if stop_ids is None:
-        stop_ids = model.config.eos_token_ids
-    check_stop_ids(stop_ids, vocab_size=model.config.vocab_size)
+    stop_ids = _stop_ids(model, sampling)
     if prompt_ids is None:
         prompt_ids = jnp.arange(prompts.shape[0])
     variables = {"params": params} if lora is None else {"params": params, "lora": lora}
@@ -123,12 +103,121 @@ def generate(
         group_size=group_size,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        stop_ids=tuple(stop_ids),
-        # Where fsdp splits the parameters, layers stay stacked: the loop then gathers
-        # one layer at a time. XLA would move the gathers of separate layers in front of
-        # the loop, and all gathered layers would stay in memory.
-        apart=not split_over_fsdp(variables),
+        stop_ids=stop_ids,
+        unrolled=_can_unroll(variables),
     )
+
+
+class GroupSampler:
+    """Samples in batches on the learner's mesh; each returns when all have ended.
+
+    Prompts are padded to a bucket of the longest one, and the last batch is filled up
+    with copies of the first prompt, so that few shapes are compiled.
+    """
+
+    def __init__(
+        self, model: LanguageModel, mesh: Mesh, *, max_prompt_tokens: int
+    ) -> None:
+        self._model = model
+        self._mesh = mesh
+        self._max_prompt_tokens = max_prompt_tokens
+        self._variables: PyTree | None = None
+        self._unrolled = False
+
+    def update(self, variables: PyTree, *, version: int) -> None:
+        """Sample with these variables; all tokens of a call are of one version."""
+        del version
+        self._variables = variables
+        self._unrolled = _can_unroll(variables)
+
+    def release(self) -> None:
+        """Forget the weights."""
+        self._variables = None
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        numbers: Sequence[int],
+        key: Key[Array, ""],
+        group_size: int,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        batch_size: int | None = None,
+    ) -> Completions:
+        """The completions of this process's share of the prompts; see `Sampler`."""
+        if self._variables is None:
+            raise RuntimeError("the sampler has no weights; call update() first.")
+        limit = longest_prompt(
+            self._max_prompt_tokens,
+            new_tokens=max_new_tokens,
+            context=self._model.config.max_position_embeddings,
+        )
+        stop_ids = _stop_ids(self._model, sampling)
+        # All processes pad alike, for their rows make one array.
+        length = bucket(max(map(len, prompts)), limit=limit)
+        own = meshes.own_share(len(prompts))
+        processes = jax.process_count()
+        most = math.ceil(len(prompts) / processes)
+        at_once = max((batch_size or len(prompts) * group_size) // group_size, 1)
+        # Rows of a batch on this process, as many on each of its devices.
+        devices = max(meshes.batch_shards(self._mesh) // processes, 1)
+        rows = math.ceil(min(at_once / processes, most) / devices) * devices
+        parts: list[Completions] = []
+        # As many batches on every process, also where its share is smaller by one.
+        for start in range(0, most, rows):
+            part = slice(own.start + start, min(own.start + start + rows, own.stop))
+            missing = rows - len(prompts[part])
+            batch = pad(
+                [*prompts[part], *[prompts[0]] * missing],
+                length=length,
+                pad_id=self._model.config.pad_token_id or 0,
+            )
+            ids = np.array([*numbers[part], *[numbers[0]] * missing], np.uint32)
+            placed, lengths, ids = meshes.to_mesh(self._mesh, (*batch, ids))
+            completions = _generate(
+                self._model,
+                self._variables,
+                placed,
+                lengths,
+                key,
+                ids,
+                group_size=group_size,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                stop_ids=stop_ids,
+                unrolled=self._unrolled,
+            )
+            # Each process fetches the rows of its own prompts.
+            completions = jax.device_put(completions, lengths.sharding)
+            parts.append(meshes.to_host(completions))
+        # The longest of all processes, each of which must go on with the same shapes.
+        longest = np.array([max(part.lengths.max() for part in parts)])
+        kept = bucket(int(meshes.gather_rows(longest).max()), limit=max_new_tokens)
+        parts = [
+            part.replace(tokens=part.tokens[..., :kept], logp=part.logp[..., :kept])
+            for part in parts
+        ]
+        count = own.stop - own.start  # behind them are copies of the first prompt
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+
+
+def _stop_ids(model: LanguageModel, sampling: SamplingConfig) -> tuple[int, ...]:
+    stop_ids = sampling.stop_ids
+    if stop_ids is None:
+        stop_ids = model.config.eos_token_ids
+    check_stop_ids(stop_ids, vocab_size=model.config.vocab_size)
+    return tuple(stop_ids)
+
+
+def _can_unroll(variables: PyTree) -> bool:
+    """Whether the loop over tokens may read layer by layer from separate arrays.
+
+    Where fsdp splits the parameters, layers stay stacked: the loop then gathers one
+    layer at a time. XLA would move the gathers of separate layers in front of the loop,
+    and all gathered layers would stay in memory.
+    """
+    return not split_over_fsdp(variables)
 
 
 @functools.partial(
@@ -139,7 +228,7 @@ def generate(
         "max_new_tokens",
         "sampling",
         "stop_ids",
-        "apart",
+        "unrolled",
     ),
 )
 def _generate(
@@ -154,7 +243,7 @@ def _generate(
     max_new_tokens: int,
     sampling: SamplingConfig,
     stop_ids: tuple[int, ...],
-    apart: bool,
+    unrolled: bool,
 ) -> Completions:
     # Cast here, once per rollout: in the loop it would be repeated at every token.
     variables = in_compute_dtype(variables, model.config.dtype)
@@ -165,7 +254,7 @@ def _generate(
     shape = (prompts.shape[0], group_size)
     cache = model.init_cache(*shape, max_new_tokens)
     regroup: Any = None
-    if apart and isinstance(model, UnrolledDecoder):
+    if unrolled and isinstance(model, UnrolledDecoder):
         variables, prefix, cache = model.unroll(variables, prefix, cache)
         regroup = model.regroup
     pad_id = model.config.pad_token_id or 0
@@ -285,13 +374,7 @@ def _draw(
 
 def _put_back(ended: _Loop, state: _Loop, index: Int[Array, "M W"]) -> _Loop:
     """All N x G completions, updated by those that the slots hold."""
-
-    def put(old: Array, new: Array) -> Array:
-        flat = old.reshape(-1, *old.shape[2:])
-        new = new.reshape(-1, *new.shape[2:])
-        # An empty slot has an index beyond the last completion: its values are dropped.
-        return flat.at[index.reshape(-1)].set(new, mode="drop").reshape(old.shape)
-
+    put = functools.partial(compaction.put_back, index=index)
     # None takes a field out of the map: the step is one for all, keys do not change.
     both = (part.replace(step=None, keys=None) for part in (ended, state))
     return jax.tree.map(put, *both).replace(step=ended.step, keys=ended.keys)
@@ -299,10 +382,6 @@ def _put_back(ended: _Loop, state: _Loop, index: Int[Array, "M W"]) -> _Loop:
 
 def _take(ended: _Loop, index: Int[Array, "M W"]) -> _Loop:
     """The completions of the slots out of all N x G; an empty slot has finished."""
-    held = index < ended.finished.size
-
-    def take(x: Array) -> Array:
-        return x.reshape(-1, *x.shape[2:])[jnp.where(held, index, 0)]
-
+    take = functools.partial(compaction.take, index=index)
     state = jax.tree.map(take, ended.replace(step=None))
-    return state.replace(finished=state.finished | ~held)
+    return state.replace(finished=state.finished | (index >= ended.finished.size))

@@ -22,7 +22,8 @@ from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rollout.collect import score_rows
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.rollout.encoding import encode_rows, unpad
-from grpo_jax.rollout.sampler import GroupSampler, Sampler
+from grpo_jax.rollout.generate import GroupSampler
+from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.tasks.base import Row, Task, first_rows
 from grpo_jax.training.restore import Policy
 from grpo_jax.training.scores import Completed, Evaluation, has_ground_truth, judge

@@ -82,8 +82,26 @@ def train(
             rewards=rewards,
             eval_dataset=eval_dataset,
         )
-        progress = _resume(run)
-        return _run_steps(run, progress)
+        progress, metrics = _resume(run), {}
+        if jax.process_index() == 0 and progress.step < config.steps:
+            # A run that was extended is not finished any more.
+            (run.path / "summary.json").unlink(missing_ok=True)
+        run.record.write("running", step=progress.step)
+        began = time.perf_counter() - progress.seconds
+        try:
+            if progress.step == 0:
+                progress, metrics = _begin(run, progress)
+            while progress.step < config.steps and not agreement.stop:
+                progress, metrics = _step(run, progress, metrics, began=began)
+            if progress.step < config.steps:
+                return _stop(run, progress, metrics)
+            if progress.measured_at != progress.step:
+                # `steps` was lowered to a step that was not evaluated.
+                progress, _ = _evaluate(run, progress)
+            return _finish(run, progress)
+        except BaseException:
+            run.record.write("failed", step=progress.step)
+            raise
 
 
 def _resume(run: Run) -> Progress:
@@ -110,53 +128,29 @@ def _resume(run: Run) -> Progress:
     return Progress.read(meta["progress"])
 
 
-def _run_steps(run: Run, progress: Progress) -> TrainResult:
-    """Make the steps that are left, save on the way, and write the results."""
-    config, agreement = run.config, run.agreement
-    if jax.process_index() == 0 and progress.step < config.steps:
-        # A run that was extended is not finished any more.
-        (run.path / "summary.json").unlink(missing_ok=True)
-    run.record.write("running", step=progress.step)
-    began = time.perf_counter() - progress.seconds
-    metrics: dict[str, float] = {}
-    try:
-        if progress.step == 0:
-            progress, metrics = _evaluate(run, progress)
-            with agreement.phase("report"):
-                if metrics:
-                    _log(run, 0, metrics)
-        while progress.step < config.steps and not agreement.stop:
-            made = _step(run, progress)
-            if made is None:
-                break
-            progress, metrics = made
-            # What is saved is where the run stands: nothing is added after it.
-            seconds = time.perf_counter() - began
-            progress = dataclasses.replace(progress, seconds=seconds)
-            last = progress.step == config.steps
-            if last or progress.is_due(config.checkpoint.every):
-                _save(run, progress, metrics)
-        if progress.step < config.steps:
-            return _stop(run, progress, metrics)
-        if progress.measured_at != progress.step:
-            # `steps` was lowered to a step that was not evaluated.
-            progress, _ = _evaluate(run, progress)
-        return _finish(run, progress)
-    except BaseException:
-        run.record.write("failed", step=progress.step)
-        raise
+def _begin(run: Run, progress: Progress) -> tuple[Progress, dict[str, float]]:
+    """The evaluation before the first step, as metrics of step 0."""
+    progress, metrics = _evaluate(run, progress)
+    with run.agreement.phase("report"):
+        if metrics:
+            _log(run, 0, metrics)
+    return progress, metrics
 
 
-def _step(run: Run, progress: Progress) -> tuple[Progress, dict[str, float]] | None:
-    """One step: where the run stands after it, and its metrics.
+def _step(
+    run: Run, progress: Progress, before: dict[str, float], *, began: float
+) -> tuple[Progress, dict[str, float]]:
+    """One step, saved if that is due: where the run stands after it, and its metrics.
 
-    None if the run was asked to stop before the update: the step is abandoned.
+    A run that is asked to stop before the update abandons the step: it stays where it
+    is, with the metrics `before`. `began` is the time at which the run began, had it
+    never been interrupted.
     """
     config, start = run.config, time.perf_counter()
     step = progress.step + 1
     collected = _collect(run, progress)
     if collected is None:
-        return None
+        return progress, before
     rollout, sampled, batch = collected
     run.console.phase("compiling, then updating")
     metrics = run.learner.update(batch)
@@ -184,6 +178,11 @@ def _step(run: Run, progress: Progress) -> tuple[Progress, dict[str, float]] | N
             "checkpoint is kept; a lower learning rate is the usual remedy."
         )
     run.references.refresh_after(step, run.learner)
+    # What is saved is where the run stands: nothing is added after it.
+    seconds = time.perf_counter() - began
+    progress = dataclasses.replace(progress, seconds=seconds)
+    if step == config.steps or progress.is_due(config.checkpoint.every):
+        _save(run, progress, metrics)
     return progress, metrics
 
 

@@ -20,7 +20,8 @@ from grpo_jax.reporting.metrics import CompileCounter
 from grpo_jax.reporting.trackers import Tracker, make_tracker
 from grpo_jax.rollout.collect import Collector
 from grpo_jax.rollout.encoding import encode_prompt, prompts_sha256
-from grpo_jax.rollout.sampler import GroupSampler, Sampler
+from grpo_jax.rollout.generate import GroupSampler
+from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.tasks import choose_task
 from grpo_jax.tasks.base import RewardFunction, Row, Task
 from grpo_jax.training.announce import describe_run, warnings

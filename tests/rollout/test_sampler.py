@@ -10,8 +10,7 @@ import pytest
 
 from grpo_jax.config import SamplingConfig
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.rollout.generate import generate
-from grpo_jax.rollout.sampler import GroupSampler
+from grpo_jax.rollout.generate import GroupSampler, generate
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15]]
 # Some completions end early, the longest ones at the limit.

@@ -13,7 +13,7 @@ import pytest
 from grpo_jax.config import RewardsConfig, SamplingConfig, TrainConfig
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.rewards.runner import RewardRunner
-from grpo_jax.rollout.sampler import GroupSampler
+from grpo_jax.rollout.generate import GroupSampler
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.answers import last_answer, tagged_answer
 from grpo_jax.tasks.base import Task

@@ -122,7 +122,7 @@ class Programs:
             max_new_tokens=NEW_TOKENS,
             sampling=SamplingConfig(),
             stop_ids=(1,),
-            apart=apart,
+            unrolled=apart,
         )
 
     def _compile(self, function, *arguments, **options):

@@ -13,7 +13,7 @@ from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rollout import collect
-from grpo_jax.rollout import sampler as samplers
+from grpo_jax.rollout import generate as samplers
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.training import evaluate
@@ -41,7 +41,7 @@ def drawn(tiny_policy, monkeypatch):
         seen.append(sampling)
         raise Drawn
 
-    monkeypatch.setattr(samplers, "generate", record)
+    monkeypatch.setattr(samplers, "_generate", record)
     task = load_task("arithmetic")
 
     def sampling_of(user, sampling, *flags):
