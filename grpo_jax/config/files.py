@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def write_text(path: Path, text: str) -> None:
         # Without it the new name can reach the disk before the content does; after a
         # power failure the file would then be empty.
         fsync(temporary)
+        if path.exists():
+            shutil.copymode(path, temporary)  # one that was made private stays so
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -82,6 +82,14 @@ def test_a_link_stays_and_the_file_it_points_to_is_replaced(tmp_path):
         assert link.is_symlink() and (tmp_path / "there" / "file").read_text() == text
 
 
+def test_a_file_that_was_made_private_stays_private(tmp_path):
+    file = tmp_path / "eval.json"
+    file.write_text("old")
+    file.chmod(0o600)
+    files.write_text(file, "new")
+    assert file.read_text() == "new" and file.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
