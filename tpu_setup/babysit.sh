@@ -40,6 +40,7 @@ script_flag() {
 }
 
 # Makes the TPU ready and starts the command; adopts a TPU and a run that are already up.
+# Sets `started` when it gets as far as the command.
 bring_up() {
   local verdict=absent
   "$HERE/create.sh" "${common[@]}" "${create_flags[@]}" || return
@@ -52,6 +53,7 @@ bring_up() {
       "$HERE/run.sh" "${common[@]}" --stop || return
       ;;
   esac
+  started=$SECONDS
   start_command
 }
 
@@ -89,9 +91,9 @@ again_or_fail() { # counts a failure and pauses, or gives up
   pause=$((pause * 2 < 600 ? pause * 2 : 600))
 }
 
-give_up_refused() { # other workers may wait for the one that refused
+give_up_refused() { # give_up_refused EXIT_CODE; other workers may wait for the one that refused
   "$HERE/run.sh" "${common[@]}" --stop || true
-  fail 2 "the command was refused: status.sh --lines 20"
+  fail "$1" "the command was refused: status.sh --lines 20"
 }
 
 # A command that is refused the first time will be the next time too. Later it may want
@@ -99,30 +101,34 @@ give_up_refused() { # other workers may wait for the one that refused
 babysit() {
   local failures=0 pause=$backoff outcome started rc first=1
   while :; do
-    rc=0
+    rc=0 started=
     bring_up || rc=$?
     case $rc in
-      0) ;;
+      0) watch_run ;;
       3) exit 3 ;;
       4) continue ;; # still in the queue
       *)
-        ((!first)) || ! refused "$rc" || exit "$rc"
-        again_or_fail "could not start" && continue
+        outcome="could not start"
+        if ((first)) && refused "$rc"; then
+          # Without a start, a script above refused what it was given.
+          [[ -n $started ]] || exit "$rc"
+          give_up_refused "$rc"
+        fi
         ;;
     esac
-    started=$SECONDS
-    watch_run
     case $outcome in
       finished) note "finished on every worker" && return ;;
       stopped) fail 3 "the run was stopped by hand" ;;
-      refused) ((!first)) || give_up_refused ;;
+      refused) ((!first)) || give_up_refused 2 ;;
     esac
-    first=0
-    if ((SECONDS - started >= healthy_after)); then
+    ((rc)) || first=0
+    # A command may end before its start is reported, so both ways count as a run.
+    if [[ -n $started ]] && ((SECONDS - started >= healthy_after)); then
       failures=0
       pause=$backoff
     fi
-    again_or_fail "the run was $outcome"
+    ((rc)) || outcome="the run was $outcome"
+    again_or_fail "$outcome"
   done
 }
 

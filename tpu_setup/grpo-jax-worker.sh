@@ -23,7 +23,8 @@ fail() { # fail CODE MESSAGE
   exit "$1"
 }
 
-alive() { ! (exec 9>>"$RUN/lock" && flock -n 9); }
+# Shared, so that two checks at once do not take each other for a run.
+alive() { ! (exec 9>>"$RUN/lock" && flock --shared --nonblock 9); }
 
 read_file() { [[ ! -f $1 ]] || cat "$1"; }
 
@@ -91,7 +92,8 @@ cmd_start() { # start COMMAND...
   local line log
   printf -v line '%q ' "$@"
   exec 9>>"$RUN/lock"
-  if ! flock -n 9; then
+  # It waits because a check of the state holds the lock for an instant.
+  if ! flock --timeout 1 9; then
     [[ $(read_file "$RUN/command") == "$line" ]] ||
       fail 3 "another run is alive here: $(read_file "$RUN/command"); run.sh --stop ends it"
     say "already running: $line"
@@ -157,32 +159,35 @@ cmd_stop() {
   say "stopped"
 }
 
+# Sets `state` and `rc`. The lock is tried before the exit code is read: a run that ends
+# between the two has then left its code, and never looks like one that was cut off.
 run_state() {
-  local rc
+  local running=0
+  ! alive || running=1
   rc=$(read_file "$RUN/rc")
   if [[ ! -f $BASE/installed ]]; then
-    echo absent
+    state=absent
   elif [[ ! -f $RUN/command ]]; then
-    echo idle
-  elif [[ -z $rc ]] && alive; then
-    echo running
+    state=idle
+  elif [[ -z $rc ]] && ((running)); then
+    state=running
   elif [[ -f $RUN/stopped ]]; then
-    echo stopped
+    state=stopped
   elif [[ -z $rc || -f $RUN/terminated ]]; then
-    echo interrupted # a reboot, a kill, or a save on SIGTERM
+    state=interrupted # a reboot, a kill, or a save on SIGTERM
   elif [[ $rc == 0 ]]; then
-    echo finished
+    state=finished
   else
-    echo failed
+    state=failed
   fi
 }
 
 cmd_state() {
-  local rc revision
-  rc=$(read_file "$RUN/rc")
+  local state rc revision
+  run_state
   revision=$(read_file "$BASE/code/REVISION")
   printf 'grpo-jax-state host=%s state=%s rc=%s revision=%s command=%s\n' "$(hostname)" \
-    "$(run_state)" "${rc:--}" "${revision:--}" "$(read_file "$RUN/command")"
+    "$state" "${rc:--}" "${revision:--}" "$(read_file "$RUN/command")"
 }
 
 cmd_log() { # log LINES|follow

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import sys
 import time
 from signal import SIGTERM
@@ -203,6 +204,20 @@ def test_a_run_that_saved_on_a_signal_of_the_platform_is_not_finished(installed)
         os.killpg(int((installed.worker(worker) / "run/pid").read_text()), SIGTERM)
     wait_for(installed, "interrupted")
     assert "exit code 0" in log(installed)
+
+
+def test_a_run_that_ends_while_its_state_is_read_is_finished(installed):
+    end, race = installed.root / "end", installed.root / "race"
+    # The lock is tried the moment after the run has ended.
+    ended = f"touch {end}; while [ ! -e $HOME/grpo-jax/run/rc ]; do sleep 0.05; done"
+    flock = shutil.which("flock")
+    installed.stand_in(
+        "flock", f'#!/bin/sh\n[ ! -e {race} ] || {{ {ended}; }}\nexec {flock} "$@"\n'
+    )
+    script = f"until [ -e {end} ]; do sleep 0.05; done"
+    assert installed.run("run", "--", "bash", "-c", script).returncode == 0
+    race.touch()
+    assert states(installed) == ["finished", "finished"]
 
 
 def test_a_run_needs_an_installation(committed):
