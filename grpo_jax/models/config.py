@@ -139,20 +139,36 @@ def _range_problems(config: ModelConfig) -> Iterator[str]:
 
 
 def _relation_problems(config: ModelConfig) -> Iterator[str]:
-    if config.num_kv_heads > 0 and config.num_heads % config.num_kv_heads:
-        yield (
-            f"num_heads {config.num_heads} must be a multiple of num_kv_heads "
-            f"{config.num_kv_heads}"
-        )
-    if config.head_dim % 2:
-        yield f"head_dim must be even for rotary embeddings, got {config.head_dim}"
-    if config.experts is not None and config.mlp_bias:
-        yield "mlp_bias must be False: experts have no biases"
-    for name in ("layer_rope", "layer_window"):
-        count = len(getattr(config, name))
-        if count != config.num_layers:
-            yield f"{name} needs num_layers={config.num_layers} entries, has {count}"
-    if any(not 0 <= (i or 0) < len(config.rope) for i in set(config.layer_rope)):
-        yield f"layer_rope must index the {len(config.rope)} settings in rope"
-    if any(window is not None and window < 1 for window in config.layer_window):
-        yield f"layer_window must be positive or None, got {config.layer_window}"
+    heads, kv_heads, layers = config.num_heads, config.num_kv_heads, config.num_layers
+    rope, window = config.layer_rope, config.layer_window
+    rules = [
+        (
+            heads % max(kv_heads, 1) == 0,
+            f"num_heads {heads} must be a multiple of num_kv_heads {kv_heads}",
+        ),
+        (
+            config.head_dim % 2 == 0,
+            f"head_dim must be even for rotary embeddings, got {config.head_dim}",
+        ),
+        (
+            config.experts is None or not config.mlp_bias,
+            "mlp_bias must be False: experts have no biases",
+        ),
+        (
+            len(rope) == layers,
+            f"layer_rope needs num_layers={layers} entries, has {len(rope)}",
+        ),
+        (
+            len(window) == layers,
+            f"layer_window needs num_layers={layers} entries, has {len(window)}",
+        ),
+        (
+            set(rope) <= {None, *range(len(config.rope))},
+            f"layer_rope must index the {len(config.rope)} settings in rope",
+        ),
+        (
+            all(tokens is None or tokens >= 1 for tokens in window),
+            f"layer_window must be positive or None, got {window}",
+        ),
+    ]
+    return (problem for holds, problem in rules if not holds)

@@ -11,14 +11,49 @@ from grpo_jax.models.foreign_keys import FOREIGN_KEYS
 # Keys that mean something to some architecture.
 _MEANINGFUL = FOREIGN_KEYS.union(*(family.defaults for family in FAMILIES.values()))
 
-_WHOLE = (
-    *families.REQUIRED_KEYS,
-    *("max_position_embeddings", "num_key_value_heads", "head_dim"),
-    *("num_experts", "num_local_experts", "num_experts_per_tok"),
-    "moe_intermediate_size",
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return _is_whole(value) and value > 0
+
+
+def _is_tokens(value: Any) -> bool:
+    ids = value if isinstance(value, list | tuple) else [value]
+    return all(index is None or _is_whole(index) for index in ids)
+
+
+# Keys, a test of their values, and what a value must be.
+_TYPES = (
+    (
+        (
+            *families.REQUIRED_KEYS,
+            *("max_position_embeddings", "num_experts", "num_local_experts"),
+            *("num_experts_per_tok", "moe_intermediate_size"),
+        ),
+        _is_size,
+        "a positive whole number",
+    ),
+    (
+        ("num_key_value_heads", "head_dim"),
+        lambda value: value is None or _is_size(value),
+        "a positive whole number",
+    ),
+    (("rms_norm_eps",), lambda value: isinstance(value, int | float), "a number"),
+    (
+        ("rope_theta",),
+        lambda value: value is None or isinstance(value, int | float),
+        "a number",
+    ),
+    (
+        ("rope_scaling", "rope_parameters"),
+        lambda value: not value or isinstance(value, Mapping),
+        "an object",
+    ),
+    (("bos_token_id", "eos_token_id", "pad_token_id"), _is_tokens, "a token id"),
 )
-_MAY_BE_NULL = ("num_key_value_heads", "head_dim")
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,28 +65,28 @@ def check_keys(hf: Mapping[str, Any], family: Family) -> None:
         ValueError: naming every such key, and every one that is missing.
     """
     required = (*families.REQUIRED_KEYS, *family.required)
-    problems = [f"missing {key}" for key in required if key not in hf]
     fixed = {**families.FIXED_KEYS, **family.fixed}
     read_keys = {*families.REQUIRED_KEYS, *families.ROPE_KEYS, *family.defaults}
-    harmless = read_keys | families.IGNORED_KEYS | family.ignored
-    unread = []
-    for key in sorted((set(hf) - harmless) | (set(hf) & set(fixed) - read_keys)):
-        only = fixed.get(key)
-        # An unknown key that is null, false, zero or empty is taken as "not in use".
-        if hf[key] in (None, only) if key in fixed else not hf[key]:
-            continue
-        # Code that comes with the files may read any key.
-        if key in fixed or key in _MEANINGFUL or hf.get("auto_map"):
-            remedy = "" if only is None else f" (only {only!r} is)"
-            problems.append(f"{key}={hf[key]!r} is not supported{remedy}")
-        else:
-            unread.append(f"{key}={hf[key]!r}")
+    known = {*read_keys, *families.IGNORED_KEYS, *family.ignored, *fixed}
+    # An unknown key that is null, false, zero or empty is taken as "not in use".
+    unknown = sorted(key for key in set(hf) - known if hf[key])
+    # Code that comes with the files may read any key.
+    may_be_read = unknown if hf.get("auto_map") else _MEANINGFUL.intersection(unknown)
+    problems = [
+        *(f"missing {key}" for key in required if key not in hf),
+        *(
+            f"{key}={hf[key]!r} is not supported (only {fixed[key]!r} is)"
+            for key in sorted(set(hf) & set(fixed) - read_keys)
+            if hf[key] not in (None, fixed[key])
+        ),
+        *(f"{key}={hf[key]!r} is not supported" for key in sorted(may_be_read)),
+    ]
     if problems:
         raise ValueError("config.json: " + "; ".join(problems))
-    if unread:
+    if unknown:
+        unread = ", ".join(f"{key}={hf[key]!r}" for key in unknown)
         _LOG.warning(
-            "config.json: ignored, because no architecture reads it: %s",
-            ", ".join(unread),
+            "config.json: ignored, because no architecture reads it: %s", unread
         )
 
 
@@ -62,28 +97,10 @@ def check_values(values: Mapping[str, Any]) -> None:
         ValueError: naming every key that is not.
     """
     problems = [
-        f"{key} must be a positive whole number, got {values[key]!r}"
-        for key in _WHOLE
-        if key in values
-        and not (_is_whole(values[key]) and values[key] > 0)
-        and not (values[key] is None and key in _MAY_BE_NULL)
+        f"{key} must be {words}, got {values[key]!r}"
+        for keys, is_right, words in _TYPES
+        for key in keys
+        if key in values and not is_right(values[key])
     ]
-    for key in ("rms_norm_eps", "rope_theta"):
-        value = values.get(key, 1.0)
-        unset = value is None and key == "rope_theta"
-        if not unset and not isinstance(value, int | float):
-            problems.append(f"{key} must be a number, got {value!r}")
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(values.get(key) or {}, Mapping):
-            problems.append(f"{key} must be an object, got {values[key]!r}")
-    for key in _TOKENS:
-        ids = values.get(key)
-        ids = ids if isinstance(ids, list | tuple) else [ids]
-        if not all(index is None or _is_whole(index) for index in ids):
-            problems.append(f"{key} must be a token id, got {values[key]!r}")
     if problems:
         raise ValueError("config.json: " + "; ".join(problems))
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -5,7 +5,7 @@ transformers 4, `rope_parameters` of 5. What the decoder does not honor is an er
 names the field, never a different model; what no implementation reads is ignored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from grpo_jax.models import families
@@ -43,6 +43,7 @@ _OTHER_NAME = {
     "attn_logit_softcapping": "attention_softcap",
     "final_logit_softcapping": "logit_softcap",
 }
+_FIELDS = {name: name for name in _SAME_NAME} | _OTHER_NAME
 
 
 def read(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,11 +67,8 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
     width, heads = values["hidden_size"], values["num_attention_heads"]
     head_dim = values["head_dim"] or width // heads
     bias = bool(values.get("attention_bias"))
-    fields = {
-        field: values.get(key)
-        for key, field in _OTHER_NAME.items() | {n: n for n in _SAME_NAME}.items()
-    }
-    fields |= {
+    fields = {field: values.get(key) for key, field in _FIELDS.items()}
+    return fields | {
         "architecture": architecture,
         "num_kv_heads": values["num_key_value_heads"] or heads,
         "head_dim": head_dim,
@@ -85,18 +83,8 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         "embedding_scale": width**0.5 if family.scaled_embedding else 1.0,
         "eos_token_ids": _token_ids(values["eos_token_id"]),
         "experts": _experts(values),
+        **_layers(values, family),
     }
-    layer_types = _layer_types(values, family)
-    window = _window(values, family)
-    if window is None and _SLIDING in layer_types:
-        raise ValueError(
-            f"layer_types names {_SLIDING!r}, but sliding_window is not set (or "
-            "use_sliding_window is false)"
-        )
-    fields["layer_window"] = tuple(
-        window if t == _SLIDING else None for t in layer_types
-    )
-    return fields | _rotary(values, layer_types, family)
 
 
 def write(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,8 +100,7 @@ def write(fields: Mapping[str, Any]) -> dict[str, Any]:
     known = (*families.REQUIRED_KEYS, *family.defaults)
     eos = fields["eos_token_ids"]
     values = {
-        **{name: fields[name] for name in _SAME_NAME},
-        **{key: fields[field] for key, field in _OTHER_NAME.items()},
+        **{key: fields[field] for key, field in _FIELDS.items()},
         "attention_bias": fields["output_bias"],
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "query_pre_attn_scalar": round(fields["attention_scale"] ** -2),
@@ -209,35 +196,52 @@ def _write_experts(experts: ExpertsConfig | None) -> dict[str, Any]:
     }
 
 
-def _layer_types(values: Mapping[str, Any], family: Family) -> list[str]:
-    num_layers = values["num_hidden_layers"]
-    given = values.get("layer_types")
-    if given is not None:
-        unknown = sorted(set(given) - {_FULL, _SLIDING})
-        if unknown or len(given) != num_layers:
-            raise ValueError(
-                f"config.json: layer_types must have {num_layers} entries, each "
-                f"{_FULL!r} or {_SLIDING!r}; got {given}"
-            )
-        return list(given)
-    windowed = _window(values, family) is not None
-    layers = range(num_layers)
-    match family.windows:
-        case "none":
-            slides = [False for _ in layers]
-        case "all":
-            slides = [windowed for _ in layers]
-        case "late":
-            slides = [windowed and i >= values["max_window_layers"] for i in layers]
-        case "alternating":
-            slides = [i % 2 == 0 for i in layers]
-        case "patterned":
-            every = values["sliding_window_pattern"]
-            slides = [(i + 1) % every != 0 for i in layers]
-        case "unrotated":
-            rotates = _rotates(values)
-            slides = [windowed and not rotates[i] for i in layers]
-    return [_SLIDING if slide else _FULL for slide in slides]
+def _layers(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The fields of a ModelConfig that have an entry per layer, and `rope`."""
+    window, rope = _window(values, family), _rope(values, family)
+    layer_types = _layer_types(values, window, family)
+    windows = {_FULL: None, _SLIDING: window}
+    settings = {_FULL: 0, _SLIDING: len(rope) - 1}
+    rotated = zip(layer_types, _rotates(values), strict=True)
+    return {
+        "rope": rope,
+        "layer_rope": tuple(settings[t] if rotates else None for t, rotates in rotated),
+        "layer_window": tuple(windows[t] for t in layer_types),
+    }
+
+
+# Whether layer i has a window, for each value of `Family.windows`.
+_HAS_WINDOW: Mapping[str, Callable[[int, Mapping[str, Any]], bool]] = {
+    "none": lambda i, values: False,
+    "all": lambda i, values: True,
+    "late": lambda i, values: i >= values["max_window_layers"],
+    "alternating": lambda i, values: i % 2 == 0,
+    "patterned": lambda i, values: (i + 1) % values["sliding_window_pattern"] != 0,
+    "unrotated": lambda i, values: not _rotates(values)[i],
+}
+
+
+def _layer_types(
+    values: Mapping[str, Any], window: int | None, family: Family
+) -> list[str]:
+    num_layers, given = values["num_hidden_layers"], values.get("layer_types")
+    if given is None:
+        # Gemma's classes window their layers even where the file has no window.
+        windowed = window is not None or family.windows in ("alternating", "patterned")
+        has_window = _HAS_WINDOW[family.windows if windowed else "none"]
+        kinds = (_FULL, _SLIDING)
+        given = [kinds[has_window(i, values)] for i in range(num_layers)]
+    if set(given) - {_FULL, _SLIDING} or len(given) != num_layers:
+        raise ValueError(
+            f"config.json: layer_types must have {num_layers} entries, each "
+            f"{_FULL!r} or {_SLIDING!r}; got {given}"
+        )
+    if window is None and _SLIDING in given:
+        raise ValueError(
+            f"layer_types names {_SLIDING!r}, but sliding_window is not set (or "
+            "use_sliding_window is false)"
+        )
+    return list(given)
 
 
 def _rotates(values: Mapping[str, Any]) -> list[bool]:
@@ -256,30 +260,25 @@ def _rotates(values: Mapping[str, Any]) -> list[bool]:
     return flags[:num_layers]
 
 
-def _rotary(
-    values: Mapping[str, Any], layer_types: list[str], family: Family
-) -> dict[str, Any]:
+def _rope(values: Mapping[str, Any], family: Family) -> tuple[RopeConfig, ...]:
+    """The rotary settings of full layers and, where they have their own, windowed."""
+    theta = {_FULL: values.get("rope_theta") or family.default_theta}
+    if family.local_theta is not None:
+        theta[_SLIDING] = values["rope_local_base_freq"]
     parameters = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    nested = bool(parameters) and set(parameters) <= {_FULL, _SLIDING}
-    if nested != (family.local_theta is not None) and values.get("rope_parameters"):
-        expected = "one entry per layer type" if not nested else "one flat entry"
+    nested = set(parameters) <= {_FULL, _SLIDING}
+    if nested != (_SLIDING in theta) and values.get("rope_parameters"):
+        expected = {1: "one flat entry", 2: "one entry per layer type"}[len(theta)]
         raise ValueError(
             f"config.json: rope_parameters of {family.model_type} must be {expected}, "
             f"got {parameters}"
         )
+    by_type = parameters if nested else {_FULL: parameters}
     limit = values["max_position_embeddings"]
-    theta = values.get("rope_theta") or family.default_theta
-    main = (parameters.get(_FULL) or {}) if nested else parameters
-    rope = [RopeConfig.from_hf(main, theta=theta, max_positions=limit)]
-    index = {_FULL: 0, _SLIDING: 0}
-    if family.local_theta is not None:
-        local = (parameters.get(_SLIDING) or {}) if nested else {}
-        theta = values["rope_local_base_freq"]
-        rope.append(RopeConfig.from_hf(local, theta=theta, max_positions=limit))
-        index[_SLIDING] = 1
-    rotates = _rotates(values)
-    layer_rope = [index[t] if rotates[i] else None for i, t in enumerate(layer_types)]
-    return {"rope": tuple(rope), "layer_rope": tuple(layer_rope)}
+    return tuple(
+        RopeConfig.from_hf(by_type.get(kind) or {}, theta=base, max_positions=limit)
+        for kind, base in theta.items()
+    )
 
 
 def _write_windows(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
