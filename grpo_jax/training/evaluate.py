@@ -185,10 +185,26 @@ def held_out_rows(task: Task, config: TrainConfig) -> Sequence[Row]:
     return first_rows(task.test, config.eval_prompts if is_evaluated(config) else 0)
 
 
+def encode_held_out(policy: Policy, rows: Sequence[Row]) -> list[list[int]]:
+    """The token ids of held-out prompts.
+
+    Raises:
+      ValueError: naming a row whose prompt the run has no room for, as `encode_rows`.
+    """
+    config, model = policy.config, policy.model.config
+    limit = longest_prompt(
+        config.max_prompt_tokens,
+        new_tokens=config.max_new_tokens,
+        context=model.max_position_embeddings,
+    )
+    return encode_rows(policy.tokenizer, rows, limit=limit, vocab_size=model.vocab_size)
+
+
 def make_evaluation(
     policy: Policy,
     task: Task,
     rows: Sequence[Row],
+    prompts: Sequence[Sequence[int]],
     runner: RewardRunner,
     mesh: Mesh,
     *,
@@ -202,6 +218,7 @@ def make_evaluation(
     mean reward; nothing if there are no rows. All processes must call it.
 
     Args:
+      prompts: the token ids of those rows.
       announce: receives a line when an evaluation begins.
     """
     if not rows:
@@ -210,16 +227,6 @@ def make_evaluation(
     batch = evaluation_batch(model, config, mesh)
     sampling = policy_sampling(
         model, policy.tokenizer, config.sampling, temperature=0.0
-    )
-    prompts = encode_rows(
-        policy.tokenizer,
-        rows,
-        limit=longest_prompt(
-            config.max_prompt_tokens,
-            new_tokens=config.max_new_tokens,
-            context=model.max_position_embeddings,
-        ),
-        vocab_size=model.vocab_size,
     )
 
     def evaluate() -> dict[str, float]:

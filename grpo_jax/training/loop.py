@@ -7,7 +7,7 @@ and started again therefore repeats the step it lost and ends in the same bits.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -88,10 +88,12 @@ def train(
             (run.path / "summary.json").unlink(missing_ok=True)
         run.record.write("running", step=progress.step)
         began = time.perf_counter() - progress.seconds
+        step = progress.step
         try:
             if progress.step == 0:
                 progress, metrics = _begin(run, progress)
             while progress.step < config.steps and not agreement.stop:
+                step = progress.step + 1
                 progress, metrics = _step(run, progress, metrics, began=began)
             if progress.step < config.steps:
                 return _stop(run, progress, metrics)
@@ -100,7 +102,7 @@ def train(
                 progress, _ = _evaluate(run, progress)
             return _finish(run, progress)
         except BaseException:
-            run.record.write("failed", step=progress.step)
+            run.record.write("failed", step=step)
             raise
 
 
@@ -190,18 +192,17 @@ def _collect(run: Run, progress: Progress) -> tuple[Rollout, Rollout, Batch] | N
     """A rewarded rollout, all that was sampled and the batch; None on a stop."""
     at = {"step": progress.step + 1, "position": progress.position}
     run.console.phase("compiling, then sampling")
-    _update_sampler(run, progress)
     if limit := run.config.objective.resample_limit:
-        found = resample(run.collector, run.agreement, **at, limit=limit)
-        run.sampler.release()
+        with _updated_sampler(run, progress):
+            found = resample(run.collector, run.agreement, **at, limit=limit)
         if found is None:
             return None
         rollout, sampled = found
         start = time.perf_counter()
         batch = run.learner.score(rollout)
     else:
-        rollout = run.collector.sample(**at)
-        run.sampler.release()
+        with _updated_sampler(run, progress):
+            rollout = run.collector.sample(**at)
         if run.agreement.stop:
             return None
         # The devices compute the reference while the host computes rewards.
@@ -219,15 +220,20 @@ def _collect(run: Run, progress: Progress) -> tuple[Rollout, Rollout, Batch] | N
 
 def _evaluate(run: Run, progress: Progress) -> tuple[Progress, dict[str, float]]:
     """An evaluation of the policy as it is, which `progress` keeps as the newest."""
-    _update_sampler(run, progress)
-    metrics = run.evaluate()
-    run.sampler.release()
+    with _updated_sampler(run, progress):
+        metrics = run.evaluate()
     return progress.evaluated(metrics), metrics
 
 
-def _update_sampler(run: Run, progress: Progress) -> None:
-    # Nothing else holds these variables: with `release` they are gone.
-    run.sampler.update(run.learner.sampler_variables(), version=progress.step)
+@contextlib.contextmanager
+def _updated_sampler(run: Run, progress: Progress) -> Iterator[None]:
+    """Within it the sampler has the policy as it is; after it, no weights."""
+    try:
+        # Nothing else holds these variables: with `release` they are gone.
+        run.sampler.update(run.learner.sampler_variables(), version=progress.step)
+        yield
+    finally:
+        run.sampler.release()
 
 
 def _report(

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -102,6 +103,7 @@ class Record:
         # Read once: edits to the code during the run do not change what runs.
         self._machine = _machine(mesh) if enabled else {}
         self._data: Mapping[str, Any] = {}
+        self._began = 0
 
     def check(self, data: Mapping[str, Any]) -> None:
         """Refuse data or a model that differ from those the run began with.
@@ -120,24 +122,31 @@ class Record:
         if not found:
             return []
         return [
-            f"other software or hardware than before: {_shortened(found)} (then and "
-            "now); the numbers may differ from those of a run that was not stopped, in "
-            "their last bits at first"
+            f"other software or hardware than before: {'; '.join(_first(found))} "
+            "(then and now); the numbers may differ from those of a run that was not "
+            "stopped, in their last bits at first"
         ]
 
     def write(self, status: Status, *, step: int = 0) -> None:
         """Write the status, the start of the run, its software and hardware.
 
-        `parts` gets a new entry, with the step, whenever the latter two have changed.
+        `parts` gets a new entry whenever the latter two have changed, with the step
+        after which this process began.
+
+        Args:
+          step: the last one that is done; of a failed run the one that failed.
         """
         if not self._enabled:
             return
+        if status == "running":
+            self._began = step
         parts, machine = _parts(read_manifest(self._path)), self._machine
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         if not parts or list(_changes(parts[-1], machine)):
-            parts = [*parts, {"step": step, "time": time, **machine}]
+            parts = [*parts, {"step": self._began, "time": time, **machine}]
         manifest = {
             "status": status,
+            "step": step,
             "time": time,
             **self._origin.plain(),
             "command": sys.argv,
@@ -159,19 +168,21 @@ def check_data(path: Path, data: Mapping[str, Any]) -> None:
     """
     found = list(changes(read_data(path), data))
     if found:
+        lines = "".join(f"\n  {line}" for line in _first(found))
         raise ValueError(
-            f"the run in {path} began with another model or other prompts: "
-            f"{_shortened(found)} (there and here). weights and model_config come from "
-            "the model's files; the prompts_sha256 are of the prompts as its tokenizer "
-            "and chat template encode them. Restore the original files, or use another "
-            "run_dir."
+            "use another run_dir (--run-dir), or bring back the original files: the "
+            f"run in {path} began with another model or other prompts (stored and new "
+            f"value){lines}\nweights and model_config are of the model's files, and "
+            "the prompts_sha256 of the prompts as its tokenizer and chat template "
+            "encode them."
         )
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """A text for each value that differs, of the entries that both have.
 
-    An entry may be a mapping. Reward functions are left out, for they may change.
+    An entry may be a mapping. Reward functions are left out, because they may change.
+    Of a SHA-256 the text has the first 12 digits.
     """
     now = to_jsonable(now)
     for name in sorted(then.keys() & now.keys() - {"rewards"}):
@@ -181,12 +192,13 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 path = f"{name}.{key}" if key else name
-                yield f"{path}: {old.get(key)!r} and {new.get(key)!r}"
+                text = f"{path}: {old.get(key)!r} and {new.get(key)!r}"
+                yield re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", text)
 
 
-def _shortened(found: list[str]) -> str:
+def _first(found: list[str]) -> list[str]:
     more = len(found) - _SHOWN
-    return "; ".join(found[:_SHOWN] + ([f"and {more} more"] if more > 0 else []))
+    return found[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])
 
 
 def _machine(mesh: Mesh) -> dict[str, Any]:

@@ -19,13 +19,17 @@ from grpo_jax.reporting.equal_groups import EqualGroups
 from grpo_jax.reporting.metrics import CompileCounter
 from grpo_jax.reporting.trackers import Tracker, make_tracker
 from grpo_jax.rollout.collect import Collector
-from grpo_jax.rollout.encoding import encode_prompt, prompts_sha256
+from grpo_jax.rollout.encoding import prompts_sha256
 from grpo_jax.rollout.generate import GroupSampler
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.tasks import choose_task
 from grpo_jax.tasks.base import RewardFunction, Row, Task
 from grpo_jax.training.announce import describe_run, warnings
-from grpo_jax.training.evaluate import held_out_rows, make_evaluation
+from grpo_jax.training.evaluate import (
+    encode_held_out,
+    held_out_rows,
+    make_evaluation,
+)
 from grpo_jax.training.fingerprint import describe_data
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.manifest import Origin, Record
@@ -109,14 +113,10 @@ def open_run(
     # Dates and commits are those of the first process.
     origin = Origin.read(meshes.gather_lists([origin.plain()])[0])
     with agreement.phase("load"):
-        run = _load(
+        run, checksums = _load(
             config, task, held_out, mesh, path, origin, agreement=agreement, stack=stack
         )
-    tokenizer = run.policy.tokenizer
-    encoded = [encode_prompt(tokenizer, row["prompt"]) for row in held_out]
-    data["prompts_sha256"] = run.collector.prompts_sha256()
-    data["test_prompts_sha256"] = prompts_sha256(encoded)
-    data |= run.policy.description()
+    data |= checksums | run.policy.description()
     with agreement.phase("data"):
         run.record.check(data)
     return run
@@ -132,7 +132,8 @@ def _load(
     *,
     agreement: Agreement,
     stack: contextlib.ExitStack,
-) -> Run:
+) -> tuple[Run, dict[str, str]]:
+    """The open run, and the checksums of its prompts as token ids."""
     first = jax.process_index() == 0
     runner = make_runner(config, task)
     stack.callback(runner.close)
@@ -148,10 +149,12 @@ def _load(
     collector = Collector(
         sampler, model.config, tokenizer, task, runner, config, agreement=agreement
     )
+    prompts = encode_held_out(policy, held_out)
     evaluate = make_evaluation(
         policy,
         task,
         held_out,
+        prompts,
         runner,
         mesh,
         sampler=sampler,
@@ -167,7 +170,11 @@ def _load(
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint, report=warn)
     stack.callback(checkpoints.abandon)
     grace = GraceCheck(config.checkpoint.grace_seconds, report=warn)
-    return Run(
+    checksums = {
+        "prompts_sha256": collector.prompts_sha256(),
+        "test_prompts_sha256": prompts_sha256(prompts),
+    }
+    run = Run(
         config=config,
         task=task,
         path=path,
@@ -185,3 +192,4 @@ def _load(
         measures=Measures(model.config, config, mesh, compiles),
         checks=(grace.check, EqualGroups(report=warn).check),
     )
+    return run, checksums

@@ -35,8 +35,8 @@ _FREE_FIELDS = (
 
 
 _SAME_ROWS = (
-    " A digest (..._sha256) is that of the rows: bring back the same ones, with all "
-    "their columns and in the same order."
+    "\nrows_sha256 and test_rows_sha256 are of the rows: resume with the same ones, "
+    "with all their columns and in the same order."
 )
 
 
@@ -121,11 +121,12 @@ def check_config(
     if differing:
         hints = _SAME_ROWS if other_data else ""
         if moved:
-            hints += f" {done} steps are done: steps may be {done} or more."
+            hints += f"\n{done} steps are done: steps may be {done} or more."
+        lines = "".join(f"\n  {line}" for line in differing)
         raise ValueError(
-            f"run_dir {path} holds a run with another configuration: "
-            f"{'; '.join(differing)} (stored and new value). Use another run_dir, or "
-            f"the same configuration to resume.{hints}"
+            "use another run_dir (--run-dir), or the same configuration to resume: "
+            f"{path} holds a run with another configuration (stored and new value)"
+            f"{lines}{hints}"
         )
     if moved:
         write_text(path / "config.yaml", to_yaml(before))

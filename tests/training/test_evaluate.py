@@ -20,6 +20,7 @@ from grpo_jax.tasks.base import Task
 from grpo_jax.training.evaluate import (
     complete,
     complete_share,
+    encode_held_out,
     evaluate,
     held_out_values,
     make_evaluation,
@@ -374,6 +375,7 @@ def evaluation(tiny_policy, fake_sampler):
                 policy,
                 task,
                 task.test,
+                encode_held_out(policy, task.test),
                 runner,
                 None,
                 sampler=sampler,

@@ -6,6 +6,7 @@ import datetime
 import gc
 import json
 import os
+import pathlib
 import re
 import resource
 import shutil
@@ -32,10 +33,13 @@ from grpo_jax.reporting.metrics import (
     read_completions,
     read_metrics,
 )
+from grpo_jax.reporting.trackers import JsonlTracker
 from grpo_jax.rewards.convention import RECORD_FIELDS, is_reserved_metric
+from grpo_jax.rollout.collect import Collector
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.run_dir import claim, read_config
 from grpo_jax.weights.pretrained import load_pretrained, save_pretrained
+from grpo_jax.weights.tokenizer import Tokenizer
 
 PROMPT = [{"role": "user", "content": "hi"}]
 ROWS = [{"prompt": f"say {i}", "wanted": "aeiou"[i % 5]} for i in range(20)]
@@ -482,7 +486,7 @@ def test_another_configuration_is_refused_with_the_differing_fields(undisturbed)
         config, seed=5, optimizer=OptimizerConfig(learning_rate=0.5)
     )
     with pytest.raises(
-        ValueError, match=r"optimizer\.learning_rate: 0\.01 and 0\.5;.*seed: 0 and 5"
+        ValueError, match=r"optimizer\.learning_rate: 0\.01 and 0\.5\n  seed: 0 and 5"
     ):
         run(other)
     assert manifest(result.run_dir)["status"] == "finished"
@@ -490,11 +494,11 @@ def test_another_configuration_is_refused_with_the_differing_fields(undisturbed)
 
 def test_other_rows_are_refused_too(undisturbed):
     config, result = undisturbed
-    with pytest.raises(ValueError, match=r"rows: 20 and 19; rows_sha256"):
+    with pytest.raises(ValueError, match=r"rows: 20 and 19\n  rows_sha256: '\w{12}'"):
         run(config, dataset=ROWS[1:])
     edited = [*ROWS[:7], ROWS[7] | {"wanted": "z"}, *ROWS[8:]]
     with pytest.raises(
-        ValueError, match=r"configuration: rows_sha256.*in the same order"
+        ValueError, match=r"configuration .*\n  rows_sha256: .*\n.*in the same order"
     ):
         run(config, dataset=edited)
     assert manifest(result.run_dir)["status"] == "finished"
@@ -502,7 +506,7 @@ def test_other_rows_are_refused_too(undisturbed):
 
 def test_other_held_out_rows_are_refused(undisturbed):
     config, result = undisturbed
-    with pytest.raises(ValueError, match=r"test_rows: 5 and 6; test_rows_sha256"):
+    with pytest.raises(ValueError, match=r"test_rows: 5 and 6\n  test_rows_sha256"):
         run(config, eval_dataset=ROWS[:6])
     assert manifest(result.run_dir)["status"] == "finished"
 
@@ -540,15 +544,15 @@ def change_file(name, old, new):
     [
         (
             scale_weights,
-            r"began with another model.*: weights.final_norm/scale: '\w{8}'",
+            r"began with another model.*\n  weights.final_norm/scale: '\w{8}'",
         ),
         (
             change_file("config.json", '"rope_theta": 1000.0', '"rope_theta": 999.0'),
-            "another model.*: model_config.rope: .*1000.0.* and .*999.0",
+            "another model.*\n  model_config.rope: .*1000.0.* and .*999.0",
         ),
         (
             change_file("chat_template.jinja", "{% for", "-{% for"),
-            "other prompts: prompts_sha256: .*test_prompts_sha256: ",
+            "other prompts .*\n  prompts_sha256: .*\n  test_prompts_sha256: ",
         ),
     ],
 )
@@ -690,6 +694,73 @@ def test_any_sampler_serves_a_run_with_weights_from_update_to_release(
     assert held == [None, None] and sampler.variables is None
     (*_, last) = read_completions(result.run_dir, 2)
     assert last["completion"] == "151" and last["length"] == 3
+
+
+@pytest.mark.parametrize("failing", ["evaluation", "rollout", "resampling"])
+def test_a_failure_while_sampling_leaves_no_weights_in_the_sampler(
+    failing, config, fake_sampler, monkeypatch
+):
+    def script(number, sample):
+        assert sampler.variables is not None
+        raise Interrupted
+
+    sampler = fake_sampler(script)
+    monkeypatch.setattr(
+        "grpo_jax.training.run.GroupSampler", lambda *_, **options: sampler
+    )
+    if failing != "evaluation":
+        config = without_evaluation(config)
+    if failing == "resampling":
+        config = dataclasses.replace(config, objective=ObjectiveConfig.preset("dapo"))
+    with pytest.raises(Interrupted):
+        run(config)
+    assert set(sampler.versions) == {0} and sampler.variables is None
+
+
+@pytest.mark.parametrize(
+    ("failing", "step"), [("sample", 1), ("update", 2), ("log", 2), ("save", 2)]
+)
+def test_a_failed_run_records_the_step_that_failed(failing, step, config, monkeypatch):
+    places = {
+        "sample": (Collector, "sample"),
+        "update": (Learner, "update"),
+        "log": (JsonlTracker, "log_completions"),
+        "save": (Checkpoints, "save"),
+    }
+    owner, name = places[failing]
+    calls, real = [], vars(owner)[name]
+
+    def fails(*args, **options):
+        calls.append(1)
+        if len(calls) == step:
+            raise Interrupted
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, name, fails)
+    with pytest.raises(Interrupted):
+        run(without_evaluation(config))
+    there = manifest(pathlib.Path(config.run_dir))
+    assert (there["status"], there["step"]) == ("failed", step)
+    # Its software and hardware are those of the run from its beginning.
+    assert [part["step"] for part in there["parts"]] == [0]
+    monkeypatch.undo()
+    run(without_evaluation(config))
+    there = manifest(pathlib.Path(config.run_dir))
+    assert (there["status"], there["step"]) == ("finished", STEPS)
+
+
+def test_held_out_prompts_are_encoded_once(config, monkeypatch):
+    encoded = []
+    encode = Tokenizer.encode_prompts
+
+    def counted(tokenizer, prompts):
+        encoded.extend(prompts)
+        return encode(tokenizer, prompts)
+
+    monkeypatch.setattr(Tokenizer, "encode_prompts", counted)
+    held_out = [{"prompt": f"held out {i}", "wanted": "a"} for i in range(3)]
+    run(dataclasses.replace(config, steps=1), eval_dataset=held_out)
+    assert [encoded.count(row["prompt"]) for row in held_out] == [1, 1, 1]
 
 
 def test_a_run_whose_rewards_never_differ_ends_by_saying_so(config, undisturbed):

@@ -61,7 +61,9 @@ def test_other_weights_are_refused_shortly(begun):
     first = record(begun)
     first.check({"weights": {f"w{i}": "0" for i in range(20)}})
     first.write("running")
-    words = r"w0: '0' and '1';.*and 12 more \(there and here\).*Restore the original"
+    words = (
+        r"^use another run_dir.*\n  weights.w0: '0' and '1'(\n.*){7}\n  and 12 more\n"
+    )
     with pytest.raises(ValueError, match=words) as raised:
         record(begun).check({"weights": {f"w{i}": "1" for i in range(20)}})
     assert len(str(raised.value)) < 800

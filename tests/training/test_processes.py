@@ -169,7 +169,9 @@ def test_a_failing_reward_on_one_process_ends_both(reports, folder):
 
 
 def test_what_one_process_refuses_ends_both(reports):
-    assert "another configuration: seed" in reports[0]["other"]
+    assert (
+        "another configuration (stored and new value)\n  seed: " in reports[0]["other"]
+    )
     assert "process 0 of 2 failed in 'start'" in reports[1]["other"]
 
 

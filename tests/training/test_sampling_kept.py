@@ -72,6 +72,7 @@ def drawn(tiny_policy, monkeypatch):
                         policy,
                         small,
                         small.test,
+                        evaluate.encode_held_out(policy, small.test),
                         runner,
                         mesh,
                         sampler=sampler,
