@@ -1,7 +1,7 @@
 """The objective of a run: its fields, and the objectives of papers as presets."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from grpo_jax.config.validation import (
@@ -142,3 +142,28 @@ class ObjectiveConfig(Section):
             yield "cispo_max_weight is needed by surrogate 'cispo'; 5.0 is usual"
         if self.reference_every is not None and self.kl_coef == 0:
             yield "reference_every has no effect while kl_coef is 0; set kl_coef"
+
+    def without_effect(self) -> Iterator[str]:
+        """A line for each setting that was changed and that this objective ignores.
+
+        They are no error: the fields of a preset may be changed one by one.
+        """
+        default = {field.name: field.default for field in fields(self)}
+        rules = [
+            ("surrogate", "clip", ("clip_low", "clip_high", "dual_clip")),
+            ("surrogate", "cispo", ("cispo_max_weight",)),
+            ("advantage", "softmax", ("softmax_temperature",)),
+            ("advantage", "standardized", ("std_over",)),
+        ]
+        values = vars(self)
+        ignored = {
+            name: f"{decides} is {values[decides]!r}, not {needed!r}"
+            for decides, needed, names in rules
+            for name in names
+            if values[decides] != needed
+        }
+        if self.kl_coef == 0:
+            ignored |= dict.fromkeys(("kl_in", "kl_estimator"), "kl_coef is 0")
+        for name, reason in ignored.items():
+            if values[name] != default[name]:
+                yield f"objective.{name} {values[name]!r} has no effect: {reason}"

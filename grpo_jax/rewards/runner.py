@@ -50,7 +50,8 @@ class Scores:
     failures: Int[np.ndarray, "num_functions B"]  # int8: 0, `ERROR` or `TIMEOUT`
     names: tuple[str, ...]  # of the functions
     logged: dict[str, list[float]]  # the numbers that functions logged, call by call
-    extra: dict[str, list[Any]]  # the columns that functions logged
+    # The columns that functions logged; `function/column` if several have the name.
+    extra: dict[str, list[Any]]
 
 
 class RewardRunner:
@@ -154,9 +155,11 @@ class RewardRunner:
         total = np.nansum(rewards * self._weights[:, None], axis=0)
         total[np.isnan(rewards).all(axis=0)] = np.nan
         failures = np.zeros(rewards.shape, np.int8)
+        columns = Counter(column for outcome in outcomes for column in outcome.extra)
         extra: dict[str, list[Any]] = {}
-        for codes, outcome in zip(failures, outcomes, strict=True):
-            extra |= outcome.extra
+        for name, codes, outcome in zip(self.names, failures, outcomes, strict=True):
+            for column, values in outcome.extra.items():
+                extra[column if columns[column] == 1 else f"{name}/{column}"] = values
             for number, failure in outcome.failed.items():
                 codes[number] = TIMEOUT if failure.kind == "timeout" else ERROR
         self._warn(step, outcomes, total)

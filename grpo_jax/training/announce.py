@@ -36,9 +36,10 @@ def describe_resumed(step: int, steps: int) -> str:
 
 
 def warnings(policy: Policy, task: Task) -> Iterator[str]:
-    """Warnings about memory, and about prompts that the embedded model cannot know."""
+    """Warnings about memory, settings without effect, and prompts of another kind."""
     if policy.warning is not None:
         yield policy.warning
+    yield from policy.config.objective.without_effect()
     if policy.config.model != EMBEDDED:
         return
     prompts = [row["prompt"] for rows in (task.train, task.test) for row in rows]

@@ -329,6 +329,42 @@ def test_the_default_objective_is_the_softmax_preset():
     assert TrainConfig().objective == ObjectiveConfig()
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_reads_every_setting_that_it_changes(name):
+    assert list(ObjectiveConfig.preset(name).without_effect()) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "ignored"),
+    [
+        ({"cispo_max_weight": 5.0}, ["cispo_max_weight 5.0"]),
+        ({"surrogate": "cispo", "cispo_max_weight": 5.0}, []),
+        (
+            {"surrogate": "cispo", "cispo_max_weight": 5.0, "dual_clip": 3.0},
+            ["dual_clip 3.0"],
+        ),
+        (
+            {"surrogate": "likelihood", "clip_low": 0.1, "clip_high": 0.3},
+            ["clip_low 0.1", "clip_high 0.3"],
+        ),
+        ({"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 3.0}, []),
+        (
+            {"advantage": "centered", "softmax_temperature": 2.0},
+            ["softmax_temperature"],
+        ),
+        ({"std_over": "batch"}, ["std_over 'batch'"]),
+        ({"advantage": "standardized", "std_over": "batch"}, []),
+        ({"kl_coef": 0.0, "kl_estimator": "k2"}, ["kl_estimator 'k2'"]),
+        ({"kl_in": "reward", "kl_estimator": "k2"}, []),
+    ],
+)
+def test_changed_settings_that_an_objective_ignores_are_named(changed, ignored):
+    lines = list(ObjectiveConfig(**changed).without_effect())
+    assert len(lines) == len(ignored)
+    for line, words in zip(lines, ignored, strict=True):
+        assert line.startswith(f"objective.{words}") and " has no effect: " in line
+
+
 def test_an_unknown_preset_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match="'ppo' is unknown; use one of softmax, like"):
         ObjectiveConfig.preset("ppo")

@@ -310,6 +310,27 @@ def test_what_functions_log_is_averaged_and_returned():
     assert scores.extra == {"parsed": ["a!", "b!"]}
 
 
+def test_columns_of_the_same_name_are_stored_by_function_and_metrics_averaged():
+    def short(completions, log_extra, log_metric):
+        log_extra("parsed", ["s"] * len(completions))
+        log_extra("own", [0] * len(completions))
+        log_metric("size", 1.0)
+        return [0.0] * len(completions)
+
+    def long(completions, log_extra, log_metric):
+        log_extra("parsed", ["l"] * len(completions))
+        log_metric("size", 3.0)
+        return [0.0] * len(completions)
+
+    scores = score([short, long], ["a", "b"])
+    assert scores.extra == {
+        "short/parsed": ["s", "s"],
+        "own": [0, 0],
+        "long/parsed": ["l", "l"],
+    }
+    assert scores.logged == {"size": [1.0, 3.0]}
+
+
 def test_extra_columns_of_the_wrong_length_are_errors():
     def logs(completions, log_extra):
         log_extra("parsed", ["only one"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.config import TrainConfig
+from grpo_jax.config import ObjectiveConfig, TrainConfig
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.base import Task
 from grpo_jax.training.announce import describe_run, warnings
@@ -48,6 +48,14 @@ def test_the_embedded_model_warns_of_what_it_has_never_seen(prompt, unknown):
 def test_the_embedded_model_warns_of_held_out_rows_too():
     (text,) = told(["37+48="], held_out=["52-19=", "3+4="])
     assert "1 of 3 prompts are of another kind, such as '3+4='." in text
+
+
+def test_settings_without_effect_are_named():
+    objective = ObjectiveConfig(cispo_max_weight=5.0)
+    config = TrainConfig(model="folder", objective=objective)
+    policy = types.SimpleNamespace(config=config, warning=None)
+    task = task_from_rows([{"prompt": "a"}], rewards=len)
+    assert list(warnings(policy, task)) == list(objective.without_effect()) != []
 
 
 def test_other_models_know_language_and_are_warned_of_memory_alone():
