@@ -37,6 +37,7 @@ _RETRY_SECONDS = 2.0
 # The default time limit, in seconds, of an isolated batch: without one a hang would
 # hang the run, which isolation is there to prevent.
 _ISOLATED_SECONDS = 60.0
+_CODES = {"timeout": TIMEOUT}  # of failures; all others are `ERROR`
 # A function that fails on this share of completions is reported at every step.
 _MOST = 0.9
 
@@ -155,13 +156,13 @@ class RewardRunner:
         total = np.nansum(rewards * self._weights[:, None], axis=0)
         total[np.isnan(rewards).all(axis=0)] = np.nan
         failures = np.zeros(rewards.shape, np.int8)
-        columns = Counter(column for outcome in outcomes for column in outcome.extra)
+        loggers = Counter(column for outcome in outcomes for column in outcome.extra)
         extra: dict[str, list[Any]] = {}
         for name, codes, outcome in zip(self.names, failures, outcomes, strict=True):
             for column, values in outcome.extra.items():
-                extra[column if columns[column] == 1 else f"{name}/{column}"] = values
+                extra[column if loggers[column] == 1 else f"{name}/{column}"] = values
             for number, failure in outcome.failed.items():
-                codes[number] = TIMEOUT if failure.kind == "timeout" else ERROR
+                codes[number] = _CODES.get(failure.kind, ERROR)
         self._warn(step, outcomes, total)
         return Scores(
             rewards=rewards,
