@@ -33,7 +33,7 @@ from grpo_jax.config import (
 from grpo_jax.config.files import to_json_line
 from grpo_jax.config.validation import to_dict
 from grpo_jax.reporting.console import next_commands
-from grpo_jax.training import run_dir as directories
+from grpo_jax.training import _run_dir as directories
 from grpo_jax.training.state import TrainState, state_items
 from grpo_jax.weights.pretrained import load_pretrained
 

@@ -18,7 +18,7 @@ import pytest
 import grpo_jax
 from grpo_jax import cli, objective
 from grpo_jax.config import TrainConfig
-from grpo_jax.training import run_dir
+from grpo_jax.training import _run_dir
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ("docs", "tpu_setup", "experiments", "benchmarks")
@@ -132,7 +132,7 @@ def parse(monkeypatch, tmp_path):
     def parse(arguments):
         if "--config" in arguments:
             # A reader's own file is not here; a whole one stands in for it.
-            run_dir.check_config(tmp_path, TrainConfig())
+            _run_dir.check_config(tmp_path, TrainConfig())
             place = arguments.index("--config") + 1
             file = str(tmp_path / "config.yaml")
             arguments = [*arguments[:place], file, *arguments[place + 1 :]]

@@ -41,11 +41,11 @@ ROWS = {
 OWNERS = {
     "orbax": "checkpointing.checkpoints",
     "transformers": "weights.tokenizer",
-    "tokenizers": "weights.gguf_tokenizer",
+    "tokenizers": "weights._gguf_tokenizer",
     "huggingface_hub": "weights.pretrained",
-    "gguf": "weights.gguf",
+    "gguf": "weights._gguf",
     "datasets": "tasks.gsm8k",
-    "reasoning_gym": "tasks.reasoning_gym",
+    "reasoning_gym": "tasks._reasoning_gym",
     "matplotlib": "reporting.plots",
     "wandb": "reporting.trackers",
     "tensorboardX": "reporting.trackers",
@@ -70,7 +70,7 @@ SPINE = (
     "objective",
     "objective.advantages",
     "objective.aggregate",
-    "objective.checks",
+    "objective._checks",
     "objective.kl",
     "objective.logprobs",
     "objective.loss",
@@ -98,20 +98,20 @@ TESTED_IN = {
     "config.trl_names": "test_flags.py",
     "models.block": "models/test_decoder.py",
     "models.cache": "models/test_attention.py",
-    "models.foreign_keys": "models/test_hf_checks.py",
-    "models.hf_config": "models/test_config.py",
+    "models._foreign_keys": "models/test_hf_checks.py",
+    "models._hf_config": "models/test_config.py",
     "models.limits": "rollout/test_encoding.py",
     "models.protocol": "training/test_own_model.py",
-    "models.routing": "models/test_experts.py",
+    "models._routing": "models/test_experts.py",
     "parallel.agreement": "training/test_preemption.py",
     "parallel.collectives": "training/test_programs.py",
     "reporting.logs": "reporting/test_console.py",
-    "reporting.panels": "reporting/test_plots.py",
+    "reporting._panels": "reporting/test_plots.py",
     "rewards.metrics": "rewards/test_runner.py",
-    "checkpointing.metadata": "checkpointing/test_checkpoints.py",
+    "checkpointing._metadata": "checkpointing/test_checkpoints.py",
     "training.scores": "training/test_evaluate.py",
-    "training.reference": "training/test_lora.py",
-    "training.run": "training/test_loop.py",
+    "training._reference": "training/test_lora.py",
+    "training._run": "training/test_loop.py",
     "training.state": "training/test_step.py",
 }
 # Deprecated, private, or not to be mixed with Linen.
@@ -232,12 +232,12 @@ def test_every_module_has_a_row():
 
 
 def test_every_module_has_its_tests():
-    """In the file of its name, training/test_loop.py for training.loop, or above."""
+    """In the file of its name, without its underscore, or in the one listed above."""
     untested, needless = [], set(TESTED_IN)
     for module, path in FILES.items():
         if path.stem in ("__init__", "__main__"):
             continue
-        own = path.relative_to(PACKAGE).with_name(f"test_{path.name}")
+        own = path.relative_to(PACKAGE).with_name(f"test_{path.name.lstrip('_')}")
         if (TESTS / own).is_file():
             continue
         needless.discard(module)

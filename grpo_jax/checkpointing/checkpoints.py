@@ -27,21 +27,21 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from grpo_jax.checkpointing.corruption import (
+from grpo_jax.checkpointing._corruption import (
     BROKEN,
     READ_ERRORS,
     CorruptCheckpointError,
     corruption_of,
     with_retries,
 )
-from grpo_jax.checkpointing.metadata import (
+from grpo_jax.checkpointing._metadata import (
     check_checksums,
     check_fits,
     check_metadata,
     make_metadata,
 )
+from grpo_jax.checkpointing._targets import host_targets, restore_targets, savable
 from grpo_jax.checkpointing.retention import BestStep, StepFolders
-from grpo_jax.checkpointing.targets import host_targets, restore_targets, savable
 from grpo_jax.config import CheckpointConfig
 from grpo_jax.parallel import mesh
 from grpo_jax.parallel.agreement import Agreement, end_of_work

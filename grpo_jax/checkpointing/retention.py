@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from grpo_jax.checkpointing.corruption import BROKEN, CorruptCheckpointError
+from grpo_jax.checkpointing._corruption import BROKEN, CorruptCheckpointError
 from grpo_jax.config import CheckpointConfig
 
 # Orbax writes a checkpoint into a folder with this in its name, and renames the folder

@@ -15,9 +15,9 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models import rope
+from grpo_jax.models._flash import Keys, flash_attention, has_flash
 from grpo_jax.models.cache import Prefix
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.flash import Keys, flash_attention, has_flash
 from grpo_jax.models.layers import Projection, RMSNorm, constrain
 
 # Finite, so that the difference of two masked scores is 0 and not NaN.

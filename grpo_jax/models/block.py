@@ -12,9 +12,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models import rope
+from grpo_jax.models._experts import ExpertsMLP
 from grpo_jax.models.attention import SelfAttention
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.experts import ExpertsMLP
 from grpo_jax.models.layers import GatedMLP, RMSNorm, constrain
 
 # Wider than any sequence: stands for "no window" where another layer has one.

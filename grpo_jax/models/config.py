@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from grpo_jax.models import hf_config
+from grpo_jax.models import _hf_config
+from grpo_jax.models._routing import ExpertsConfig
 from grpo_jax.models.rope import RopeConfig
-from grpo_jax.models.routing import ExpertsConfig
 
 _SIZES = (
     "vocab_size",
@@ -99,7 +99,7 @@ class ModelConfig:
         Raises:
             ValueError: unknown architecture, missing keys, or an unsupported option.
         """
-        return cls(**hf_config.read(hf))
+        return cls(**_hf_config.read(hf))
 
     def to_hf(self) -> dict[str, Any]:
         """Returns a `config.json` that transformers reads back to the same model.
@@ -112,7 +112,7 @@ class ModelConfig:
         """
         fields = dataclasses.fields(self)
         values = {field.name: getattr(self, field.name) for field in fields}
-        hf = hf_config.write(values)
+        hf = _hf_config.write(values)
         restored = ModelConfig.from_hf(hf)
         kept = {name: values[name] for name in RUN_FIELDS}
         restored = dataclasses.replace(restored, **kept)

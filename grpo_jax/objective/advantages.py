@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Real
 
-from grpo_jax.objective import checks
+from grpo_jax.objective import _checks
 
 
 def group_softmax_weights(
@@ -73,8 +73,8 @@ def standardized_advantages(
     comparing a rounded standard deviation with 0.
     """
     valid = _check_group(rewards, valid)
-    checks.require_choice("std_over", std_over, ("group", "batch"))
-    checks.require_number("eps", eps, at_least=0, meaning="it is added to the std")
+    _checks.require_choice("std_over", std_over, ("group", "batch"))
+    _checks.require_number("eps", eps, at_least=0, meaning="it is added to the std")
     axis = -1 if std_over == "group" else None
     below_top = _below_top(rewards, valid, axis=axis)
     flat = jnp.min(below_top, axis=axis, keepdims=True) == 0.0
@@ -123,9 +123,9 @@ def overlong_penalty(
     at max_length, and -1 beyond. "Soft overlong punishment": DAPO, Yu et al. 2025,
     eq. 13, https://arxiv.org/abs/2503.14476. Count tokens, not characters.
     """
-    checks.require_array("lengths", lengths)
-    checks.require_whole("max_length", max_length, meaning="tokens")
-    checks.require_whole("cache", cache, meaning="tokens")
+    _checks.require_array("lengths", lengths)
+    _checks.require_whole("max_length", max_length, meaning="tokens")
+    _checks.require_whole("cache", cache, meaning="tokens")
     if cache > max_length:
         raise ValueError(
             f"cache is {cache} tokens, expected 0 < cache <= max_length ({max_length})."
@@ -135,16 +135,16 @@ def overlong_penalty(
 
 
 def _check_temperature(temperature: float) -> None:
-    checks.require_number("temperature", temperature, above=0, meaning="a reward")
+    _checks.require_number("temperature", temperature, above=0, meaning="a reward")
 
 
 def _check_group(
     rewards: Real[Array, "..."], valid: Bool[Array, "..."] | None
 ) -> Bool[Array, "..."]:
-    checks.require_rank("rewards", rewards, axes="G")
+    _checks.require_rank("rewards", rewards, axes="G")
     if valid is None:
         return jnp.ones(rewards.shape, jnp.bool_)
-    checks.require_mask("valid", valid, rewards.shape, like="rewards'")
+    _checks.require_mask("valid", valid, rewards.shape, like="rewards'")
     return valid
 
 

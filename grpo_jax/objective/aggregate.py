@@ -9,7 +9,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from grpo_jax.objective import checks
+from grpo_jax.objective import _checks
 from grpo_jax.objective.structs import Mean
 
 Aggregation = Literal["sequence_mean", "sequence_sum", "token_mean", "fixed_length"]
@@ -40,11 +40,11 @@ def aggregate(
     may hold anything. `max_length`, in tokens, is read by "fixed_length" alone; None
     means T.
     """
-    checks.require_rank("values", values, axes="T")
-    checks.require_mask("mask", mask, values.shape, like="values'")
-    checks.require_choice("mode", mode, AGGREGATIONS)
+    _checks.require_rank("values", values, axes="T")
+    _checks.require_mask("mask", mask, values.shape, like="values'")
+    _checks.require_choice("mode", mode, AGGREGATIONS)
     if max_length is not None:
-        checks.require_whole("max_length", max_length, meaning="tokens")
+        _checks.require_whole("max_length", max_length, meaning="tokens")
     values = jnp.where(mask, jnp.asarray(values, jnp.float32), 0.0)
     lengths = jnp.sum(mask, axis=-1)
     sequences = jnp.sum(lengths > 0)

@@ -5,7 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from grpo_jax.objective import checks
+from grpo_jax.objective import _checks
 
 KlEstimator = Literal["k1", "k2", "k3"]
 
@@ -34,9 +34,9 @@ def kl_estimate(
     gradient of KL(policy || reference); k3 has that of KL(reference || policy).
     k3 is exact for q <= 20 and constant, with zero gradient, above.
     """
-    checks.require_rank("logp", logp, axes="T")
-    checks.require_shape("ref_logp", ref_logp, logp.shape, like="logp's")
-    checks.require_choice("kind", kind, ("k1", "k2", "k3"))
+    _checks.require_rank("logp", logp, axes="T")
+    _checks.require_shape("ref_logp", ref_logp, logp.shape, like="logp's")
+    _checks.require_choice("kind", kind, ("k1", "k2", "k3"))
     q = jnp.asarray(ref_logp, jnp.float32) - jnp.asarray(logp, jnp.float32)
     match kind:
         case "k1":

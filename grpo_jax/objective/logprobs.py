@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.objective import checks
+from grpo_jax.objective import _checks
 from grpo_jax.objective.structs import TokenLogprobs
 
 
@@ -43,7 +43,7 @@ def token_entropy(
     Here p = softmax(logits / temperature). A logit of -inf has p = 0 and adds 0, as
     0 * log(0) = 0, to the value and to the gradient.
     """
-    checks.require_rank("logits", logits, axes="T V")
+    _checks.require_rank("logits", logits, axes="T V")
     _check_temperature(temperature)
     scaled = jnp.asarray(logits, jnp.float32) / temperature
     shifted = scaled - lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))
@@ -65,9 +65,9 @@ def sequence_logprobs(
 
     A sequence with no unmasked token has 0. Masked entries may hold anything.
     """
-    checks.require_rank("logp", logp, axes="T")
-    checks.require_mask("mask", mask, logp.shape, like="logp's")
-    checks.require_choice("reduce", reduce, ("sum", "mean"))
+    _checks.require_rank("logp", logp, axes="T")
+    _checks.require_mask("mask", mask, logp.shape, like="logp's")
+    _checks.require_choice("reduce", reduce, ("sum", "mean"))
     total = jnp.sum(jnp.where(mask, jnp.asarray(logp, jnp.float32), 0.0), axis=-1)
     if reduce == "sum":
         return total
@@ -102,10 +102,10 @@ def chunked_logprobs(
     _check_tokens("hidden", hidden, tokens)
     _check_head(hidden, head)
     _check_temperature(temperature)
-    checks.require_whole("chunk_size", chunk_size, meaning="tokens per chunk")
-    checks.require_flag("with_entropy", with_entropy)
+    _checks.require_whole("chunk_size", chunk_size, meaning="tokens per chunk")
+    _checks.require_flag("with_entropy", with_entropy)
     if logit_softcap is not None:
-        checks.require_number(
+        _checks.require_number(
             "logit_softcap", logit_softcap, above=0, meaning="a bound of the logits"
         )
     count, rows = _chunk_layout(tokens.size, chunk_size)
@@ -133,7 +133,7 @@ class _Settings(NamedTuple):
 
 
 def _check_temperature(temperature: float) -> None:
-    checks.require_number(
+    _checks.require_number(
         "temperature", temperature, above=0, meaning="it divides the logits"
     )
 
@@ -141,8 +141,8 @@ def _check_temperature(temperature: float) -> None:
 def _check_tokens(
     name: str, array: Float[Array, "..."], tokens: Int[Array, "..."]
 ) -> None:
-    checks.require_rank(name, array, axes="T V" if name == "logits" else "T D")
-    checks.require_shape(
+    _checks.require_rank(name, array, axes="T V" if name == "logits" else "T D")
+    _checks.require_shape(
         "tokens", tokens, array.shape[:-1], like=f"{name}' without its last axis"
     )
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -152,7 +152,7 @@ def _check_tokens(
 
 
 def _check_head(hidden: Float[Array, "..."], head: Float[Array, "..."]) -> None:
-    checks.require_array("head", head)
+    _checks.require_array("head", head)
     if head.ndim != 2 or head.shape[0] != hidden.shape[-1]:
         raise ValueError(
             f"head has shape {head.shape}, expected [D, V] with D = "

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from grpo_jax.objective import checks
+from grpo_jax.objective import _checks
 from grpo_jax.objective.aggregate import AGGREGATIONS, Aggregation, aggregate
 from grpo_jax.objective.kl import KlEstimator, kl_estimate
 from grpo_jax.objective.logprobs import sequence_logprobs
@@ -52,8 +52,8 @@ def weighted_likelihood_loss(
     `reduce="mean"` divides each log pi by the completion's number of tokens. The weight
     of the mean is N, the number of prompts; a completion of no tokens adds 0.
     """
-    checks.require_rank("logp", logp, axes="G T")
-    checks.require_shape(
+    _checks.require_rank("logp", logp, axes="G T")
+    _checks.require_shape(
         "weights", weights, logp.shape[:-1], like="logp's without its last axis"
     )
     likelihood = sequence_logprobs(logp, mask, reduce=reduce)
@@ -116,8 +116,8 @@ def grpo_loss(
     _check_choices(surrogate, ratio_level, kl_estimator, aggregation)
     check_clips(clip_low, clip_high, dual_clip)
     _check_caps(surrogate, cispo_max_weight, sampler_correction_cap)
-    checks.require_number("kl_coef", kl_coef, meaning="it multiplies the KL")
-    checks.require_number("entropy_coef", entropy_coef, meaning="of the entropy")
+    _checks.require_number("kl_coef", kl_coef, meaning="it multiplies the KL")
+    _checks.require_number("entropy_coef", entropy_coef, meaning="of the entropy")
     _check_needed(
         others,
         ref_logp=kl_coef != 0,
@@ -206,9 +206,9 @@ def _check_arrays(
     advantages: Float[Array, "..."],
     others: dict[str, Float[Array, "..."] | None],
 ) -> None:
-    checks.require_rank("logp", logp, axes="T")
-    checks.require_mask("mask", mask, logp.shape, like="logp's")
-    checks.require_shape(
+    _checks.require_rank("logp", logp, axes="T")
+    _checks.require_mask("mask", mask, logp.shape, like="logp's")
+    _checks.require_shape(
         "advantages",
         advantages,
         logp.shape[:-1],
@@ -216,21 +216,21 @@ def _check_arrays(
     )
     for name, array in others.items():
         if array is not None:
-            checks.require_shape(name, array, logp.shape, like="logp's")
+            _checks.require_shape(name, array, logp.shape, like="logp's")
 
 
 def _check_choices(
     surrogate: str, ratio_level: str, kl_estimator: str, aggregation: str
 ) -> None:
-    checks.require_choice("surrogate", surrogate, SURROGATES)
-    checks.require_choice("ratio_level", ratio_level, RATIO_LEVELS)
-    checks.require_choice("aggregation", aggregation, AGGREGATIONS)
+    _checks.require_choice("surrogate", surrogate, SURROGATES)
+    _checks.require_choice("ratio_level", ratio_level, RATIO_LEVELS)
+    _checks.require_choice("aggregation", aggregation, AGGREGATIONS)
     if kl_estimator == "k1":
         raise ValueError(
             'kl_estimator is "k1", expected k2 or k3: as a loss on tokens drawn from '
             "the policy, k1 has a gradient of zero mean and regularizes nothing."
         )
-    checks.require_choice("kl_estimator", kl_estimator, ("k2", "k3"))
+    _checks.require_choice("kl_estimator", kl_estimator, ("k2", "k3"))
 
 
 def _check_caps(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from grpo_jax.objective import checks
+from grpo_jax.objective import _checks
 
 RatioLevel = Literal["token", "sequence"]
 RATIO_LEVELS = ("token", "sequence")
@@ -22,7 +22,7 @@ MAX_LOG_RATIO = 20.0
 
 def importance_ratio(log_ratio: Float[Array, "*B T"]) -> Float[Array, "*B T"]:
     """Ratio exp(log_ratio), with the log-ratio bounded to +-20."""
-    checks.require_array("log_ratio", log_ratio)
+    _checks.require_array("log_ratio", log_ratio)
     log_ratio = jnp.asarray(log_ratio, jnp.float32)
     return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
@@ -43,10 +43,10 @@ def log_importance_ratio(
 
     No gradient flows to `old_logp`. Masked entries may hold anything.
     """
-    checks.require_rank("logp", logp, axes="T")
-    checks.require_shape("old_logp", old_logp, logp.shape, like="logp's")
-    checks.require_mask("mask", mask, logp.shape, like="logp's")
-    checks.require_choice("level", level, RATIO_LEVELS)
+    _checks.require_rank("logp", logp, axes="T")
+    _checks.require_shape("old_logp", old_logp, logp.shape, like="logp's")
+    _checks.require_mask("mask", mask, logp.shape, like="logp's")
+    _checks.require_choice("level", level, RATIO_LEVELS)
     logp = jnp.where(mask, jnp.asarray(logp, jnp.float32), 0.0)
     old_logp = jnp.where(mask, jnp.asarray(old_logp, jnp.float32), 0.0)
     log_ratio = logp - lax.stop_gradient(old_logp)
@@ -100,7 +100,7 @@ def cispo_surrogate(
     from 1.
     """
     _check_advantages("logp", logp, advantages)
-    checks.require_shape("log_ratio", log_ratio, logp.shape, like="logp's")
+    _checks.require_shape("log_ratio", log_ratio, logp.shape, like="logp's")
     check_cap("max_weight", max_weight)
     advantages = jnp.asarray(advantages, jnp.float32)[..., None]
     weight = lax.stop_gradient(jnp.minimum(importance_ratio(log_ratio), max_weight))
@@ -120,8 +120,8 @@ def importance_correction(
     https://doi.org/10.1198/106186008X320456; for language models, Yao et al. 2025,
     https://fengyao.notion.site/off-policy-rl.
     """
-    checks.require_rank("old_logp", old_logp, axes="T")
-    checks.require_shape(
+    _checks.require_rank("old_logp", old_logp, axes="T")
+    _checks.require_shape(
         "sampler_logp", sampler_logp, old_logp.shape, like="old_logp's"
     )
     check_cap("cap", cap)
@@ -132,17 +132,17 @@ def importance_correction(
 def check_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
     """Raise ValueError, by name, for bounds that `clipped_surrogate` cannot use."""
     distance = "a distance from a ratio of 1"
-    checks.require_number("clip_low", clip_low, at_least=0, meaning=distance)
-    checks.require_number("clip_high", clip_high, at_least=0, meaning=distance)
+    _checks.require_number("clip_low", clip_low, at_least=0, meaning=distance)
+    _checks.require_number("clip_high", clip_high, at_least=0, meaning=distance)
     if dual_clip is not None:
-        checks.require_number(
+        _checks.require_number(
             "dual_clip", dual_clip, above=1, meaning="the largest ratio where A < 0"
         )
 
 
 def check_cap(name: str, cap: float) -> None:
     """Raise ValueError unless the largest weight is above 0; `name` is the caller's."""
-    checks.require_number(
+    _checks.require_number(
         name, cap, above=0, meaning="the largest ratio, as 2.0 or 5.0"
     )
 
@@ -150,8 +150,8 @@ def check_cap(name: str, cap: float) -> None:
 def _check_advantages(
     name: str, array: Float[Array, "..."], advantages: Float[Array, "..."]
 ) -> None:
-    checks.require_rank(name, array, axes="T")
-    checks.require_shape(
+    _checks.require_rank(name, array, axes="T")
+    _checks.require_shape(
         "advantages",
         advantages,
         array.shape[:-1],

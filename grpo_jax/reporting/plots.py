@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grpo_jax.reporting import metrics
-from grpo_jax.reporting.panels import PANELS, Panel, panels_of, trend
+from grpo_jax.reporting._panels import PANELS, Panel, panels_of, trend
 from grpo_jax.reporting.text import escape_control_chars
 
 if TYPE_CHECKING:

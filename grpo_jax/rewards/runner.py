@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from grpo_jax.config import RewardsConfig
-from grpo_jax.rewards.convention import (
+from grpo_jax.rewards._convention import (
     Failure,
     Outcome,
     RewardCall,
@@ -25,9 +25,9 @@ from grpo_jax.rewards.convention import (
     reward_call,
     reward_names,
 )
-from grpo_jax.rewards.in_process import LocalCalls
+from grpo_jax.rewards._in_process import LocalCalls
+from grpo_jax.rewards._subprocess import Worker
 from grpo_jax.rewards.metrics import ERROR, TIMEOUT, merge_logged
-from grpo_jax.rewards.subprocess import Worker
 
 _logger = logging.getLogger(__name__)
 

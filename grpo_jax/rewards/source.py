@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from grpo_jax.rewards.convention import reward_names
+from grpo_jax.rewards._convention import reward_names
 
 _SHOWN = 40  # characters of a value that a warning quotes; a SHA-256 has more
 

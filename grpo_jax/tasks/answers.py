@@ -1,14 +1,14 @@
 """Finds final answers in text of a model: numbers, tagged text, whole texts.
 
 Model output is read, never evaluated, in time linear in its length. Equal numbers are
-equal answers, however they are written; `grpo_jax.tasks.numbers` reads them.
+equal answers, however they are written; `grpo_jax.tasks._numbers` reads them.
 """
 
 import re
 import unicodedata
 from fractions import Fraction
 
-from grpo_jax.tasks.numbers import (
+from grpo_jax.tasks._numbers import (
     expression_at,
     last_expression,
     number_text,

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from grpo_jax.tasks._numbers import number_text
 from grpo_jax.tasks.answers import last_number, marked_number, parse_number
 from grpo_jax.tasks.base import FileRows, Row, Task, completion_text, place
 from grpo_jax.tasks.jsonl import read_splits
-from grpo_jax.tasks.numbers import number_text
 
 INSTRUCTION = (
     "Solve the problem step by step. "

@@ -25,8 +25,8 @@ from grpo_jax.planning.resolve import (
     with_compute_dtype,
 )
 from grpo_jax.rollout.draw import policy_sampling
-from grpo_jax.training import run_dir as directories
-from grpo_jax.training.fingerprint import describe_architecture, describe_weights
+from grpo_jax.training import _run_dir as directories
+from grpo_jax.training._fingerprint import describe_architecture, describe_weights
 from grpo_jax.training.manifest import Origin, check_data, read_manifest
 from grpo_jax.weights.adapter import Adapter
 from grpo_jax.weights.pretrained import (

@@ -20,7 +20,7 @@ from grpo_jax.config.files import write_json
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.lora import PATHS, adaptable
 from grpo_jax.parallel.mesh import named_leaves
-from grpo_jax.weights import safetensors
+from grpo_jax.weights import _safetensors
 from grpo_jax.weights.folder import replaced_folder
 from grpo_jax.weights.names import (
     adapter_table,
@@ -114,7 +114,7 @@ def save_adapter(
         "inference_mode": True,
     }
     with replaced_folder(pathlib.Path(folder)) as place:
-        safetensors.write_file(
+        _safetensors.write_file(
             place / _TENSORS, dict(table_tensors(table, adapter.params))
         )
         write_json(place / _CONFIG, values)
@@ -139,7 +139,7 @@ def load_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
             f"{path} has no {_TENSORS}; pickled adapters are not supported, because "
             "they run code when they are read"
         )
-    tensors = safetensors.open_file(file)
+    tensors = _safetensors.open_file(file)
     every = adapter_table(config, rank=options["r"], targets=adaptable(config))
     found = {
         row.path.rpartition("/")[0]

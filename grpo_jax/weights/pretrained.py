@@ -25,14 +25,14 @@ from grpo_jax.config.files import write_json
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.parallel.mesh import named_leaves
-from grpo_jax.weights import safetensors
-from grpo_jax.weights.folder import replaced_folder
-from grpo_jax.weights.gguf import GgufModel, open_gguf
-from grpo_jax.weights.gguf_tokenizer import (
+from grpo_jax.weights import _safetensors
+from grpo_jax.weights._gguf import GgufModel, open_gguf
+from grpo_jax.weights._gguf_tokenizer import (
     build_tokenizer,
     check_tokenizer,
     names_pre_tokenizer,
 )
+from grpo_jax.weights.folder import replaced_folder
 from grpo_jax.weights.names import (
     Parameter,
     Tensor,
@@ -145,7 +145,7 @@ def read_model_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
         config, tensors = _read_config(path), None
         # A snapshot of the hub may lack files that nobody asked for yet.
         if path == _local(str(name_or_path)) and any(path.glob("*.safetensors")):
-            tensors = safetensors.open_folder(path)
+            tensors = _safetensors.open_folder(path)
     if tensors is not None:
         check_tensors(parameter_table(config), tensors, source=str(path))
     return config
@@ -197,7 +197,7 @@ def save_pretrained(
     hf = {**config.to_hf(), "torch_dtype": dtype or first.dtype.name}
     with replaced_folder(pathlib.Path(folder)) as place:
         tensors = parameter_tensors(config, pretrained.params, dtype=stored)
-        safetensors.write_folder(place, tensors)
+        _safetensors.write_folder(place, tensors)
         tokenizer.save(place)
         write_json(place / "config.json", hf)
         generation = _generation(config, tokenizer, sampling)
@@ -225,7 +225,7 @@ def _open(name: str, revision: str | None) -> _Source:
             tokenizer = Tokenizer.from_folder(path.parent, config)
     else:
         config = _read_config(path)
-        tensors = safetensors.open_folder(path)
+        tensors = _safetensors.open_folder(path)
         tokenizer = Tokenizer.from_folder(path, config)
     check_tensors(parameter_table(config), tensors, source=str(path))
     _check_head(config, tensors, source=str(path))

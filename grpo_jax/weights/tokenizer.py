@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.weights.template_date import with_date
+from grpo_jax.weights._template_date import with_date
 
 Message = Mapping[str, Any]
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from grpo_jax.checkpointing import corruption
+from grpo_jax.checkpointing import _corruption
 from grpo_jax.checkpointing.checkpoints import Checkpoints
 from grpo_jax.checkpointing.retention import best_mode
 from grpo_jax.config import CheckpointConfig, ObjectiveConfig, TrainConfig
 from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.tasks import load_task, task_from_rows
-from grpo_jax.training import rewarding
-from grpo_jax.training import run_dir as directories
+from grpo_jax.training import _rewarding
+from grpo_jax.training import _run_dir as directories
 from grpo_jax.training.restore import restore
 from grpo_jax.training.state import make_train_state, state_items
 
@@ -119,7 +119,7 @@ def test_a_step_whose_metadata_is_damaged_is_not_the_best(tmp_path):
 
 
 def test_a_best_step_that_cannot_be_read_just_now_is_not_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(corruption, "PAUSES", ())
+    monkeypatch.setattr(_corruption, "PAUSES", ())
     before, _ = open_checkpoints(tmp_path)
     save_all(before, [0.9, 0.3])
     before.close()
@@ -177,7 +177,9 @@ def make_runner(name, function=plain, mode=None):
     best = CheckpointConfig(keep_best=name, best_mode=mode)
     config = TrainConfig(checkpoint=best)
     rows = [{"prompt": "a"}]
-    return rewarding.make_runner(config, task_from_rows(rows, function, eval_rows=rows))
+    return _rewarding.make_runner(
+        config, task_from_rows(rows, function, eval_rows=rows)
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_a_metric_of_nothing_that_the_run_does_is_refused():
             objective=objective, checkpoint=CheckpointConfig(keep_best=name)
         )
         with pytest.raises(ValueError, match=f"'{name}' is no metric of this run"):
-            rewarding.make_runner(config, task_from_rows(rows, logging))
+            _rewarding.make_runner(config, task_from_rows(rows, logging))
 
 
 def test_the_name_of_the_accuracy_on_the_console_is_not_that_of_the_metric():
@@ -215,7 +217,7 @@ def test_the_name_of_the_accuracy_on_the_console_is_not_that_of_the_metric():
     task = dataclasses.replace(load_task("arithmetic"), rewards=(correct,))
     config = TrainConfig(checkpoint=CheckpointConfig(keep_best="accuracy"))
     with pytest.raises(ValueError, match="did you mean 'eval/accuracy'"):
-        rewarding.make_runner(config, task)
+        _rewarding.make_runner(config, task)
 
 
 def test_metrics_that_the_run_will_have_are_taken():

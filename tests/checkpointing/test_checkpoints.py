@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
+from grpo_jax.checkpointing._metadata import metadata_sha256
 from grpo_jax.checkpointing.checkpoints import Checkpoints
-from grpo_jax.checkpointing.metadata import metadata_sha256
 from grpo_jax.config import CheckpointConfig, MeshConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.mesh import named_leaves

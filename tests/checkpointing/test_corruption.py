@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
-from grpo_jax.checkpointing import corruption
+from grpo_jax.checkpointing import _corruption
 from grpo_jax.checkpointing.checkpoints import Checkpoints
 from grpo_jax.config import CheckpointConfig
 from grpo_jax.training.state import TrainState, state_items
@@ -45,7 +45,7 @@ def wrapped(error):
 
 @pytest.fixture
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(corruption, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(_corruption, "PAUSES", (0.0, 0.0))
 
 
 @pytest.fixture
@@ -72,14 +72,14 @@ def snapshot(folder):
 def test_only_files_that_are_not_there_are_damaged(told, number):
     error = wrapped(told(number))
     missing = number in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-    assert (corruption.corruption_of(error) is not None) == missing
+    assert (_corruption.corruption_of(error) is not None) == missing
 
 
 def test_what_makes_no_sense_is_damage_whatever_it_quotes():
     assert (
-        corruption.corruption_of(ValueError("DATA_LOSS: digest mismatch")) is not None
+        _corruption.corruption_of(ValueError("DATA_LOSS: digest mismatch")) is not None
     )
-    assert corruption.corruption_of(ValueError("UNAVAILABLE: try later")) is None
+    assert _corruption.corruption_of(ValueError("UNAVAILABLE: try later")) is None
 
 
 @pytest.mark.parametrize("failures", [0, 1, 2])
@@ -92,7 +92,7 @@ def test_what_may_pass_is_tried_again(no_pauses, told, failures):
             raise left.pop()
         return "read"
 
-    assert corruption.with_retries(read) == "read"
+    assert _corruption.with_retries(read) == "read"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_what_may_pass_is_tried_again(no_pauses, told, failures):
         (as_python(errno.EACCES), 1),
         (as_python(errno.ENOSPC), 1),
         (ValueError("DATA_LOSS"), 1),
-        (corruption.CorruptCheckpointError("changed values"), 1),
+        (_corruption.CorruptCheckpointError("changed values"), 1),
     ],
 )
 def test_what_stays_is_raised_as_it_is(no_pauses, error, tries):
@@ -116,7 +116,7 @@ def test_what_stays_is_raised_as_it_is(no_pauses, error, tries):
         raise error
 
     with pytest.raises(type(error)) as raised:
-        corruption.with_retries(read)
+        _corruption.with_retries(read)
     assert raised.value is error and len(calls) == tries
     told = "".join(getattr(error, "__notes__", []))
     assert ("nothing was changed" in told) == (tries > 1)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.checkpointing.corruption import CorruptCheckpointError
+from grpo_jax.checkpointing._corruption import CorruptCheckpointError
 from grpo_jax.checkpointing.retention import TEMPORARY, BestStep, StepFolders
 from grpo_jax.config import CheckpointConfig
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from grpo_jax.checkpointing.targets import host_targets, restore_targets, savable
+from grpo_jax.checkpointing._targets import host_targets, restore_targets, savable
 
 
 def test_what_lies_on_a_mesh_goes_back_and_the_rest_is_on_all_of_it(meshes_of):

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.models._routing import ExpertsConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params
 from grpo_jax.models.rope import RopeConfig
-from grpo_jax.models.routing import ExpertsConfig
 from grpo_jax.weights.names import parameter_table
 
 REFERENCES = pathlib.Path(__file__).parent / "references"

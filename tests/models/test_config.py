@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import transformers
 
+from grpo_jax.models._hf_config import read
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.hf_config import read
 from grpo_jax.models.rope import RopeConfig
 
 LLAMA = {

@@ -9,10 +9,8 @@ import pytest
 from flax import linen as nn
 
 from grpo_jax.config import MeshConfig
-from grpo_jax.models.experts import ExpertsMLP
-from grpo_jax.models.lora import init_lora
-from grpo_jax.models.protocol import in_compute_dtype
-from grpo_jax.models.routing import (
+from grpo_jax.models._experts import ExpertsMLP
+from grpo_jax.models._routing import (
     ExpertKernels,
     ExpertsConfig,
     Routing,
@@ -20,6 +18,8 @@ from grpo_jax.models.routing import (
     through_all_experts,
     through_experts,
 )
+from grpo_jax.models.lora import init_lora
+from grpo_jax.models.protocol import in_compute_dtype
 from grpo_jax.parallel.mesh import RULES, make_mesh
 
 

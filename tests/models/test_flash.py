@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from grpo_jax.models import attention as attentions
+from grpo_jax.models._flash import flash_attention, has_flash
 from grpo_jax.models.cache import Prefix
-from grpo_jax.models.flash import flash_attention, has_flash
 
 N, G, P, H, K, WIDTH = 2, 3, 5, 4, 2, 8
 

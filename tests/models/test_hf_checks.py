@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.models import families
+from grpo_jax.models._foreign_keys import FOREIGN_KEYS
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.families import FAMILIES
-from grpo_jax.models.foreign_keys import FOREIGN_KEYS
 from grpo_jax.weights.names import parameter_table
 
 # The fields of one published file per family, by its name on the hub.

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from grpo_jax.models._routing import ExpertsConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params
-from grpo_jax.models.routing import ExpertsConfig
 from grpo_jax.planning.flops import (
     completion_flops,
     forward_flops,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from grpo_jax.reporting import metrics
+from grpo_jax.reporting._panels import panels_of
 from grpo_jax.reporting.page import write_report
-from grpo_jax.reporting.panels import panels_of
 from grpo_jax.reporting.text import escape_control_chars
 from grpo_jax.reporting.trackers import JsonlTracker
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.reporting import metrics
-from grpo_jax.reporting.panels import PANELS, trend
+from grpo_jax.reporting._panels import PANELS, trend
 from grpo_jax.reporting.plots import make_figure, plot_runs, to_svg
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from grpo_jax.config import ReportConfig
 from grpo_jax.reporting import metrics
+from grpo_jax.reporting._panels import panels_of
 from grpo_jax.reporting.console import Console
 from grpo_jax.reporting.page import write_report
-from grpo_jax.reporting.panels import panels_of
 from grpo_jax.reporting.trackers import make_tracker
 
 NO_METRICS = {"METRICS_FILE", "COMPLETIONS_DIR"}

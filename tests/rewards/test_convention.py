@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.rewards.convention import (
+from grpo_jax.rewards._convention import (
     Failure,
     InvalidRewards,
     RewardInputs,

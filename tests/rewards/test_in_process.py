@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.config import RewardsConfig
-from grpo_jax.rewards import in_process as local_calls
+from grpo_jax.rewards import _in_process as local_calls
 from grpo_jax.rewards.runner import RewardRunner
 
 sys.path.append(str(Path(__file__).parent))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.config import RewardsConfig
-from grpo_jax.rewards.convention import RECORD_FIELDS, RESERVED_METRICS
+from grpo_jax.rewards._convention import RECORD_FIELDS, RESERVED_METRICS
 from grpo_jax.rewards.runner import RewardRunner
 
 sys.path.append(str(Path(__file__).parent))

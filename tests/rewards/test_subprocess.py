@@ -161,7 +161,7 @@ if __name__ == "__main__":
 
 def test_importing_worker_and_tasks_loads_neither_jax_nor_heavy_libraries():
     code = (
-        "import sys, grpo_jax.rewards.subprocess, grpo_jax.tasks\n"
+        "import sys, grpo_jax.rewards._subprocess, grpo_jax.tasks\n"
         "heavy = {'jax', 'jaxlib', 'flax', 'transformers', 'datasets', 'torch',"
         " 'reasoning_gym', 'sympy'}\n"
         "sys.exit(str(sorted(heavy & set(sys.modules)) or ''))"

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo_jax.tasks._numbers import number_text, plain
 from grpo_jax.tasks.answers import last_number, marked_number, parse_number
-from grpo_jax.tasks.numbers import number_text, plain
 
 
 def grouped(separator):

@@ -8,7 +8,7 @@ import pytest
 from grpo_jax.config import ObjectiveConfig, TrainConfig
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.base import Task
-from grpo_jax.training.announce import describe_run, warnings
+from grpo_jax.training._announce import describe_run, warnings
 from grpo_jax.training.evaluate import one_device
 
 ROW = {"prompt": "a", "answer": "b"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from grpo_jax.config import TrainConfig
 from grpo_jax.config.files import to_jsonable
 from grpo_jax.rollout.encoding import prompts_sha256
-from grpo_jax.training.fingerprint import describe_architecture, describe_weights
+from grpo_jax.training._fingerprint import describe_architecture, describe_weights
 from grpo_jax.training.restore import load_policy
 
 

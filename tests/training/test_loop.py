@@ -34,10 +34,10 @@ from grpo_jax.reporting.metrics import (
     read_metrics,
 )
 from grpo_jax.reporting.trackers import JsonlTracker
-from grpo_jax.rewards.convention import RECORD_FIELDS, is_reserved_metric
+from grpo_jax.rewards._convention import RECORD_FIELDS, is_reserved_metric
 from grpo_jax.rollout.collect import Collector
+from grpo_jax.training._run_dir import claim, read_config
 from grpo_jax.training.learner import Learner
-from grpo_jax.training.run_dir import claim, read_config
 from grpo_jax.weights.pretrained import load_pretrained, save_pretrained
 from grpo_jax.weights.tokenizer import Tokenizer
 
@@ -678,7 +678,7 @@ def test_any_sampler_serves_a_run_with_weights_from_update_to_release(
 ):
     sampler = fake_sampler(lambda number, sample: f"{number}{sample}")
     monkeypatch.setattr(
-        "grpo_jax.training.run.GroupSampler", lambda *_, **options: sampler
+        "grpo_jax.training._run.GroupSampler", lambda *_, **options: sampler
     )
     update, held = Learner.update, []
 

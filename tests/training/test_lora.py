@@ -32,9 +32,9 @@ from grpo_jax.config import (
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.lora import lora_axes
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.training import run_dir as directories
+from grpo_jax.training import _run_dir as directories
+from grpo_jax.training._reference import References
 from grpo_jax.training.learner import Learner
-from grpo_jax.training.reference import References
 from grpo_jax.training.restore import load_policy, restore, restore_adapter
 from grpo_jax.training.state import TrainState, state_items
 from grpo_jax.weights.adapter import load_adapter

@@ -10,7 +10,7 @@ from grpo_jax.planning import utilization
 from grpo_jax.reporting.metrics import CompileCounter
 from grpo_jax.rollout.dynamic_sampling import join, refill
 from grpo_jax.rollout.rollout import Rollout
-from grpo_jax.training.measures import Measures, slowest
+from grpo_jax.training._measures import Measures, slowest
 
 SECONDS = {f"time/{n}": 2.0 for n in ("rollout", "reward", "score", "update", "step")}
 

@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from grpo_jax.parallel.agreement import Agreement
-from grpo_jax.training import preemption
-from grpo_jax.training.preemption import stop_requests
+from grpo_jax.training import _preemption
+from grpo_jax.training._preemption import stop_requests
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -20,7 +20,7 @@ def test_the_first_signal_is_a_request_and_the_second_ends_the_process(
         codes.append(code)
         ended.set()
 
-    monkeypatch.setattr(preemption.os, "_exit", end)
+    monkeypatch.setattr(_preemption.os, "_exit", end)
     agreement = Agreement()
     with stop_requests(agreement):
         assert not agreement.asked
@@ -57,7 +57,7 @@ def test_outside_of_the_main_thread_nothing_is_handled():
 
 def test_a_phase_that_outlasts_the_grace_is_told_once_if_nothing_was_compiled():
     told = []
-    check = preemption.GraceCheck(30.0, report=told.append).check
+    check = _preemption.GraceCheck(30.0, report=told.append).check
     slow, quick = {"time/rollout": 31.0, "time/update": 5.0}, {"time/rollout": 2.0}
     check(1, slow | {"compile/count": 9})  # the first step
     check(1, quick | {"compile/count": 9})

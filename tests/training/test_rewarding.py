@@ -6,7 +6,7 @@ import pytest
 
 from grpo_jax.config import TrainConfig
 from grpo_jax.tasks import load_task, task_from_rows
-from grpo_jax.training.rewarding import make_runner
+from grpo_jax.training._rewarding import make_runner
 
 
 def needs_answer(completions, answer, **_):

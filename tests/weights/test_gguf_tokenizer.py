@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.weights import load_pretrained
-from grpo_jax.weights.gguf_tokenizer import (
+from grpo_jax.weights._gguf_tokenizer import (
     build_tokenizer,
     check_tokenizer,
     stop_ids,

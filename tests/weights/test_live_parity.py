@@ -15,8 +15,8 @@ import pytest
 
 from grpo_jax.config import SamplingConfig
 from grpo_jax.rollout.generate import generate
+from grpo_jax.weights import _safetensors as our_safetensors
 from grpo_jax.weights import load_pretrained, save_pretrained
-from grpo_jax.weights import safetensors as our_safetensors
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "models" / "make_references.py"
 CASES = sorted(path.stem for path in SCRIPT.parent.glob("references/*.npz"))

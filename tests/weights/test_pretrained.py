@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax.models.decoder import abstract_params
+from grpo_jax.weights import _safetensors as our_safetensors
 from grpo_jax.weights import load_pretrained, pretrained, save_pretrained
-from grpo_jax.weights import safetensors as our_safetensors
 from grpo_jax.weights.names import parameter_table
 from grpo_jax.weights.pretrained import read_model_config
 
@@ -178,7 +178,7 @@ def test_each_part_is_read_once_and_alone(folder, untied, mesh, monkeypatch, too
         }
 
     our_open = our_safetensors.open_folder
-    monkeypatch.setattr(pretrained.safetensors, "open_folder", count)
+    monkeypatch.setattr(our_safetensors, "open_folder", count)
     load_pretrained(folder, sharding=split_last_axis(mesh))
     for row in parameter_table(untied.config):
         size = int(np.prod(row.file_shape))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from grpo_jax.weights.safetensors import INDEX, SINGLE, open_folder, write_folder
+from grpo_jax.weights._safetensors import INDEX, SINGLE, open_folder, write_folder
 
 ARRAYS = {
     "a": np.arange(12, dtype=np.float32).reshape(3, 4) / 7,

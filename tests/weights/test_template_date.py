@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.weights.template_date import with_date
+from grpo_jax.weights._template_date import with_date
 from grpo_jax.weights.tokenizer import Tokenizer
 
 MOMENT = datetime.datetime(2024, 2, 9, 7, 5, 3, tzinfo=datetime.UTC)

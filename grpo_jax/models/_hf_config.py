@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from grpo_jax.models import families
+from grpo_jax.models._hf_checks import check_keys, check_values
+from grpo_jax.models._routing import ExpertsConfig
 from grpo_jax.models.families import FAMILIES, Family
-from grpo_jax.models.hf_checks import check_keys, check_values
 from grpo_jax.models.rope import RopeConfig
-from grpo_jax.models.routing import ExpertsConfig
 
 _ACTIVATIONS = {
     "silu": "silu",

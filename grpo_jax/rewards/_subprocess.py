@@ -17,7 +17,7 @@ import signal
 import threading
 from typing import Any
 
-from grpo_jax.rewards.convention import Failure, Outcome, RewardCall, RewardInputs
+from grpo_jax.rewards._convention import Failure, Outcome, RewardCall, RewardInputs
 
 # Address space of the worker; an allocation beyond it raises MemoryError there.
 _MEMORY_LIMIT_BYTES = 4 * 2**30

@@ -9,7 +9,7 @@ import concurrent.futures
 import threading
 from collections.abc import Sequence
 
-from grpo_jax.rewards.convention import Failure, Outcome, RewardCall, RewardInputs
+from grpo_jax.rewards._convention import Failure, Outcome, RewardCall, RewardInputs
 
 # A coroutine is cancelled at its time limit. If it has not ended this many seconds
 # later, it blocks the loop.

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.models import families
+from grpo_jax.models._foreign_keys import FOREIGN_KEYS
 from grpo_jax.models.families import FAMILIES, Family
-from grpo_jax.models.foreign_keys import FOREIGN_KEYS
 
 # Keys that mean something to some architecture.
 _MEANINGFUL = FOREIGN_KEYS.union(*(family.defaults for family in FAMILIES.values()))

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from grpo_jax.tasks._numbers import number_text
 from grpo_jax.tasks.answers import last_answer, parse_number, tagged_answer
 from grpo_jax.tasks.base import Task, completion_text
-from grpo_jax.tasks.numbers import number_text
 
 TRAIN_ROWS = 2000
 TEST_ROWS = 200

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from grpo_jax.checkpointing._corruption import CorruptCheckpointError
 from grpo_jax.checkpointing.checksum import array_checksums
-from grpo_jax.checkpointing.corruption import CorruptCheckpointError
 from grpo_jax.config.files import to_jsonable
 from grpo_jax.parallel.mesh import named_leaves
 
