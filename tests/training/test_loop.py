@@ -706,7 +706,7 @@ def test_a_failure_while_sampling_leaves_no_weights_in_the_sampler(
 
     sampler = fake_sampler(script)
     monkeypatch.setattr(
-        "grpo_jax.training.run.GroupSampler", lambda *_, **options: sampler
+        "grpo_jax.training._run.GroupSampler", lambda *_, **options: sampler
     )
     if failing != "evaluation":
         config = without_evaluation(config)
