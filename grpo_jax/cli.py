@@ -186,22 +186,16 @@ def evaluate(
         batch_size=batch_size,
     )
     from grpo_jax.tasks import load_task
-    from grpo_jax.tasks.base import CALLERS_ROWS, describe_held_out
+    from grpo_jax.tasks.base import describe_held_out
     from grpo_jax.training.evaluate import BATCH
     from grpo_jax.training.evaluate import evaluate as measure
-    from grpo_jax.training.manifest import read_data
     from grpo_jax.training.restore import open_policy
 
     policy = open_policy(run_dir=run_dir, model=model, step=step)
     config = policy.config
     if task is None:
         task, data = config.task, data or config.data
-        rows = None if run_dir is None else read_data(run_dir).get("task")
-        if rows == CALLERS_ROWS and Path(task).stem != CALLERS_ROWS:
-            raise ValueError(
-                f"{run_dir} was trained on rows given from Python, which are not "
-                "stored; name a task with --task."
-            )
+        _check_stored(task, run_dir)
     sampling = policy.sampling(samples=samples, temperature=temperature)
     loaded = load_task(task, data=data, seed=config.seed)
     _warn_of_unknown(policy, [row["prompt"] for row in loaded.test])
@@ -234,8 +228,8 @@ def evaluate(
         _write(out, text + "\n")
     if completions is not None:
         records = result.records(loaded.test)
-        lines = (json.dumps(record, allow_nan=False) for record in records)
-        _write(completions, "".join(line + "\n" for line in lines))
+        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+        _write(completions, "".join(lines))
 
 
 def _warn_of_unknown(policy: "Restored", prompts: Sequence[Any]) -> None:
@@ -245,6 +239,19 @@ def _warn_of_unknown(policy: "Restored", prompts: Sequence[Any]) -> None:
     if policy.step is None and policy.config.model == EMBEDDED:
         if text := unknown_to_embedded(prompts):
             print(f"warning: {text}", file=sys.stderr)
+
+
+def _check_stored(task: str, run_dir: Path | None) -> None:
+    """Raises ValueError for a run whose rows its configuration does not name."""
+    from grpo_jax.tasks.base import CALLERS_ROWS
+    from grpo_jax.training.manifest import read_data
+
+    rows = None if run_dir is None else read_data(run_dir).get("task")
+    if rows == CALLERS_ROWS and Path(task).stem != CALLERS_ROWS:
+        raise ValueError(
+            f"{run_dir} was trained on rows given from Python, which are not stored; "
+            "name a task with --task."
+        )
 
 
 def _write(path: Path, text: str) -> None:

@@ -147,13 +147,7 @@ def make_plan(
         not fit.
     """
     if device is not None:
-        known, count = find_device(device)
-        if count is not None and devices not in (None, count):
-            raise ValueError(
-                f"a {device} has {count} devices, got {devices}; leave the number out."
-            )
-        devices = devices or count
-        memory_gib = memory_gib or known.memory_gib
+        devices, memory_gib = _size_of(device, devices, memory_gib)
     limit = None if memory_gib is None else int(USABLE * memory_gib * GIB)
     sizes = [vars(config.mesh)[axis] for axis in meshes.AXES]
     devices = devices or (jax.device_count() if -1 in sizes else math.prod(sizes))
@@ -179,6 +173,18 @@ def make_plan(
         "knobs": memory_savings(model, config, mesh),
         "refused": _refused(model, config),
     }
+
+
+def _size_of(
+    device: str, devices: int | None, memory_gib: float | None
+) -> tuple[int | None, float]:
+    """Number and memory of the devices of a kind, unless they are given."""
+    known, count = find_device(device)
+    if count is not None and devices not in (None, count):
+        raise ValueError(
+            f"a {device} has {count} devices, got {devices}; leave the number out."
+        )
+    return devices or count, memory_gib or known.memory_gib
 
 
 def _mesh_of(config: TrainConfig, devices: int) -> AbstractMesh:

@@ -105,8 +105,7 @@ def _draw_panel(
             values = trend(values)
         (line,) = axes.plot(steps, values, color=color, linestyle=style, label=name)
         line.set(linewidth=1.7, marker=marker, markersize=4)
-        if panel.band is not None:
-            _draw_band(axes, (panel.metric, panel.band), history, color)
+        _draw_band(axes, panel, history, color)
     low, high = axes.dataLim.intervaly
     # A flat curve needs no scale of hundredths. A running mean of equal values is flat
     # up to rounding.
@@ -124,12 +123,13 @@ def _draw_panel(
 
 
 def _draw_band(
-    axes: "Axes", pair: tuple[str, str], history: list[dict[str, Any]], color: str
+    axes: "Axes", panel: Panel, history: list[dict[str, Any]], color: str
 ) -> None:
-    """A band of plus and minus the second metric around the first, both smoothed."""
-    middle_name, spread_name = pair
-    middle_at = dict(zip(*metrics.series(history, middle_name), strict=True))
-    spread_at = dict(zip(*metrics.series(history, spread_name), strict=True))
+    """A band of plus and minus a metric around that of the panel, both smoothed."""
+    if panel.band is None:
+        return
+    middle_at = dict(zip(*metrics.series(history, panel.metric), strict=True))
+    spread_at = dict(zip(*metrics.series(history, panel.band), strict=True))
     steps = sorted(middle_at.keys() & spread_at.keys())
     if not steps:
         return

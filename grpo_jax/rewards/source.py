@@ -55,7 +55,7 @@ def _changes(old: Any, new: Mapping[str, str]) -> list[str] | None:
     if not parts:
         return None
     if "code" in parts:  # other code uses other values: list only common ones
-        parts = [p for p in parts if p in old and p in new and p != "code"]
+        parts = sorted({*parts} & old.keys() & new.keys() - {"code"})
     notes = []
     for part in parts:
         then, today = old.get(part, "absent"), new.get(part, "absent")
@@ -70,30 +70,32 @@ def _parts(thing: Any, name: str, seen: set[int]) -> Iterator[tuple[str, str]]:
         return
     seen.add(id(thing))
     prefix = f"{name}." if name else ""
-    values: Mapping[str, Any] = {}
-    if isinstance(thing, functools.partial):
-        yield from _parts(thing.func, name, seen)
-        values = _arguments(thing)
-    elif inspect.ismethod(thing):
-        yield from _parts(thing.__func__, name, seen)
-        values = getattr(thing.__self__, "__dict__", {})
-    elif inspect.isfunction(thing):
-        yield from _source(inspect.unwrap(thing), prefix + "code")
-        if (inner := getattr(thing, "__wrapped__", None)) is not None:
-            yield from _source(thing.__code__, f"{prefix}wrapper")
-            yield from _parts(inner, name, seen)
-        values = _read_by(thing)
-    elif isinstance(thing, type):
-        yield from _source(thing, prefix + "code")
-    else:
-        yield from _source(type(thing), prefix + "code")
-        values = getattr(thing, "__dict__", {})
+    inner, sources, values = _opened(thing)
+    for part, source in sources.items():
+        yield from _source(source, prefix + part)
+    if inner is not None:
+        yield from _parts(inner, name, seen)
     for key, value in values.items():
         if isinstance(value, types.FunctionType | functools.partial | type):
             yield from _parts(value, f"{prefix}{key}()", seen)
         elif (text := _text(value)) is not None:
-            is_number = value is None or isinstance(value, int | float | complex)
+            is_number = isinstance(value, int | float | complex | types.NoneType)
             yield prefix + key, text if is_number else _sha256(text)
+
+
+def _opened(thing: Any) -> tuple[Any, dict[str, Any], Mapping[str, Any]]:
+    """What a callable wraps, the code of its own by name, and the values it uses."""
+    if isinstance(thing, functools.partial):
+        return thing.func, {}, _arguments(thing)
+    if inspect.ismethod(thing):
+        return thing.__func__, {}, getattr(thing.__self__, "__dict__", {})
+    if inspect.isfunction(thing):
+        inner, code = getattr(thing, "__wrapped__", None), inspect.unwrap(thing)
+        wrapper = {} if inner is None else {"wrapper": thing.__code__}
+        return inner, {"code": code} | wrapper, _read_by(thing)
+    if isinstance(thing, type):
+        return None, {"code": thing}, {}
+    return None, {"code": type(thing)}, getattr(thing, "__dict__", {})
 
 
 def _source(thing: Any, name: str) -> Iterator[tuple[str, str]]:
@@ -161,8 +163,8 @@ def _text(value: Any) -> str | None:
     elif isinstance(value, list | tuple | set | frozenset):
         items = list(value)
     else:
-        plain = bool | int | float | complex | str | bytes
-        return repr(value) if value is None or isinstance(value, plain) else None
+        plain = types.NoneType | bool | int | float | complex | str | bytes
+        return repr(value) if isinstance(value, plain) else None
     found = [_text(item) for item in items]
     texts = [text for text in found if text is not None]
     if len(texts) < len(found):

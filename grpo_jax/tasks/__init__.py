@@ -41,16 +41,15 @@ def load_task(name: str, *, data: str | None = None, seed: int = 0) -> Task:
             f"task {name!r} takes no data, got {data!r}; only gsm8k does. For your own "
             "rows give the .jsonl file as the task."
         )
+    if name == "arithmetic":
+        return arithmetic_task()
+    if name == "gsm8k":
+        return gsm8k_task(data)
     kind, _, rest = name.partition(":")
-    match kind:
-        case "arithmetic" if not rest:
-            return arithmetic_task()
-        case "gsm8k" if not rest:
-            return gsm8k_task(data)
-        case "reasoning_gym":
-            return reasoning_gym_task(rest, seed=seed)
-        case _ if name.endswith(".jsonl") or (name and Path(name).is_dir()):
-            return jsonl_task(name)
+    if kind == "reasoning_gym":
+        return reasoning_gym_task(rest, seed=seed)
+    if name.endswith(".jsonl") or (name and Path(name).is_dir()):
+        return jsonl_task(name)
     near = difflib.get_close_matches(kind, [c.partition(":")[0] for c in _CHOICES], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(

@@ -116,7 +116,7 @@ def _scores(
     return scores
 
 
-def _is_right(scorer: Any, answer: str, entry: dict[str, Any]) -> bool:
+def _is_right(scorer: Any, answer: str, entry: Mapping[str, Any]) -> bool:
     try:
         return scorer.score_answer(answer, entry) >= _FULL_SCORE
     except MemoryError:
@@ -144,14 +144,10 @@ def _probe(dataset: str, seed: int) -> None:
         raise ValueError(
             f"{library} cannot make problems of {dataset!r} without options: {error}."
         ) from error
-    fault, verdicts = None, collections.defaultdict(list)
+    verdicts = collections.defaultdict(list)
     with _prints_aside():
+        fault = next(_faults(scorer, entries), None)
         for entry in entries:
-            gold = entry["answer"]
-            if _is_right(scorer, _NONSENSE, entry):
-                fault = fault or f"{_NONSENSE!r} for right"
-            elif gold is not None and not _is_right(scorer, str(gold), entry):
-                fault = fault or f"its own answer {str(gold)[:80]!r} for wrong"
             for kind, wrong in _wrong_answers(entry, entries):
                 verdicts[kind].append(_is_right(scorer, wrong, entry))
     if fault is not None:
@@ -165,6 +161,16 @@ def _probe(dataset: str, seed: int) -> None:
                 "the scorer of %r in %s takes %s for right: a policy may learn that",
                 *(dataset, library, kind),
             )
+
+
+def _faults(scorer: Any, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the scorer takes an answer for, where that makes learning impossible."""
+    for entry in entries:
+        gold = entry["answer"]
+        if _is_right(scorer, _NONSENSE, entry):
+            yield f"{_NONSENSE!r} for right"
+        elif gold is not None and not _is_right(scorer, str(gold), entry):
+            yield f"its own answer {str(gold)[:80]!r} for wrong"
 
 
 def _wrong_answers(

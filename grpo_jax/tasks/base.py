@@ -192,11 +192,7 @@ def check_rows(rows: Sequence[Row], *, name: str, count: int | None = None) -> N
     first: Row = {}
     for number, row in enumerate(itertools.islice(rows, count)):
         first = first or row
-        problem = _row_problem(row)
-        if not problem and is_conversational([row]) != is_conversational([first]):
-            problem = "mixes string prompts and chat messages, unlike the first row"
-        if not problem and row.keys() != first.keys():
-            problem = f"has the columns {_listed(row)}, the first has {_listed(first)}"
+        problem = _row_problem(row) or _unlike(row, first)
         if problem:
             raise ValueError(f"{place(rows, number, name=name)} {problem}.")
 
@@ -234,6 +230,15 @@ def _row_problem(row: Any) -> str | None:
                 f"has a bad message in its prompt, number {number} from 0: {problem}; "
                 'each must be {"role": "...", "content": "..."} with both strings'
             )
+    return None
+
+
+def _unlike(row: Row, first: Row) -> str | None:
+    """In what a row differs from the first one, or None."""
+    if is_conversational([row]) != is_conversational([first]):
+        return "mixes string prompts and chat messages, unlike the first row"
+    if row.keys() != first.keys():
+        return f"has the columns {_listed(row)}, the first has {_listed(first)}"
     return None
 
 

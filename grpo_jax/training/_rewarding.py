@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 
 from grpo_jax.checkpointing.retention import best_mode
 from grpo_jax.config import TrainConfig
@@ -26,25 +27,29 @@ def make_runner(config: TrainConfig, task: Task) -> RewardRunner:
     )
     runner = RewardRunner(task.rewards, chosen, max_steps=config.steps)
     runner.check_columns(task.train[0])
-    known = [names.REWARD, "loss", names.ENTROPY]
-    if held_out := held_out_rows(task, config):
-        known.insert(0, names.ACCURACY if has_ground_truth(task) else names.EVAL_REWARD)
-        if not has_ground_truth(task):
-            runner.check_columns(held_out[0], of="the held-out rows")
-    if config.objective.kl_coef:
-        known.append(names.KL)
-    known += [f"rewards/{function}/mean" for function in runner.names]
-    best = config.checkpoint.keep_best
-    reserved = (best or "").startswith("eval/") or best in ("accuracy", names.KL)
-    logged = runner.may_log_metrics and not reserved
-    if best is not None and best not in known and not logged:
-        near = difflib.get_close_matches(best, known, n=1)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-        )
-        raise ValueError(
-            f"checkpoint.keep_best {best!r} is no metric of this run to choose by; "
-            f"{hint}"
-        )
+    held_out, judged = held_out_rows(task, config), has_ground_truth(task)
+    if held_out and not judged:
+        runner.check_columns(held_out[0], of="the held-out rows")
+    measured = names.ACCURACY if judged else names.EVAL_REWARD
+    known = [
+        *([measured] if held_out else []),
+        *(names.REWARD, "loss", names.ENTROPY),
+        *([names.KL] if config.objective.kl_coef else []),
+        *(f"rewards/{function}/mean" for function in runner.names),
+    ]
+    _check_best(config.checkpoint.keep_best, known, runner)
     best_mode(config.checkpoint)  # which must be known before anything is saved
     return runner
+
+
+def _check_best(best: str | None, known: Sequence[str], runner: RewardRunner) -> None:
+    if best is None or best in known:
+        return
+    reserved = best.startswith("eval/") or best in ("accuracy", names.KL)
+    if runner.may_log_metrics and not reserved:
+        return
+    near = difflib.get_close_matches(best, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+    raise ValueError(
+        f"checkpoint.keep_best {best!r} is no metric of this run to choose by; {hint}"
+    )

@@ -105,22 +105,7 @@ def open_gguf(path: pathlib.Path) -> GgufModel:
         ValueError: naming the file. It is truncated or no GGUF file, a part of a split
             model, or of an architecture or kind that is not supported.
     """
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(
-            f"{path} is not a complete GGUF file ({error}); download or copy it again"
-        ) from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    # Numbers are stored in float32: 1e-5 means that, not 9.999999747378752e-06.
-    fields |= {
-        name: float(str(np.float32(value)))
-        for name, value in fields.items()
-        if isinstance(value, float)
-    }
-    stored: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
+    fields, stored = _read_file(path)
     if fields.get("split.count", 0) > 1:
         raise ValueError(
             f"{path} is one part of {fields['split.count']}; join them with "
@@ -151,6 +136,26 @@ def open_gguf(path: pathlib.Path) -> GgufModel:
         if name != _ROPE_FACTORS
     }
     return GgufModel(config=config, tensors=tensors, fields=fields)
+
+
+def _read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a file, and its tensors by name, unread."""
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a complete GGUF file ({error}); download or copy it again"
+        ) from error
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    # Numbers are stored in float32: 1e-5 means that, not 9.999999747378752e-06.
+    fields |= {
+        name: float(str(np.float32(value)))
+        for name, value in fields.items()
+        if isinstance(value, float)
+    }
+    return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:

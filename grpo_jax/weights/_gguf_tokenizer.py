@@ -91,38 +91,19 @@ def build_tokenizer(fields: Mapping[str, Any], *, file: str) -> Tokenizer:
     Raises:
         ValueError: the file has no tokenizer, or one of a kind that is not supported.
     """
-    from tokenizers import AddedToken
     from tokenizers.processors import TemplateProcessing
 
     check_tokenizer(fields, file=file)
     own = _tokenizer_fields(fields)
     tokens = own["tokens"]
     ids = {name: own.get(f"{name}_token_id") for name in _NAMED}
-    text = {name: None if i is None else tokens[i] for name, i in ids.items()}
+    text = {name: tokens[index] for name, index in ids.items() if index is not None}
     if own["model"] == "gpt2":
-        if not names_pre_tokenizer(fields):
-            _LOG.warning(
-                "%s names no pre-tokenizer (tokenizer.ggml.pre). Text is split by "
-                "default rules, which differ from those of the model's training. "
-                "Convert the model again, or put its tokenizer.json and "
-                "tokenizer_config.json beside the file",
-                file,
-            )
-        rules = _BY_NAME[own.get("pre", "default")]
-        backend, adds_bos = _byte_level_bpe(own, rules, file=file), rules.adds_bos
+        backend, adds_bos = _byte_level_bpe(own, file=file)
     else:
-        backend, adds_bos = _sentencepiece_bpe(own, text["unknown"]), True
-    # All at once, because each call sorts all tokens that were added before.
-    kinds = _token_kinds(own)
-    special = [t for kind in (_UNKNOWN, _CONTROL) for t, k in kinds if k == kind]
-    backend.add_special_tokens([AddedToken(t, special=True) for t in special])
-    # In normalized text a token of two spaces is "▁▁". But where normalization puts a
-    # space before the text, it would also put one before the token.
-    spaced = own["model"] == "llama" and not own.get("add_space_prefix", True)
-    backend.add_tokens(
-        [AddedToken(t, normalized=spaced) for t, k in kinds if k == _USER_DEFINED]
-    )
-    bos, eos = text["bos"], text["eos"]
+        backend, adds_bos = _sentencepiece_bpe(own, text.get("unknown")), True
+    _add_tokens(backend, own)
+    bos, eos = text.get("bos"), text.get("eos")
     start = [bos] if bos and own.get("add_bos_token", adds_bos) else []
     end = [eos] if eos and own.get("add_eos_token", False) else []
     if start or end:
@@ -134,8 +115,8 @@ def build_tokenizer(fields: Mapping[str, Any], *, file: str) -> Tokenizer:
         tokenizer_object=backend,
         bos_token=bos,
         eos_token=eos,
-        unk_token=text["unknown"],
-        pad_token=text["padding"],
+        unk_token=text.get("unknown"),
+        pad_token=text.get("padding"),
         chat_template=fields.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
@@ -158,18 +139,19 @@ def check_tokenizer(fields: Mapping[str, Any], *, file: str) -> None:
         raise _unsupported(
             f"pre-tokenizer {pre!r}; supported are {sorted(_BY_NAME)}", file=file
         )
-    missing = [name for name in _NEEDS[kind] if name not in own]
-    if missing:
-        raise _unsupported(f"tokenizer without {' and '.join(missing)}", file=file)
     problems = [
-        f"{len(own[key])} {_PREFIX}{key} for {len(tokens)} tokens"
-        for key in ("token_type", "scores")
-        if len(own.get(key, tokens)) != len(tokens)
+        *(f"no {_PREFIX}{name}" for name in _NEEDS[kind] if name not in own),
+        *(
+            f"{len(own[key])} {_PREFIX}{key} for {len(tokens)} tokens"
+            for key in ("token_type", "scores")
+            if len(own.get(key, tokens)) != len(tokens)
+        ),
+        *(
+            f"{key} {own[key]} of {len(tokens)} tokens"
+            for key in (f"{name}_token_id" for name in _NAMED)
+            if not 0 <= own.get(key, 0) < len(tokens)
+        ),
     ]
-    for name in _NAMED:
-        index = own.get(f"{name}_token_id")
-        if index is not None and not 0 <= index < len(tokens):
-            problems.append(f"{name}_token_id {index} of {len(tokens)} tokens")
     if len(set(tokens)) != len(tokens):
         problems.append("a token that has two ids")
     if problems:
@@ -227,10 +209,34 @@ def _unsupported(what: str, *, file: str) -> ValueError:
     )
 
 
-def _byte_level_bpe(own: Mapping[str, Any], rules: _PreTokenizer, *, file: str) -> Any:
+def _add_tokens(backend: Any, own: Mapping[str, Any]) -> None:
+    """Adds the tokens that no merge makes, in few calls: each call sorts them all."""
+    from tokenizers import AddedToken
+
+    kinds = _token_kinds(own)
+    special = [t for kind in (_UNKNOWN, _CONTROL) for t, k in kinds if k == kind]
+    backend.add_special_tokens([AddedToken(t, special=True) for t in special])
+    # In normalized text a token of two spaces is "▁▁". But where normalization puts a
+    # space before the text, it would also put one before the token.
+    spaced = own["model"] == "llama" and not own.get("add_space_prefix", True)
+    backend.add_tokens(
+        [AddedToken(t, normalized=spaced) for t, k in kinds if k == _USER_DEFINED]
+    )
+
+
+def _byte_level_bpe(own: Mapping[str, Any], *, file: str) -> tuple[Any, bool]:
+    """The backend, and whether a text begins with `bos` by default."""
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
+    if "pre" not in own:
+        _LOG.warning(
+            "%s names no pre-tokenizer (tokenizer.ggml.pre). Text is split by default "
+            "rules, which differ from those of the model's training. Convert the model "
+            "again, or put its tokenizer.json and tokenizer_config.json beside it",
+            file,
+        )
+    rules = _BY_NAME[own.get("pre", "default")]
     vocabulary = {token: index for index, token in enumerate(own["tokens"])}
     merges = [tuple(merge.partition(" ")[::2]) for merge in own["merges"]]
     try:
@@ -247,7 +253,7 @@ def _byte_level_bpe(own: Mapping[str, Any], rules: _PreTokenizer, *, file: str) 
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_only])
     backend.decoder = decoders.ByteLevel()
-    return backend
+    return backend, rules.adds_bos
 
 
 def _sentencepiece_bpe(own: Mapping[str, Any], unknown: str | None) -> Any:

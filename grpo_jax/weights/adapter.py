@@ -6,9 +6,10 @@ layer and projection. https://huggingface.co/docs/peft/developer_guides/checkpoi
 
 import dataclasses
 import json
+import operator
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,12 +41,14 @@ _IGNORED_KEYS = frozenset(
     target_modules exclude_modules lora_dropout megatron_core qalora_group_size
     """.split()
 )
-# Keys that change the adapters, and the values that this package supports.
-_FIXED_KEYS: Mapping[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
+# Keys that change the adapters, and whether this package supports their value.
+_SUPPORTED: Mapping[str, Callable[[Any], bool]] = {
+    "r": lambda value: isinstance(value, int) and value > 0,
+    "lora_alpha": lambda value: isinstance(value, int | float) and value > 0,
+    "peft_type": lambda value: value == "LORA",
+    "bias": lambda value: value == "none",
     # Other kinds of start change the base model as well.
-    "init_lora_weights": (True, False, "gaussian"),
+    "init_lora_weights": lambda value: value in (True, False, "gaussian"),
 }
 
 
@@ -169,20 +172,12 @@ def _read_options(file: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{file} is not a JSON object")
-
-    def supported(key: str, value: Any) -> bool:
-        if key in _IGNORED_KEYS:
-            return True
-        if key in _FIXED_KEYS:
-            return value in _FIXED_KEYS[key]
-        if key == "r":
-            return isinstance(value, int) and value > 0
-        if key == "lora_alpha":
-            return isinstance(value, int | float) and value > 0
+    wrong = [
+        f"{key}={value!r}"
+        for key, value in options.items()
         # By convention an option that is null, false, zero or empty is not in use.
-        return not value
-
-    wrong = [f"{k}={v!r}" for k, v in options.items() if not supported(k, v)]
+        if key not in _IGNORED_KEYS and not _SUPPORTED.get(key, operator.not_)(value)
+    ]
     if wrong:
         raise ValueError(
             f"{file} has options that are not supported: {', '.join(wrong)}"

@@ -45,9 +45,8 @@ def replaced_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
             written = scratch / "new"
             written.mkdir()
             yield written
-            for path in written.rglob("*"):
-                if path.is_file():
-                    fsync(path)
+            for path in filter(pathlib.Path.is_file, written.rglob("*")):
+                fsync(path)
             _swap(folder, written, old=scratch / "old")
     finally:
         shutil.rmtree(scratch)

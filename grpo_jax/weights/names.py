@@ -125,26 +125,24 @@ def check_tensors(
         ValueError: listing every missing, unexpected and misshaped tensor, by file.
     """
     shapes = {name: row.file_shape for row in table for name in row.names}
-    missing = sorted(shapes.keys() - tensors.keys())
-    unexpected = [
-        f"{name} in {tensor.file}"
-        for name, tensor in tensors.items()
-        if name not in shapes and not _is_redundant(name)
-    ]
-    misshaped = [
-        f"{name}: {list(tensors[name].shape)} in {tensors[name].file}, the "
-        f"configuration needs {list(shape)}"
-        for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if missing or unexpected or misshaped:
+    found = {
+        "missing": sorted(shapes.keys() - tensors.keys()),
+        "unexpected": [
+            f"{name} in {tensor.file}"
+            for name, tensor in tensors.items()
+            if name not in shapes and not _is_redundant(name)
+        ],
+        "misshaped": [
+            f"{name}: {list(tensors[name].shape)} in {tensors[name].file}, the "
+            f"configuration needs {list(shape)}"
+            for name, shape in shapes.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    if any(found.values()):
         parts = (
-            f"{len(found)} {kind}" + (f" ({'; '.join(found)})" if found else "")
-            for kind, found in (
-                ("missing", missing),
-                ("unexpected", unexpected),
-                ("misshaped", misshaped),
-            )
+            f"{len(names)} {kind}" + (f" ({'; '.join(names)})" if names else "")
+            for kind, names in found.items()
         )
         raise ValueError(
             f"cannot load {source}: {', '.join(parts)}. The tensors must be those of "

@@ -254,7 +254,7 @@ def test_gemma_is_cut_as_sentencepiece_cuts_it(parts):
     [
         ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken'"),
         ({"tokenizer.ggml.model": "t5"}, "tokenizer of kind 't5'"),
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer without scores"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer with no .*scores"),
         ({"tokenizer.ggml.token_type": [1]}, "tokenizer with 1 .*token_type for 98"),
         ({"tokenizer.ggml.eos_token_id": 98}, "tokenizer with eos_token_id 98 of 98"),
         ({"tokenizer.ggml.padding_token_id": 2**32 - 1}, "tokenizer with padding_tok"),
