@@ -55,13 +55,13 @@ def main() -> None:
 def _dispatch(arguments: Sequence[str]) -> None:
     name = arguments[0] if arguments else ""
     commands = {
-        "train": train,
-        "plan": plan,
-        "eval": evaluate,
-        "sample": sample,
-        "export": export,
-        "plot": plot,
-        "report": report,
+        "train": _train,
+        "plan": _plan,
+        "eval": _evaluate,
+        "sample": _sample,
+        "export": _export,
+        "plot": _plot,
+        "report": _report,
     }
     for command in commands.values():
         # tyro would keep the line breaks within the description of an argument.
@@ -81,7 +81,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
         )
 
 
-def train(
+def _train(
     run: Run = TrainConfig(),  # noqa: B008
     *,
     config: ConfigFile = None,
@@ -102,7 +102,7 @@ def train(
         print(next_commands(result.run_dir, run))
 
 
-def plan(
+def _plan(
     run: Run = TrainConfig(),  # noqa: B008
     *,
     config: ConfigFile = None,
@@ -138,7 +138,7 @@ def plan(
         print_plan(made)
 
 
-def evaluate(
+def _evaluate(
     *,
     run_dir: Path | None = None,
     model: str | None = None,
@@ -261,7 +261,7 @@ def _write(path: Path, text: str) -> None:
     write_text(path, text)
 
 
-def sample(
+def _sample(
     *,
     prompt: str,
     model: str | None = None,
@@ -309,7 +309,7 @@ def sample(
         print(escape_control_chars(text))
 
 
-def export(
+def _export(
     *,
     run_dir: Path,
     out: Path | None = None,
@@ -346,7 +346,7 @@ def export(
     print(f"step {policy.step} written to {folder}")
 
 
-def plot(
+def _plot(
     runs: tyro.conf.Positional[tuple[Path, ...]] = (),
     *,
     run_dir: tuple[Path, ...] = (),
@@ -365,7 +365,7 @@ def plot(
     print(f"written to {out}")
 
 
-def report(run: tyro.conf.Positional[Path], *, out: Path | None = None) -> None:
+def _report(run: tyro.conf.Positional[Path], *, out: Path | None = None) -> None:
     """Write one HTML page with the curves and completions of a run.
 
     Args:

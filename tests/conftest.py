@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 
-from grpo_jax.parallel.compile_cache import cache_name
+from grpo_jax.parallel.compile_cache import _cache_name
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
-    f"{tempfile.gettempdir()}/grpo_jax_test_cache_{os.getuid()}_{cache_name()}",
+    f"{tempfile.gettempdir()}/grpo_jax_test_cache_{os.getuid()}_{_cache_name()}",
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

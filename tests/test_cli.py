@@ -55,8 +55,8 @@ def run_main(monkeypatch, *arguments):
 def run_of(arguments):
     """The run that `train` would start."""
     given = {}
-    spy = functools.wraps(cli.train)(lambda **named: given.update(named))
-    with mock.patch.object(cli, "train", spy):
+    spy = functools.wraps(cli._train)(lambda **named: given.update(named))
+    with mock.patch.object(cli, "_train", spy):
         cli._dispatch(["train", *arguments])
     return given["run"]
 
@@ -352,7 +352,7 @@ def test_the_help_of_train_shows_the_defaults_of_the_model():
 
 @pytest.mark.parametrize("command", COMMANDS[2:])
 def test_every_argument_of_a_command_has_a_help_text(command):
-    function = {"eval": cli.evaluate}.get(command) or vars(cli)[command]
+    function = vars(cli)["_evaluate" if command == "eval" else f"_{command}"]
     arguments = [n for n in typing.get_type_hints(function) if n != "return"]
     # Python 3.13 and newer take the indentation off, older ones do not.
     docstring = inspect.getdoc(function) or ""
@@ -568,7 +568,7 @@ def test_the_end_of_a_run_says_what_next_to_whoever_reads(
     assert [line.split()[1] for line in told] == ["eval", "sample", "report", "export"]
     # Each parses as it is printed, quoted path and all.
     called = []
-    for name in ("evaluate", "sample", "report", "export"):
+    for name in ("_evaluate", "_sample", "_report", "_export"):
         real = getattr(cli, name)
         spy = functools.wraps(real)(lambda *args, **given: called.append((args, given)))
         monkeypatch.setattr(cli, name, spy)

@@ -124,9 +124,9 @@ def parse(monkeypatch, tmp_path):
     names = ("train", "plan", "evaluate", "sample", "export", "plot", "report")
     for name in names:
         # The wrapper has the signature and the docstring that tyro reads.
-        command = vars(cli)[name]
+        command = vars(cli)[f"_{name}"]
         monkeypatch.setattr(
-            cli, name, functools.wraps(command)(lambda *args, **kwargs: None)
+            cli, f"_{name}", functools.wraps(command)(lambda *args, **kwargs: None)
         )
 
     def parse(arguments):

@@ -20,8 +20,9 @@ from grpo_jax.flags import TRL_NAMES, base_config
 def parsed(command, *arguments):
     """The arguments with which the program would call the command."""
     given = {}
-    spy = functools.wraps(vars(cli)[command])(lambda **named: given.update(named))
-    with mock.patch.object(cli, command, spy):
+    function = vars(cli)[f"_{command}"]
+    spy = functools.wraps(function)(lambda **named: given.update(named))
+    with mock.patch.object(cli, f"_{command}", spy):
         cli._dispatch([command, *arguments])
     return types.SimpleNamespace(**given)
 

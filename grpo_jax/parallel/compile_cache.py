@@ -16,7 +16,7 @@ def use_compile_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "grpo_jax" / "compiled" / cache_name()
+    folder = Path(home) / "grpo_jax" / "compiled" / _cache_name()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.parent.chmod(0o700)
@@ -25,7 +25,7 @@ def use_compile_cache() -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
 
 
-def cache_name() -> str:
+def _cache_name() -> str:
     """The name of the folder with the programs that this Python can read.
 
     JAX compresses programs with the first module it finds, and the key of a program

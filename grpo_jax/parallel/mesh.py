@@ -151,7 +151,7 @@ def to_mesh(mesh: Mesh, rows: PyTree) -> PyTree:
     )
 
 
-def gather(values: PyTree) -> PyTree:
+def _gather(values: PyTree) -> PyTree:
     """The whole of global arrays, on every process, as NumPy."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, values)
@@ -205,7 +205,7 @@ def to_first(values: PyTree) -> PyTree:
     first = jax.process_index() == 0
 
     def fetch(leaf: Array) -> np.ndarray | None:
-        whole = gather(leaf)
+        whole = _gather(leaf)
         return whole if first else None
 
     return jax.tree.map(fetch, values)

@@ -18,7 +18,7 @@ from grpo_jax.planning.resolve import GIB, USABLE, resolve_auto, with_compute_dt
 from grpo_jax.weights.pretrained import load_without_weights, read_model_config
 
 
-def memory_savings(
+def _memory_savings(
     model: ModelConfig, config: TrainConfig, mesh: Mesh | AbstractMesh
 ) -> dict[str, int]:
     """Flags of `grpo-jax train` and the bytes that each saves at the peak, most first.
@@ -114,7 +114,7 @@ def memory_warning(
     """
     if limit is None or (needed := estimate(model, config, mesh).peak) <= limit:
         return None
-    savings = list(memory_savings(model, config, mesh).items())[:4]
+    savings = list(_memory_savings(model, config, mesh).items())[:4]
     best = ", ".join(f"{flags} (-{size / GIB:.1f})" for flags, size in savings)
     return (
         f"this run needs about {needed / GIB:.1f} GiB on each device, but only "
@@ -170,7 +170,7 @@ def make_plan(
         "peak": made.peak,
         "usable": limit,
         "fits": None if limit is None else made.peak <= limit,
-        "knobs": memory_savings(model, config, mesh),
+        "knobs": _memory_savings(model, config, mesh),
         "refused": _refused(model, config),
     }
 

@@ -56,7 +56,7 @@ class Utilization:
         if not objective.resample_limit:
             spent["score"] += seconds["time/reward"]
         flops["step"] = sum(flops.values())
-        peak = peak_rate(self._mesh, self._model.dtype)
+        peak = _peak_rate(self._mesh, self._model.dtype)
         return {
             f"mfu/{name}": flops[name] / (spent[name] * peak)
             for name in flops
@@ -64,7 +64,7 @@ class Utilization:
         }
 
 
-def peak_rate(mesh: Mesh, dtype: str) -> float:
+def _peak_rate(mesh: Mesh, dtype: str) -> float:
     """Operations per second of all devices of a mesh.
 
     For known accelerators it is the maker's figure for bfloat16, also if the compute

@@ -35,7 +35,7 @@ class Tracker(Protocol):
         ...
 
     def log_completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Record completions of one step, a row each; fields as `JsonlTracker` has."""
+        """Record completions of one step, a row each; fields as `_JsonlTracker` has."""
         ...
 
     def flush(self) -> None:
@@ -63,16 +63,16 @@ def make_tracker(
     slow starts.
     """
     if not enabled:
-        return CompositeTracker(())
+        return _CompositeTracker(())
     optional: list[Tracker] = []
     if config.tensorboard:
-        optional.append(TensorBoardTracker(run_dir))
+        optional.append(_TensorBoardTracker(run_dir))
     if config.wandb:
-        optional.append(WandbTracker(run_dir))
-    return CompositeTracker((JsonlTracker(run_dir), *optional))
+        optional.append(_WandbTracker(run_dir))
+    return _CompositeTracker((_JsonlTracker(run_dir), *optional))
 
 
-class JsonlTracker:
+class _JsonlTracker:
     """Writes `metrics.jsonl`, one line per step, and `completions/step_*.jsonl`.
 
     A row of completions has `step`, `prompt`, `completion`, `rewards` (by name),
@@ -119,7 +119,7 @@ class JsonlTracker:
             self._file.close()
 
 
-class TensorBoardTracker:
+class _TensorBoardTracker:
     """Writes event files under `tensorboard/` of the run; needs tensorboardX."""
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -176,7 +176,7 @@ class TensorBoardTracker:
         return self._open_writer
 
 
-class WandbTracker:
+class _WandbTracker:
     """Logs to Weights & Biases; with WANDB_MODE=offline into the run directory."""
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -230,7 +230,7 @@ class WandbTracker:
         self._run.finish()
 
 
-class CompositeTracker:
+class _CompositeTracker:
     """Passes every call on to several trackers; with none of them it does nothing."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:

@@ -44,8 +44,8 @@ def resample(
             taken.append(collector.reward(rollout, step=step))
         if agreement.stop:
             return None
-        sampled = join(taken)
-        kept = refill(sampled, len(rollout.rows), short=len(taken) > limit)
+        sampled = _join(taken)
+        kept = _refill(sampled, len(rollout.rows), short=len(taken) > limit)
         # If one process is short of groups, all sample again: sampling is a collective
         # computation, and a process that left the loop would block the others.
         missing = meshes.gather_rows(np.array([kept is None]))
@@ -53,7 +53,7 @@ def resample(
             return kept, sampled
 
 
-def refill(sampled: Rollout, wanted: int, *, short: bool) -> Rollout | None:
+def _refill(sampled: Rollout, wanted: int, *, short: bool) -> Rollout | None:
     """The first `wanted` groups of all that were sampled whose rewards differ.
 
     When there are fewer: None, or with `short` the missing ones are filled with groups
@@ -68,7 +68,7 @@ def refill(sampled: Rollout, wanted: int, *, short: bool) -> Rollout | None:
     return dataclasses.replace(sampled, **picked | {"keep": useful[chosen]})
 
 
-def join(rollouts: Sequence[Rollout]) -> Rollout:
+def _join(rollouts: Sequence[Rollout]) -> Rollout:
     """All groups of several rollouts; times are summed.
 
     Reward functions may log a column in some rollouts only: it is filled with None.

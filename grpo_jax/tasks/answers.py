@@ -104,7 +104,7 @@ def same_answer(text: str, expected: str) -> bool:
     """Whether a completion gives the expected answer.
 
     An expected number must be the last number of the text; any other answer must be the
-    whole text, compared as `normalized`. An empty answer is given by no text.
+    whole text, compared as `_normalized`. An empty answer is given by no text.
     """
     found = answer_like(text, expected)
     return found is not None and found == canonical(expected)
@@ -117,7 +117,7 @@ def answer_like(text: str, expected: str) -> str | None:
     equal strings.
     """
     if parse_number(expected) is None:
-        return normalized(text) or None
+        return _normalized(text) or None
     number = last_number(text)
     return None if number is None else number_text(number)
 
@@ -125,10 +125,10 @@ def answer_like(text: str, expected: str) -> str | None:
 def canonical(expected: str) -> str:
     """The string that `answer_like` returns for texts that give the expected answer."""
     number = parse_number(expected)
-    return normalized(expected) if number is None else number_text(number)
+    return _normalized(expected) if number is None else number_text(number)
 
 
-def normalized(text: str) -> str:
+def _normalized(text: str) -> str:
     """The text without letter case, runs of spaces, a final period and typography.
 
     Forms of Unicode that mean the same characters become one; so do the variants of

@@ -44,7 +44,7 @@ class FileRows(list[Row]):
         )
 
 
-def whole_text(completion: str, row: Row) -> str | None:
+def _whole_text(completion: str, row: Row) -> str | None:
     """The completion without the spaces around it; None for an empty one."""
     return completion.strip() or None
 
@@ -66,7 +66,7 @@ class Task:
     is_correct: Callable[[str, Row], bool] | None = None
     # The same for a lenient reading, which asks for the answer and not for the format.
     is_correct_lenient: Callable[[str, Row], bool] | None = None
-    answer: AnswerReader = whole_text
+    answer: AnswerReader = _whole_text
     answer_lenient: AnswerReader | None = None
     # The judge where comparing texts is not enough: a reward function that receives
     # what `answer` found instead of the completions, and returns 1.0 for right.
@@ -94,7 +94,7 @@ class Task:
         check_rows(self.train, name=f"{self.name} training rows", count=1)
         if len(self.test):
             check_rows(self.test, name=f"{self.name} held-out rows", count=1)
-            if is_conversational(self.train) != is_conversational(self.test):
+            if _is_conversational(self.train) != _is_conversational(self.test):
                 raise ValueError(
                     f"task {self.name!r} has prompts of two kinds, strings and chat "
                     "messages, in its training and held-out rows; use one kind."
@@ -143,7 +143,7 @@ def describe_held_out(task: Task) -> str:
     return f"{len(task.test):,} held out{source}"
 
 
-def is_conversational(rows: Sequence[Row]) -> bool:
+def _is_conversational(rows: Sequence[Row]) -> bool:
     """Whether the prompts are chat messages; rows that passed `check_rows` agree."""
     return not isinstance(rows[0]["prompt"], str)
 
@@ -235,7 +235,7 @@ def _row_problem(row: Any) -> str | None:
 
 def _unlike(row: Row, first: Row) -> str | None:
     """In what a row differs from the first one, or None."""
-    if is_conversational([row]) != is_conversational([first]):
+    if _is_conversational([row]) != _is_conversational([first]):
         return "mixes string prompts and chat messages, unlike the first row"
     if row.keys() != first.keys():
         return f"has the columns {_listed(row)}, the first has {_listed(first)}"

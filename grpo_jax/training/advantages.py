@@ -37,7 +37,7 @@ def advantages_and_mask(
       finished: False for completions that were cut at `max_new_tokens`.
     """
     if config.kl_in == "reward" and batch.ref_logp is not None:
-        rewards = subtract_kl(
+        rewards = _subtract_kl(
             rewards,
             batch.sampler_logp,
             batch.ref_logp,
@@ -57,7 +57,7 @@ def advantages_and_mask(
     return advantages_from_rewards(rewards, valid, config), mask
 
 
-def subtract_kl(
+def _subtract_kl(
     rewards: Float[Array, "N G"],
     logp: Float[Array, "N G T"],
     ref_logp: Float[Array, "N G T"],

@@ -73,7 +73,7 @@ def evaluate(
         params,
         tokenizer,
         rows,
-        mesh=mesh or one_device(),
+        mesh=mesh or _one_device(),
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
         samples=samples,
@@ -101,7 +101,7 @@ def complete(
         params,
         tokenizer,
         [{"prompt": prompt} for prompt in prompts],
-        mesh=one_device(),
+        mesh=_one_device(),
         max_prompt_tokens=model.config.max_position_embeddings,
         max_new_tokens=max_new_tokens,
         samples=samples,
@@ -111,12 +111,12 @@ def complete(
     return completed.texts
 
 
-def one_device() -> Mesh:
+def _one_device() -> Mesh:
     """A mesh of the default device alone."""
     return meshes.make_mesh(MeshConfig(), devices=jax.local_devices()[:1])
 
 
-def complete_share(
+def _complete_share(
     sampler: Sampler,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
@@ -168,7 +168,7 @@ def _complete_all(
     )
     sampler = GroupSampler(model, mesh, max_prompt_tokens=max_prompt_tokens)
     sampler.update({"params": params}, version=0)
-    own = complete_share(
+    own = _complete_share(
         sampler,
         tokenizer,
         prompts,
@@ -232,7 +232,7 @@ def make_evaluation(
     def evaluate() -> dict[str, float]:
         start = time.perf_counter()
         announce(f"compiling, then evaluating {len(rows):,} held-out prompts")
-        own = complete_share(
+        own = _complete_share(
             sampler,
             policy.tokenizer,
             prompts,
@@ -242,7 +242,7 @@ def make_evaluation(
         )
         share = meshes.own_share(len(rows))
         with agreement.phase("evaluation"):
-            values = held_out_values(own, rows[share], task, runner, batch)
+            values = _held_out_values(own, rows[share], task, runner, batch)
         values = np.array(meshes.gather_lists(values), np.float64)
         if has_ground_truth(task):
             result = Evaluation(correct=values[:, None] == 1.0, completions=())
@@ -259,7 +259,7 @@ def make_evaluation(
     return evaluate
 
 
-def held_out_values(
+def _held_out_values(
     completed: Completed,
     rows: Sequence[Row],
     task: Task,

@@ -86,14 +86,14 @@ def score_batch(
             temperature=config.sampling.temperature,
         ).logp
 
-    parts = microbatches(batch, whole_groups)
+    parts = _microbatches(batch, whole_groups)
     if parts.prompts.shape[0] == 1:
         return score(jax.tree.map(lambda leaf: leaf[0], parts))
     logp = lax.map(score, parts)
     return jnp.moveaxis(logp, 0, 1).reshape(batch.completions.shape)
 
 
-def microbatches(batch: Batch, sequences: int | None) -> Batch:
+def _microbatches(batch: Batch, sequences: int | None) -> Batch:
     """The batch with a leading axis of microbatches of `sequences` sequences each.
 
     Prompt i goes to microbatch i mod count, so that under a mesh each microbatch is
@@ -148,7 +148,7 @@ def make_train_step(
         places: PyTree | None = None,
     ) -> tuple[TrainState, Metrics]:
         loss = functools.partial(_loss_totals, model, config, base)
-        parts = microbatches(batch, config.microbatch_size)
+        parts = _microbatches(batch, config.microbatch_size)
         grads, sums, largest = _accumulate(loss, state.params, parts, places)
         if axis_name is not None:
             grads, sums = lax.psum((grads, sums), axis_name)

@@ -18,7 +18,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.families import FAMILIES
 from grpo_jax.models.rope import RopeConfig, inverse_frequencies
 from grpo_jax.weights._gguf_tokenizer import stop_ids
-from grpo_jax.weights.names import Tensor, parameter_table
+from grpo_jax.weights._names import Tensor, parameter_table
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from grpo_jax.config.files import write_json
-from grpo_jax.weights.names import Tensor
+from grpo_jax.weights._names import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -22,13 +22,13 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.lora import PATHS, adaptable
 from grpo_jax.parallel.mesh import named_leaves
 from grpo_jax.weights import _safetensors
-from grpo_jax.weights.folder import replaced_folder
-from grpo_jax.weights.names import (
+from grpo_jax.weights._names import (
     adapter_table,
     check_tensors,
     read_parameter,
     table_tensors,
 )
+from grpo_jax.weights.folder import replaced_folder
 from grpo_jax.weights.pretrained import find_base
 
 _CONFIG = "adapter_config.json"

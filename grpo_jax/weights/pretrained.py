@@ -32,8 +32,7 @@ from grpo_jax.weights._gguf_tokenizer import (
     check_tokenizer,
     names_pre_tokenizer,
 )
-from grpo_jax.weights.folder import replaced_folder
-from grpo_jax.weights.names import (
+from grpo_jax.weights._names import (
     Parameter,
     Tensor,
     check_tensors,
@@ -41,6 +40,7 @@ from grpo_jax.weights.names import (
     parameter_tensors,
     read_parameter,
 )
+from grpo_jax.weights.folder import replaced_folder
 from grpo_jax.weights.tokenizer import Tokenizer
 
 # A model -> the tree of its parameters' shardings.

@@ -13,7 +13,7 @@ from grpo_jax.models._routing import ExpertsConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params
 from grpo_jax.models.rope import RopeConfig
-from grpo_jax.weights.names import parameter_table
+from grpo_jax.weights._names import parameter_table
 
 REFERENCES = pathlib.Path(__file__).parent / "references"
 CASES = sorted(path.stem for path in REFERENCES.glob("*.npz"))

@@ -13,7 +13,7 @@ from grpo_jax.models import families
 from grpo_jax.models._foreign_keys import FOREIGN_KEYS
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.families import FAMILIES
-from grpo_jax.weights.names import parameter_table
+from grpo_jax.weights._names import parameter_table
 
 # The fields of one published file per family, by its name on the hub.
 PUBLISHED = json.loads(

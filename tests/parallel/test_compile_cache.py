@@ -24,7 +24,7 @@ def test_compiled_programs_are_kept_for_this_user_alone(
     folder.mkdir(parents=True, mode=0o777)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compile_cache.use_compile_cache()
-    chosen = folder / compile_cache.cache_name()
+    chosen = folder / compile_cache._cache_name()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(chosen)
     assert chosen.is_dir() and folder.stat().st_mode & 0o777 == 0o700
 
@@ -56,10 +56,10 @@ def test_the_name_tells_the_python_and_the_compressor(monkeypatch, compressor):
     monkeypatch.setitem(sys.modules, "compression", types.ModuleType("compression"))
     monkeypatch.setitem(sys.modules, compressor, types.ModuleType(compressor))
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    assert compile_cache.cache_name() == f"python{python}-{compressor}"
+    assert compile_cache._cache_name() == f"python{python}-{compressor}"
 
 
 def test_the_compressor_is_the_one_that_jax_takes():
     packed = compilation_cache.compress_executable(b"program")
     by_zstd = packed.startswith(b"\x28\xb5\x2f\xfd")
-    assert by_zstd == ("zst" in compile_cache.cache_name())
+    assert by_zstd == ("zst" in compile_cache._cache_name())

@@ -11,9 +11,9 @@ from grpo_jax import cli
 from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.advice import (
+    _memory_savings,
     _refused,
     make_plan,
-    memory_savings,
     memory_warning,
 )
 from grpo_jax.planning.memory import estimate
@@ -164,7 +164,7 @@ def imagined(data, fsdp, tensor):
 def test_flags_save_what_they_say_and_the_best_comes_first(tiny_policy):
     model = tiny_policy.model.config
     config, mesh = CONFIG, imagined(1, 2, 1)
-    found = memory_savings(model, config, mesh)
+    found = _memory_savings(model, config, mesh)
     assert list(found.values()) == sorted(found.values(), reverse=True)
     before = estimate(model, config, mesh).peak
     layer = dataclasses.replace(model, remat="layer")
@@ -176,7 +176,7 @@ def test_flags_save_what_they_say_and_the_best_comes_first(tiny_policy):
     assert found[name] == before - more
     # Nine columns of key heads cannot be split over tensor 4; 8 prompts not over 16.
     assert not any(
-        "fsdp 16" in name for name in memory_savings(model, config, imagined(1, 8, 1))
+        "fsdp 16" in name for name in _memory_savings(model, config, imagined(1, 8, 1))
     )
 
 
@@ -186,5 +186,5 @@ def test_a_run_that_does_not_fit_gets_the_flags_that_save_most(tiny_policy):
     needed = estimate(model, config, mesh).peak
     assert memory_warning(model, config, mesh, limit=needed) is None
     assert memory_warning(model, config, mesh, limit=None) is None
-    first = next(iter(memory_savings(model, config, mesh)))
+    first = next(iter(_memory_savings(model, config, mesh)))
     assert first in memory_warning(model, config, mesh, limit=needed - 1)

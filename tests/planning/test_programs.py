@@ -10,7 +10,7 @@ import pytest
 
 from grpo_jax.config import LoraConfig, MeshConfig, ObjectiveConfig, TrainConfig
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.planning.advice import memory_savings
+from grpo_jax.planning.advice import _memory_savings
 from grpo_jax.planning.memory import estimate, evaluation_batch
 from grpo_jax.planning.programs import (
     evaluation_program,
@@ -150,7 +150,7 @@ def test_a_batch_that_is_asked_for_is_counted_and_what_would_do_is_told(tiny_pol
     model, mesh = tiny_policy.model.config, meshes.abstract_mesh(MeshConfig(fsdp=1), 1)
     made = estimate(model, config, mesh)
     assert made.peak == made.total("evaluation") > 3 * made.total("update")
-    name, saved = next(iter(memory_savings(model, config, mesh).items()))
+    name, saved = next(iter(_memory_savings(model, config, mesh).items()))
     batch = evaluation_batch(
         model, dataclasses.replace(config, eval_batch_size=None), mesh
     )

@@ -7,7 +7,7 @@ from grpo_jax.config import LoraConfig, ObjectiveConfig, TrainConfig
 from grpo_jax.planning import utilization
 from grpo_jax.planning.devices import known_flops
 from grpo_jax.planning.flops import forward_flops
-from grpo_jax.planning.utilization import Utilization, peak_rate
+from grpo_jax.planning.utilization import Utilization, _peak_rate
 
 PROMPTS = np.array([9, 5])
 LENGTHS = np.array([[4, 2], [3, 6]])
@@ -23,7 +23,7 @@ PEAK = 1e6
 
 @pytest.fixture
 def shares(tiny_policy, meshes_of, monkeypatch):
-    monkeypatch.setattr(utilization, "peak_rate", lambda mesh, dtype: PEAK)
+    monkeypatch.setattr(utilization, "_peak_rate", lambda mesh, dtype: PEAK)
 
     def make(sampled=None, **changes):
         model, mesh = tiny_policy.model.config, meshes_of(1, 1, 1)
@@ -86,6 +86,6 @@ def test_known_devices_have_their_makers_rate_and_others_are_measured(meshes_of)
     assert known_flops("NVIDIA H100 80GB HBM3") == 989e12
     # Slower than the module of the same name.
     assert known_flops("NVIDIA H100 PCIe") is None
-    one, eight = (peak_rate(meshes_of(1, n, 1), "float32") for n in (1, 8))
+    one, eight = (_peak_rate(meshes_of(1, n, 1), "float32") for n in (1, 8))
     # Eight devices of one CPU are still that CPU.
     assert one == eight > 1e8

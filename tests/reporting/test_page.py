@@ -11,7 +11,7 @@ from grpo_jax.reporting import metrics
 from grpo_jax.reporting._panels import panels_of
 from grpo_jax.reporting.page import write_report
 from grpo_jax.reporting.text import escape_control_chars
-from grpo_jax.reporting.trackers import JsonlTracker
+from grpo_jax.reporting.trackers import _JsonlTracker
 
 VOID = {"meta", "input", "br", "img", "link"}
 
@@ -68,7 +68,7 @@ def _hostile_run(run_dir, synthetic):
         }
         for index, text in enumerate(synthetic.HOSTILE[-4:])
     ]
-    tracker = JsonlTracker(run_dir)
+    tracker = _JsonlTracker(run_dir)
     tracker.log({"reward": 1.0, synthetic.HOSTILE[3]: 2.0}, 1)
     tracker.log_completions(rows, 1)
     tracker.close()
@@ -183,7 +183,7 @@ def test_a_completion_has_its_rewards_its_length_and_how_it_ended(tmp_path):
     }
     row |= {"rewards": {"right": 0.123456, "style": None}, "advantage": -0.5}
     row |= {"finished": False}
-    tracker = JsonlTracker(tmp_path)
+    tracker = _JsonlTracker(tmp_path)
     tracker.log({"reward": 1.0}, 3)
     tracker.log_completions([row], 3)
     tracker.close()
@@ -226,7 +226,7 @@ def test_completions_without_reward_are_left_out_and_none_is_shown_twice(tmp_pat
         base | {"completion": text, "reward": reward, "advantage": 0.0}
         for text, reward in zip("abccd", [1.0, None, 2.0, 2.0, 0.0], strict=True)
     ]
-    tracker = JsonlTracker(tmp_path)
+    tracker = _JsonlTracker(tmp_path)
     tracker.log({"reward": 1.0}, 1)
     tracker.log_completions(rows, 1)
     tracker.close()
@@ -240,7 +240,7 @@ def test_completions_without_reward_are_left_out_and_none_is_shown_twice(tmp_pat
 
 def test_long_runs_and_texts_are_thinned_and_say_so(tmp_path):
     row = {"prompt": "p", "rewards": {}, "length": 1, "finished": True, "reward": 1.0}
-    tracker = JsonlTracker(tmp_path)
+    tracker = _JsonlTracker(tmp_path)
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step in range(1, 5001):
             file.write(f'{{"step": {step}, "kl": {step / 2}}}\n')

@@ -23,7 +23,7 @@ def _row(step, text="4"):
 
 
 def test_metrics_lines_are_on_disk_as_soon_as_they_are_logged(tmp_path):
-    tracker = trackers.JsonlTracker(tmp_path)
+    tracker = trackers._JsonlTracker(tmp_path)
     tracker.log({"eval/accuracy": 0.25}, 0)
     tracker.log({"loss": math.nan, "reward": 1.0}, 1)
     assert metrics.read_metrics(tmp_path) == [
@@ -34,7 +34,7 @@ def test_metrics_lines_are_on_disk_as_soon_as_they_are_logged(tmp_path):
 
 
 def test_hostile_completions_come_back_as_they_were(tmp_path, synthetic):
-    tracker = trackers.JsonlTracker(tmp_path)
+    tracker = trackers._JsonlTracker(tmp_path)
     rows = [_row(7, text) for text in synthetic.HOSTILE]
     tracker.log_completions(rows, 7)
     tracker.close()
@@ -49,13 +49,13 @@ def test_resumed_run_has_each_step_once(tmp_path):
             tracker.log({"reward": value}, step)
             tracker.log_completions([_row(step, str(value))], step)
 
-    tracker = trackers.JsonlTracker(tmp_path)
+    tracker = trackers._JsonlTracker(tmp_path)
     run(1, 5, 0.0)
     tracker.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rewa')  # killed here; the checkpoint is of step 3
 
-    tracker = trackers.JsonlTracker(tmp_path)
+    tracker = trackers._JsonlTracker(tmp_path)
     tracker.truncate_after(3)
     assert metrics.completion_steps(tmp_path) == [1, 2, 3]
     run(4, 6, 1.0)
@@ -68,7 +68,7 @@ def test_resumed_run_has_each_step_once(tmp_path):
 
 
 def test_truncation_before_the_first_evaluation_leaves_nothing(tmp_path):
-    tracker = trackers.JsonlTracker(tmp_path)
+    tracker = trackers._JsonlTracker(tmp_path)
     tracker.log({"eval/accuracy": 0.25}, 0)
     tracker.truncate_after(-1)
     tracker.close()
@@ -76,7 +76,7 @@ def test_truncation_before_the_first_evaluation_leaves_nothing(tmp_path):
 
 
 def test_truncation_that_is_interrupted_leaves_the_old_lines(tmp_path, monkeypatch):
-    tracker = trackers.JsonlTracker(tmp_path)
+    tracker = trackers._JsonlTracker(tmp_path)
     tracker.log({}, 1)
     tracker.log({}, 2)
 
@@ -91,7 +91,7 @@ def test_truncation_that_is_interrupted_leaves_the_old_lines(tmp_path, monkeypat
 
 
 def test_flush_syncs_the_file_of_metrics(tmp_path, monkeypatch):
-    tracker = trackers.JsonlTracker(tmp_path)
+    tracker = trackers._JsonlTracker(tmp_path)
     synced = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
     tracker.flush()
@@ -239,15 +239,15 @@ def test_missing_package_is_told_with_its_extra_before_anything_is_written(
 def test_composite_closes_every_tracker_although_one_fails():
     closed = []
 
-    class Failing(trackers.CompositeTracker):
+    class Failing(trackers._CompositeTracker):
         def close(self):
             raise OSError("disk full")
 
-    class Good(trackers.CompositeTracker):
+    class Good(trackers._CompositeTracker):
         def close(self):
             closed.append(True)
 
-    both = trackers.CompositeTracker([Good(()), Failing(()), Good(())])
+    both = trackers._CompositeTracker([Good(()), Failing(()), Good(())])
     with pytest.raises(OSError, match="disk full"):
         both.close()
     assert closed == [True, True]

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import ObjectiveConfig
-from grpo_jax.training.advantages import advantages_and_mask, subtract_kl
+from grpo_jax.training.advantages import _subtract_kl, advantages_and_mask
 
 REWARDS = np.array([[0.0, 1, 2, 3], [1, 1, 1, 1], [0, 0, 0, 5], [-1, 1, 0, 0]])
 
@@ -69,7 +69,7 @@ def test_the_kl_of_a_sequence_can_be_taken_from_its_reward():
     logp = jnp.array([[[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]]])
     ref_logp = jnp.array([[[-1.5, -2.25, -9.0], [-2.0, -2.0, -2.0]]])
     mask = jnp.array([[[True, True, False], [True, True, True]]])
-    given = subtract_kl(rewards, logp, ref_logp, mask, kl_coef=0.1)
+    given = _subtract_kl(rewards, logp, ref_logp, mask, kl_coef=0.1)
     # 1 - 0.1 (0.5 + 0.25) = 0.925; no reward stays no reward.
     np.testing.assert_allclose(given, [[0.925, np.nan]], rtol=1e-6)
 

@@ -18,13 +18,13 @@ from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.answers import last_answer, tagged_answer
 from grpo_jax.tasks.base import Task
 from grpo_jax.training.evaluate import (
+    _complete_share,
+    _held_out_values,
+    _one_device,
     complete,
-    complete_share,
     encode_held_out,
     evaluate,
-    held_out_values,
     make_evaluation,
-    one_device,
 )
 from grpo_jax.training.scores import Completed, Evaluation, judge
 
@@ -264,9 +264,9 @@ def test_the_size_of_batches_changes_no_completion(tiny_policy):
     rows = [{"prompt": f"q{c}"} for c in "abcde"]
 
     def texts(batch_size):
-        sampler = GroupSampler(tiny_policy.model, one_device(), max_prompt_tokens=16)
+        sampler = GroupSampler(tiny_policy.model, _one_device(), max_prompt_tokens=16)
         sampler.update(tiny_policy.variables, version=0)
-        return complete_share(
+        return _complete_share(
             sampler,
             tiny_policy.tokenizer,
             [tiny_policy.tokenizer.encode_prompt(row["prompt"]) for row in rows],
@@ -343,7 +343,7 @@ def test_rewards_of_held_out_rows_come_in_batches_as_their_completions_do():
     completed = Completed(texts=[[str(n)] for n in range(7)], ids=[[[1]]] * 7)
     task = task_from_rows(rows, count, eval_rows=rows)
     with RewardRunner(task.rewards, RewardsConfig()) as runner:
-        given = held_out_values(completed, rows, task, runner, 3)
+        given = _held_out_values(completed, rows, task, runner, 3)
     assert given == list(range(7)) and seen == [3, 3, 1]
 
 

@@ -33,7 +33,7 @@ from grpo_jax.reporting.metrics import (
     read_completions,
     read_metrics,
 )
-from grpo_jax.reporting.trackers import JsonlTracker
+from grpo_jax.reporting.trackers import _JsonlTracker
 from grpo_jax.rewards._convention import RECORD_FIELDS, is_reserved_metric
 from grpo_jax.rollout.collect import Collector
 from grpo_jax.training._run_dir import claim, read_config
@@ -724,7 +724,7 @@ def test_a_failed_run_records_the_step_that_failed(failing, step, config, monkey
     places = {
         "sample": (Collector, "sample"),
         "update": (Learner, "update"),
-        "log": (JsonlTracker, "log_completions"),
+        "log": (_JsonlTracker, "log_completions"),
         "save": (Checkpoints, "save"),
     }
     owner, name = places[failing]

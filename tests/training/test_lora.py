@@ -168,7 +168,7 @@ def test_base_and_exported_adapters_compute_what_the_merged_model_does(
     run, tiny_policy, capsys
 ):
     _, result = run
-    cli.export(run_dir=result.run_dir, adapter=True)
+    cli._export(run_dir=result.run_dir, adapter=True)
     folder = result.run_dir / "adapter"
     assert f"adapters of step 3 written to {folder}" in capsys.readouterr().out
     adapter = load_adapter(folder, tiny_policy.model.config)

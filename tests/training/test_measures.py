@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from grpo_jax.config import ObjectiveConfig, TrainConfig
 from grpo_jax.planning import utilization
 from grpo_jax.reporting.metrics import CompileCounter
-from grpo_jax.rollout.dynamic_sampling import join, refill
+from grpo_jax.rollout.dynamic_sampling import _join, _refill
 from grpo_jax.rollout.rollout import Rollout
 from grpo_jax.training._measures import Measures, slowest
 
@@ -71,7 +71,7 @@ def measures(tiny_policy, meshes_of):
 @pytest.fixture(scope="module", autouse=True)
 def known_peak():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utilization, "peak_rate", lambda mesh, dtype: 1e9)
+        patch.setattr(utilization, "_peak_rate", lambda mesh, dtype: 1e9)
         yield
 
 
@@ -82,12 +82,12 @@ def test_several_processes_say_what_one_says(
 ):
     rng = np.random.default_rng(seed)
     taken = [make_rollout(rng, 8) for _ in range(rounds)]
-    sampled = join(taken)
-    kept = refill(sampled, 8, short=True)
+    sampled = _join(taken)
+    kept = _refill(sampled, 8, short=True)
     expected = measures[2].of_step(sampled, kept, SECONDS)
 
     def act(number):
-        own = join([share(one, number, count) for one in taken])
+        own = _join([share(one, number, count) for one in taken])
         return measures[2].of_step(own, share(kept, number, count), SECONDS)
 
     for seen in on_processes(act, count):
@@ -101,8 +101,8 @@ def test_metrics_are_of_all_that_was_sampled_and_those_of_the_kept_say_so(measur
     dull, good = make_rollout(rng, 2), make_rollout(rng, 2)
     dull.rewards[:], good.rewards[:] = 1.0, [[0.0, 3.0]] * 2
     dull.lengths[:], good.lengths[:] = 4, 1
-    sampled = join([dull, good])
-    metrics = measures[2].of_step(sampled, refill(sampled, 2, short=False), SECONDS)
+    sampled = _join([dull, good])
+    metrics = measures[2].of_step(sampled, _refill(sampled, 2, short=False), SECONDS)
     # 2 x (1 + 1) and 2 x (0 + 3) over 8 completions.
     assert metrics["reward"] == 1.25 and metrics["kept/reward"] == 1.5
     assert metrics["frac_reward_zero_std"] == 0.5
@@ -114,8 +114,8 @@ def test_metrics_are_of_all_that_was_sampled_and_those_of_the_kept_say_so(measur
 
 def test_what_functions_gave_is_of_the_same_completions_as_the_reward(measures):
     rng = np.random.default_rng(1)
-    sampled = join([make_rollout(rng, 4), make_rollout(rng, 4)])
-    metrics = measures[2].of_step(sampled, refill(sampled, 4, short=True), SECONDS)
+    sampled = _join([make_rollout(rng, 4), make_rollout(rng, 4)])
+    metrics = measures[2].of_step(sampled, _refill(sampled, 4, short=True), SECONDS)
     assert metrics["rewards/f/mean"] == pytest.approx(metrics["reward"])
 
 

@@ -53,7 +53,7 @@ def drawn(tiny_policy, monkeypatch):
         monkeypatch.setattr(
             "grpo_jax.training.restore.open_policy", lambda **asked: restored
         )
-        mesh = evaluate.one_device()
+        mesh = evaluate._one_device()
         model = tiny_policy.model
         sampler = samplers.GroupSampler(model, mesh, max_prompt_tokens=64)
         sampler.update(tiny_policy.variables, version=0)

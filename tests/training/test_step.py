@@ -21,9 +21,9 @@ from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training.advantages import advantages_from_rewards
 from grpo_jax.training.state import make_train_state
 from grpo_jax.training.step import (
+    _microbatches,
     compile_train_step,
     make_train_step,
-    microbatches,
     policy_logprobs,
 )
 
@@ -86,7 +86,7 @@ def test_microbatches_hold_each_completion_once_with_its_prompt(size, tools):
     batch = batch.replace(
         prompt_lengths=jnp.arange(4), advantages=numbers.astype(jnp.float32)
     )
-    parts = microbatches(batch, size)
+    parts = _microbatches(batch, size)
     count, rows, group = parts.advantages.shape
     assert count * rows * group == 16 and rows * group == min(size or 16, 16)
     assert sorted(parts.advantages.reshape(-1).tolist()) == sorted(
@@ -101,7 +101,7 @@ def test_a_microbatch_takes_every_so_many_th_prompt(tools):
     # So that each lies on all devices of a mesh, as the batch does.
     batch = tools.make_batch().replace(prompt_lengths=jnp.arange(4))
     np.testing.assert_array_equal(
-        microbatches(batch, 8).prompt_lengths, [[0, 2], [1, 3]]
+        _microbatches(batch, 8).prompt_lengths, [[0, 2], [1, 3]]
     )
 
 

@@ -12,7 +12,7 @@ from flax import traverse_util
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, init_params
 from grpo_jax.weights import Pretrained, Tokenizer
-from grpo_jax.weights.names import parameter_table, parameter_tensors
+from grpo_jax.weights._names import parameter_table, parameter_tensors
 from grpo_jax.weights.tokenizer import import_fast_tokenizer
 
 REFERENCES = pathlib.Path(__file__).parents[1] / "models" / "references"

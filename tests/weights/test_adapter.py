@@ -13,8 +13,8 @@ from flax import traverse_util
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.weights._names import parameter_table
 from grpo_jax.weights.adapter import Adapter, load_adapter, save_adapter
-from grpo_jax.weights.names import parameter_table
 
 REFERENCE = pathlib.Path(__file__).parent / "references" / "adapter.npz"
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

@@ -8,7 +8,7 @@ import pytest
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params
-from grpo_jax.weights.names import (
+from grpo_jax.weights._names import (
     check_tensors,
     parameter_table,
     parameter_tensors,

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from grpo_jax.models.decoder import abstract_params
 from grpo_jax.weights import _safetensors as our_safetensors
 from grpo_jax.weights import load_pretrained, pretrained, save_pretrained
-from grpo_jax.weights.names import parameter_table
+from grpo_jax.weights._names import parameter_table
 from grpo_jax.weights.pretrained import read_model_config
 
 REFERENCES = pathlib.Path(__file__).parents[1] / "models" / "references"
