@@ -98,7 +98,6 @@ TESTED_IN = {
     "config.trl_names": "test_flags.py",
     "models.block": "models/test_decoder.py",
     "models.cache": "models/test_attention.py",
-    "models._foreign_keys": "models/test_hf_checks.py",
     "models._hf_config": "models/test_config.py",
     "models.limits": "rollout/test_encoding.py",
     "models.protocol": "training/test_own_model.py",

@@ -1,15 +1,25 @@
 """Checks of a parsed `config.json`: keys not honored here, values of no use."""
 
+import functools
 import logging
 from collections.abc import Mapping
+from importlib import resources
 from typing import Any
 
 from grpo_jax.models import families
-from grpo_jax.models._foreign_keys import FOREIGN_KEYS
 from grpo_jax.models.families import FAMILIES, Family
 
-# Keys that mean something to some architecture.
-_MEANINGFUL = FOREIGN_KEYS.union(*(family.defaults for family in FAMILIES.values()))
+
+@functools.cache
+def foreign_keys() -> frozenset[str]:
+    """Keys by which architectures other than those here change their model.
+
+    One of them in the file of a supported architecture says that the file belongs to
+    another implementation. A key that no list here has changes nothing anywhere.
+    """
+    file = resources.files("grpo_jax") / "assets" / "foreign_keys.txt"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return frozenset(" ".join(x for x in lines if not x.startswith("#")).split())
 
 
 def _is_whole(value: object) -> bool:
@@ -70,8 +80,9 @@ def check_keys(hf: Mapping[str, Any], family: Family) -> None:
     known = {*read_keys, *families.IGNORED_KEYS, *family.ignored, *fixed}
     # An unknown key that is null, false, zero or empty is taken as "not in use".
     unknown = sorted(key for key in set(hf) - known if hf[key])
+    known_somewhere = foreign_keys().union(*(f.defaults for f in FAMILIES.values()))
     # Code that comes with the files may read any key.
-    may_be_read = unknown if hf.get("auto_map") else _MEANINGFUL.intersection(unknown)
+    may_be_read = unknown if hf.get("auto_map") else known_somewhere & {*unknown}
     problems = [
         *(f"missing {key}" for key in required if key not in hf),
         *(

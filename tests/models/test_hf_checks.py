@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.models import families
-from grpo_jax.models._foreign_keys import FOREIGN_KEYS
+from grpo_jax.models._hf_checks import foreign_keys
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.families import FAMILIES
 from grpo_jax.weights._names import parameter_table
@@ -83,7 +83,7 @@ def test_every_field_of_the_class_is_read_fixed_or_ignored(architecture):
     listed |= {*families.FIXED_KEYS}
     fields = {key for key in ours().to_dict() if key not in plain}
     refused = fields - listed
-    assert refused <= FOREIGN_KEYS | {"attn_logit_softcapping"}, refused
+    assert refused <= foreign_keys() | {"attn_logit_softcapping"}, refused
     # A key that only Llama's class has is of no meaning in the others.
     assert ("pretraining_tp" in family.fixed) == ("pretraining_tp" in fields)
 
@@ -94,7 +94,7 @@ def test_bookkeeping_changes_nothing(architecture, item):
     assert ModelConfig.from_hf({**hf, item[0]: item[1]}) == ModelConfig.from_hf(hf)
 
 
-@given(st.sampled_from([*BY_FAMILY]), st.sampled_from(sorted(FOREIGN_KEYS)))
+@given(st.sampled_from([*BY_FAMILY]), st.sampled_from(sorted(foreign_keys())))
 def test_a_key_by_which_another_architecture_changes_is_refused(architecture, key):
     hf = BY_FAMILY[architecture]
     with pytest.raises(ValueError, match=f"{key}=0.5 is not supported"):
@@ -116,7 +116,7 @@ def test_the_list_of_other_architectures_is_that_of_transformers():
         known |= family.defaults.keys() | family.ignored
     for model_type in LANGUAGE_MODELS:
         fields = transformers.CONFIG_MAPPING[model_type].__dataclass_fields__
-        assert fields.keys() <= known | FOREIGN_KEYS, model_type
+        assert fields.keys() <= known | foreign_keys(), model_type
 
 
 def test_a_key_that_no_architecture_has_is_ignored_and_told(caplog):
