@@ -158,11 +158,11 @@ def _evaluate(
 
     The strict accuracy requires the format of the task, the lenient one does not.
 
-    Each has its standard error.
+    Both are printed with their standard errors.
 
     Args:
-      run_dir: the run that is evaluated.
-      model: or a model: hub name, folder, .gguf file, or embedded.
+      run_dir: directory of the run that is evaluated.
+      model: hub name, folder, .gguf file or embedded, instead of a run.
       task: arithmetic, gsm8k, reasoning_gym:NAME or a .jsonl file; by default that of
         the run, or arithmetic for a model.
       data: local file or folder with the task's rows; by default that of the run.
@@ -277,7 +277,7 @@ def _sample(
     Args:
       prompt: the text; for a chat model, the message of a user.
       model: hub name, folder or .gguf file; by default the embedded model.
-      run_dir: or a run.
+      run_dir: directory of a run, instead of a model.
       step: the checkpoint of the run, or best; by default the newest.
       samples: number of completions.
       temperature: temperature of sampling; by default 0 (greedy) for one sample, else

@@ -1,8 +1,8 @@
 """Reading and writing Hugging Face `config.json` as the fields of a ModelConfig.
 
 Both spellings of rotary settings are read: `rope_theta` and `rope_scaling` of
-transformers 4, `rope_parameters` of 5. What the decoder does not honor is an error that
-names the field, never a different model; what no implementation reads is ignored.
+transformers 4, `rope_parameters` of 5. A field that the decoder does not support is an
+error that names it. A field that no implementation reads is ignored.
 """
 
 from collections.abc import Callable, Mapping
@@ -90,8 +90,8 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
 def write(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the `config.json` of a ModelConfig's fields, in transformers 4 spelling.
 
-    Only what the architecture has a key for is written; the caller compares what comes
-    back with what went in.
+    Only fields for which the architecture has a key are written. The caller reads the
+    result back and compares.
     """
     architecture = fields["architecture"]
     if architecture not in FAMILIES:

@@ -1,4 +1,4 @@
-"""One decoder layer, and what tells layers apart besides their parameters.
+"""One decoder layer, and the settings in which the layers of a model differ.
 
 Layers are scanned, so their differences (rotary setting, window) are scanned data.
 """
@@ -17,13 +17,13 @@ from grpo_jax.models.attention import SelfAttention
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.layers import GatedMLP, RMSNorm, constrain
 
-# Wider than any sequence: stands for "no window" where another layer has one.
+# Wider than any sequence: "no window" for a layer of a model that has windows.
 _UNBOUNDED = 2**30
 
 
 @struct.dataclass
 class PerLayer:
-    """What differs between layers; None where nothing does."""
+    """The settings of each layer; None if all layers have the same."""
 
     index: Int[Array, "*L"]
     rope: Int[Array, "*L"] | None  # row of the rotary tables
@@ -53,10 +53,13 @@ class Layer(nn.Module):
         data: PerLayer,
         attend: Callable,
     ) -> tuple[Float[Array, "N S D"], Any]:
-        """Returns the layer's output and whatever else `attend` returns.
+        """Returns the layer's output, and the second value that `attend` returns.
 
-        `attend(queries, keys, values)` mixes the tokens (see `SelfAttention`); `tables`
-        are those of `rotary_tables`, `data` is this layer's row of `per_layer_data`.
+        Args:
+            tables: the result of `rotary_tables`.
+            data: this layer's row of `per_layer_data`.
+            attend: mixes the tokens, `attend(queries, keys, values)`; see
+                `SelfAttention`.
         """
         setting = 0 if data.rope is None else data.rope
         rotary = (tables[0][setting], tables[1][setting])
@@ -71,7 +74,7 @@ class Layer(nn.Module):
 
 
 def per_layer_data(config: ModelConfig) -> PerLayer:
-    """Returns what differs between the layers, stacked on a leading axis."""
+    """Returns the settings of all layers, stacked on a leading axis."""
     used, settings = _rope_settings(config)
     windows = [_UNBOUNDED if w is None else w for w in config.layer_window]
     windowed = any(w is not None for w in config.layer_window)
@@ -85,7 +88,7 @@ def per_layer_data(config: ModelConfig) -> PerLayer:
 def rotary_tables(
     config: ModelConfig, positions: Int[Array, "N S"]
 ) -> tuple[Float[Array, "R N S h2"], Float[Array, "R N S h2"]]:
-    """Returns cosines and sines of every rotary setting that some layer uses."""
+    """Returns cosines and sines of every rotary setting that a layer uses."""
     _, settings = _rope_settings(config)
     return rope.cosines_and_sines(positions, settings, head_dim=config.head_dim)
 
@@ -93,7 +96,7 @@ def rotary_tables(
 def _rope_settings(
     config: ModelConfig,
 ) -> tuple[list[int], list[rope.RopeConfig | None]]:
-    """Returns each layer's row, and the setting of each row; None is no rotation."""
+    """Returns each layer's row, and each row's setting (None: no rotation)."""
     chosen = [None if i is None else config.rope[i] for i in config.layer_rope]
     settings = list(dict.fromkeys(chosen))
     return [settings.index(one) for one in chosen], settings

@@ -1,4 +1,4 @@
-"""ModelConfig: the shape and options of one decoder; a model family is data in it."""
+"""ModelConfig: the shape and options of one decoder, of any model family."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "remat": ("none", "layer", "dots"),
 }
-# Fields about how the model is run, not what it is; config.json has none of them.
+# Fields of how the model is run. They are not part of config.json.
 RUN_FIELDS = ("dtype", "remat", "lora_scale")
 
 
@@ -56,17 +56,17 @@ class ModelConfig:
     output_bias: bool  # bias of o
     mlp_bias: bool
     qk_norm: bool  # norms of queries and keys, per head
-    sandwich_norm: bool  # norms after attention and after the MLP too
+    sandwich_norm: bool  # also norms after attention and after the MLP
     norm_offset: float  # added to every stored norm scale
     activation: Literal["silu", "gelu_tanh", "gelu"]
     attention_scale: float  # multiplies q k^T
     embedding_scale: float  # multiplies embeddings, rounded to the compute dtype
     attention_softcap: float | None  # c of c tanh(s / c) on attention scores
-    logit_softcap: float | None  # the same on logits, for whoever applies the head
+    logit_softcap: float | None  # the same on logits; the caller applies it
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
-    experts: ExpertsConfig | None = None  # in place of the MLP
+    experts: ExpertsConfig | None = None  # instead of one MLP
     dtype: str = "float32"  # of compute; parameters stay float32
     remat: Literal["none", "layer", "dots"] = "none"  # what backward recomputes
     lora_scale: float | None = None  # alpha / rank; needed when adapters are given
@@ -89,12 +89,12 @@ class ModelConfig:
 
         Rotary settings are read from `rope_theta` and `rope_scaling` (transformers 4)
         or `rope_parameters` (5). Absent keys mean what the transformers class assumes.
-        `dtype` is left at float32: the file's is that of storage, not of compute.
+        `dtype` stays float32, because the dtype of the file is that of storage.
 
-        A key by which some architecture changes what it computes is honored or refused,
-        unless its value is null, false, zero or empty, which by custom means "not in
-        use". One that no architecture has is ignored, with a line in the log; not
-        so if the file names code of its own (`auto_map`), which may read any key.
+        Keys that change the computation of some architecture are supported or refused.
+        A value that is null, false, zero or empty means "not in use". Keys that no
+        architecture has are ignored, with a line in the log. They are refused if the
+        file names code of its own (`auto_map`), which may read any key.
 
         Raises:
             ValueError: unknown architecture, missing keys, or an unsupported option.
@@ -104,8 +104,8 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """Returns a `config.json` that transformers reads back to the same model.
 
-        The spelling is that of transformers 4, which 5 reads too. `dtype`, `remat` and
-        `lora_scale` are not part of it; whoever writes the weights adds their dtype.
+        The spelling is that of transformers 4, which 5 also reads. `dtype`, `remat` and
+        `lora_scale` are left out. The caller adds the dtype of the stored weights.
 
         Raises:
             ValueError: the architecture's `config.json` cannot express some field.

@@ -1,7 +1,7 @@
 """The parts of a decoder layer: norm, projection with an optional adapter, gated MLP.
 
-Parameters are float32; each part casts its own to the compute dtype where it uses them.
-Kernels are two-dimensional, [in, out]. Each parameter carries logical axis names.
+Parameters are float32. Each part casts its own to the compute dtype where it uses them.
+Kernels are two-dimensional, [in, out]. Each parameter has logical axis names.
 """
 
 from typing import Any
@@ -16,15 +16,15 @@ from jaxtyping import Array, Float, Int, PyTree
 from grpo_jax.models.config import ModelConfig
 
 KERNEL_INIT = nn.initializers.normal(0.02)
-# A kernel kept as [out, in], by the name of its parameter.
+# The name of a kernel that is stored as [out, in].
 _BY_ROWS = "kernel_by_rows"
 
 
 class RMSNorm(nn.Module):
     """Root mean square norm: x / sqrt(mean(x^2) + eps) * (offset + scale).
 
-    Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467. Computed in float32 and
-    returned in the dtype of x. Gemma stores scale - 1, hence the offset of 1 there.
+    Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467. It is computed in float32
+    and returned in the dtype of x. Gemma stores scale - 1, so its offset is 1.
     """
 
     eps: float
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Returns x normalized over its last axis."""
-        # A fresh norm multiplies by 1, whatever the offset.
+        # A new norm multiplies by 1, whatever the offset.
         init = nn.initializers.constant(1.0 - self.offset)
         scale = parameter(self, "scale", init, x.shape[-1:], ("norm",))
         wide = x.astype(jnp.float32)
@@ -61,10 +61,10 @@ class Embedding(nn.Module):
     ) -> Float[Array, "N S D"]:
         """Returns the scaled embeddings in the compute dtype.
 
-        Where the table is split along its width, over the devices that also share the
-        tokens, each device looks all of these tokens up in its columns, and the rows
-        then move to the device of their token. With `whole_table` the table moves
-        instead: in a loop over few tokens it does so once, before the loop.
+        The table may be split along its width over the devices that also split the
+        tokens. Then each device looks up all tokens in its columns, and each row moves
+        to the device of its token. With `whole_table` the table is gathered instead. In
+        a loop over few tokens XLA does that once, before the loop.
         """
         table = self.embedding
         if whole_table:
@@ -79,11 +79,10 @@ class Embedding(nn.Module):
 
 
 class Projection(nn.Module):
-    """A linear map x W + b, plus the low-rank term of an adapter where one is given.
+    """A linear map x W + b, with the low-rank term of an adapter if there is one.
 
-    With variables `a` [in, r] and `b` [r, out] in the collection `lora` the result is
-    x W + b + lora_scale (x a) b (Hu et al. 2021, https://arxiv.org/abs/2106.09685,
-    section 4.1); without them it is the base model.
+    With variables `a` [in, r] and `b` [r, out] in the collection `lora` it is x W + b +
+    lora_scale (x a) b (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1).
     """
 
     in_features: int
@@ -104,8 +103,8 @@ class Projection(nn.Module):
 
     def __call__(self, x: Float[Array, "N S I"]) -> Float[Array, "N S O"]:
         """Returns the projected x, in the dtype of x."""
-        # As one matrix: on CPU the gradient of a product with two leading axes is not
-        # recognized as a matrix product, and takes ten times as long.
+        # One leading axis instead of two: otherwise XLA does not recognize the gradient
+        # as a matrix product, and on a CPU it takes ten times as long.
         rows = x.reshape(-1, x.shape[-1])
         if self.by_rows:
             y = rows @ self.get_variable("params", _BY_ROWS).T.astype(x.dtype)
@@ -161,8 +160,8 @@ class GatedMLP(nn.Module):
 def transpose_kernels(params: PyTree) -> PyTree:
     """Returns the parameters with each kernel [..., in, out] as [..., out, in].
 
-    `Projection` takes both. A product of few rows of x with a kernel by rows needs no
-    rearranged copy of the kernel, which on a CPU takes longer than the product.
+    `Projection` takes both. If x has few rows, a CPU would first rearrange a kernel
+    [in, out], which takes longer than the product itself.
     """
     flat: dict[Any, Any] = traverse_util.flatten_dict(params)
     turned = {
@@ -187,7 +186,7 @@ def activation(x: Float[Array, "..."], *, kind: str) -> Float[Array, "..."]:
 
 
 def constrain(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
-    """Returns x laid out on the mesh by its logical axes; x itself without rules."""
+    """Returns x with the sharding of its logical axes; unchanged without rules."""
     return with_logical_constraint(x, axes)
 
 

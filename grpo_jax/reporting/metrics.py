@@ -59,12 +59,12 @@ def completion_metrics(
 
 
 def reward_metrics(rewards: Float[np.ndarray, "N G"]) -> dict[str, float]:
-    """Mean reward, its mean spread within groups, and the share of groups without any.
+    """Mean reward, mean spread within groups, and the share of groups without spread.
 
     `reward` is the mean over completions that have one. `reward_std` is the mean over
     groups of the unbiased standard deviation, over groups with at least two rewards.
-    `frac_reward_zero_std` is the share of groups whose rewards do not differ (largest
-    equals smallest, or none at all): they give no gradient. A mean over nothing is NaN.
+    `frac_reward_zero_std` is the share of groups that give no gradient: their largest
+    reward equals the smallest, or they have no reward. A mean over nothing is NaN.
     """
     groups = [group[~np.isnan(group)] for group in np.asarray(rewards, np.float64)]
     spreads = [group.std(ddof=1) for group in groups if group.size > 1]
@@ -117,7 +117,7 @@ def series(
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, without a torn last line."""
-    # Split bytes, not text: a text may hold other line breaks than the newline.
+    # Split bytes, because a text may contain other line breaks than the newline.
     lines = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):

@@ -19,9 +19,9 @@ _LOG = logging.getLogger(__name__)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Mapping]) -> list[int]:
-    """The token ids of a prompt, through the chat template where the model has one.
+    """The token ids of a prompt, through the chat template if the model has one.
 
-    A plain string then becomes the message of a user.
+    A plain string is then the message of a user.
     """
     return tokenizer.encode_prompt(_as_messages(tokenizer, prompt))
 
@@ -35,14 +35,14 @@ def encode_rows(
 ) -> list[list[int]]:
     """The token ids of the prompts of all rows.
 
-    A row whose messages spell out marks of the chat template is taken as transformers
-    and TRL take it: they become the special tokens. A warning says so.
+    If messages contain special tokens of the chat template as text, they become these
+    tokens, as in transformers and TRL, and a warning is logged.
 
     Raises:
-      ValueError: naming the first row whose prompt cannot be encoded, is refused by the
-        chat template, has no token, more than `limit`, or an id that the model
-        does not have, and how many such rows there are; also for a string
-        that carries the chat template already.
+      ValueError: naming the first bad row, and how many there are. A prompt is bad if
+        it cannot be encoded, the chat template refuses it, it has no token, more than
+        `limit` or one that the model does not know. A string to which the chat template
+        was already applied is refused, too.
     """
     _check_templated_once(tokenizer, rows)
     encoded = _encode(tokenizer, rows)
@@ -59,7 +59,7 @@ def encode_rows(
     quoting = [n for n, row in enumerate(rows) if _quotes(tokenizer, row["prompt"])]
     if quoting:
         _LOG.warning(
-            "the prompt of %s spells out special tokens of the chat template, "
+            "the prompt of %s contains special tokens of the chat template, "
             "which the model reads as such%s",
             _row(rows, quoting[0]),
             _also(quoting),
@@ -78,8 +78,8 @@ def prompts_sha256(encoded: Sequence[Sequence[int]]) -> str:
 def bucket(length: int, *, limit: int) -> int:
     """The padded length for `length` tokens: a power of two from 16 on, or `limit`.
 
-    Few lengths mean few compilations. What is padded costs little: a prompt is computed
-    once for its whole group.
+    Few lengths mean few compilations. Padding costs little: a prompt is computed once
+    for its whole group.
     """
     return min(max(1 << (length - 1).bit_length(), _SHORTEST), max(limit, length))
 
@@ -107,7 +107,7 @@ def unpad(
 def _as_messages(
     tokenizer: Tokenizer, prompt: str | Sequence[Mapping]
 ) -> str | Sequence[Mapping]:
-    """The prompt, a string as the message of a user where there is a chat template."""
+    """The prompt; with a chat template, a string becomes the message of a user."""
     if isinstance(prompt, str) and tokenizer.has_chat_template:
         return [{"role": "user", "content": prompt}]
     return prompt
@@ -116,7 +116,7 @@ def _as_messages(
 def _encode(tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     prompts = [_as_messages(tokenizer, row["prompt"]) for row in rows]
     if all(isinstance(prompt, str) for prompt in prompts):
-        with contextlib.suppress(ValueError):  # told below, with its row
+        with contextlib.suppress(ValueError):  # reported below, with its row
             return tokenizer.encode_prompts(prompts)
     encoded = []
     for number, prompt in enumerate(prompts):
@@ -148,9 +148,9 @@ def _check_templated_once(
         prompt = row["prompt"]
         if isinstance(prompt, str) and tokenizer.is_templated(prompt):
             raise ValueError(
-                f"the prompt of {_row(rows, number)} carries the model's chat template "
-                "already, and would get it a second time; give the messages, "
-                '[{"role": "user", "content": ...}], or the text alone.'
+                f"the chat template was already applied to the prompt of "
+                f"{_row(rows, number)}, and would be applied a second time; give the "
+                'messages, [{"role": "user", "content": ...}], or the text alone.'
             )
 
 

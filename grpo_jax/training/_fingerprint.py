@@ -1,4 +1,4 @@
-"""What the numbers of a run follow from besides its configuration, as digests."""
+"""Checksums of the data and the model that a run began with."""
 
 import dataclasses
 import functools
@@ -20,10 +20,10 @@ from grpo_jax.tasks.base import Row, Task
 
 
 def describe_data(task: Task, held_out: Sequence[Row]) -> dict[str, Any]:
-    """The rows and rewards of a run: all of its data that is known without the model.
+    """The rows and reward functions of a run, as far as they need no model.
 
-    Digests are those of up to 1,000 rows, evenly chosen, or of 3 where rows are made or
-    read on demand; values that JSON does not know count by their type.
+    Checksums cover up to 1,000 rows, evenly chosen, or 3 if rows are made or read on
+    demand. Of values that JSON does not have, only the type counts.
     """
     return {
         "task": task.name,
@@ -43,12 +43,11 @@ def _rows_sha256(rows: Sequence[Row]) -> str:
 
 
 def describe_weights(params: PyTree, *, frozen: bool) -> dict[str, str]:
-    """A digest of each parameter that a run begins with, by its path.
+    """A checksum of each initial parameter, by its path.
 
-    They are computed on the devices: all parameters are read once there, and nothing
-    from the files. The base under adapters is held in the number type of the machine,
-    so its digests are those of values rounded to bfloat16, which any machine can make.
-    All processes must call it.
+    They are computed on the devices from the parameters, not from the files. The frozen
+    base of adapters has a dtype that depends on the machine. So its values are first
+    rounded to bfloat16, which agrees on all machines. All processes must call it.
     """
     leaves = named_leaves(params)
     checksums = np.asarray(_checksums(list(leaves.values()), rounded=frozen))

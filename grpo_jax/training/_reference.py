@@ -67,7 +67,7 @@ class References:
             return
         name, reference = _renewed(learner), learner.reference_on_devices()
         if name not in reference:
-            # A copy of the policy tells where the arrays go.
+            # A copy of the policy has the shardings of the arrays.
             learner.refresh_reference()
             reference = learner.reference_on_devices()
         _, params, _ = self._saved.restore_params(made, like=reference[name])

@@ -1,4 +1,4 @@
-"""A policy on held-out prompts: what it answers, and how often it is right."""
+"""Evaluation of a policy on held-out prompts: completions and their accuracy."""
 
 import math
 import time

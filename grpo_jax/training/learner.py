@@ -221,7 +221,7 @@ class Learner:
         }
         if batch.old_logp is not None:
             # Later updates differ from the sampler because they moved away from it, and
-            # the first one may see a part: what counts is the policy before them all.
+            # the first may see only a part, so the policy before all of them counts.
             largest = _largest_difference(
                 batch.old_logp, batch.sampler_logp, batch.mask
             )
@@ -252,7 +252,7 @@ def _largest_difference(
 
 
 def _minibatch(batch: Batch, number: Array, *, count: int) -> Batch:
-    """Prompt i goes to minibatch i mod count, so each lies on all devices."""
+    """Prompt i goes to minibatch i mod count, so each is spread over all devices."""
 
     def part(x: Array) -> Array:
         return x.reshape(-1, count, *x.shape[1:])[:, number]

@@ -50,7 +50,7 @@ def train(
     Args:
       config: the run; the embedded model on arithmetic by default.
       dataset: rows of the caller, dicts with "prompt" (a string or chat messages) and
-        further columns, in place of `config.task`; `rewards` is then needed.
+        further columns, instead of `config.task`; `rewards` is then needed.
       rewards: functions ``f(prompts, completions, **columns) -> list[float | None]``.
       eval_dataset: held-out rows, on which the mean reward is measured.
 

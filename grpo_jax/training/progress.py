@@ -19,7 +19,7 @@ class Progress:
     skipped: int = 0  # steps in a row whose updates were skipped
     seconds: float = 0.0  # spent in training, over all starts
     measured_at: int | None = None  # the step of the newest evaluation
-    # Of the first evaluation and the newest: what the task can tell, the rest is None.
+    # Results of the first and the newest evaluation; None if the task has no such one.
     accuracy_before: float | None = None
     accuracy: float | None = None
     eval_reward_before: float | None = None

@@ -133,7 +133,7 @@ class Evaluation:
     def _pass_at(self, k: int) -> Float[np.ndarray, " N"]:
         samples = self.correct.shape[1]
         if not 1 <= k <= samples:
-            raise ValueError(f"k must lie between 1 and {samples} samples, got {k}.")
+            raise ValueError(f"k must be between 1 and {samples} samples, got {k}.")
         missed = [
             math.comb(samples - int(right), k) / math.comb(samples, k)
             for right in self.correct.sum(axis=1)
@@ -152,7 +152,7 @@ class Evaluation:
 
 
 def has_ground_truth(task: Task) -> bool:
-    """Whether the task can tell right completions from wrong ones."""
+    """Whether the task can judge a completion as right or wrong."""
     return task.is_correct is not None or task.verdict is not None
 
 

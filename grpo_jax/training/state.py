@@ -43,7 +43,7 @@ def policy_variables(params: PyTree, base: PyTree | None) -> dict[str, PyTree]:
 
 
 def make_train_state(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
-    """A state at step 0; optimizer moments lie on the mesh as their parameters do."""
+    """A state at step 0; optimizer moments have the shardings of their parameters."""
     # Not jitted: under jit the moments would lose the sharding of their parameters.
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params)

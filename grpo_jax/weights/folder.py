@@ -64,7 +64,7 @@ def remove_unfinished(parent: pathlib.Path, name: str = "*") -> None:
     """
     for scratch in parent.glob(f".{name}-*{_UNFINISHED}"):
         target = scratch.name[1 : -len(_UNFINISHED)].rpartition("-")[0]
-        # No lock to be had: it is being written, or nobody can tell.
+        # Without the lock another process may be writing it.
         with contextlib.suppress(OSError), _locked(scratch):
             if (scratch / "old").exists() and not (parent / target).exists():
                 (scratch / "new").rename(parent / target)

@@ -17,8 +17,8 @@ from grpo_jax.weights._template_date import with_date
 
 Message = Mapping[str, Any]
 
-# The text-only Gemma 3 models ship the image placeholder of their multimodal siblings,
-# one id past the embedding. Text never encodes to it.
+# The text-only Gemma 3 models contain the image placeholder of the multimodal ones, one
+# id past the embedding. No text is encoded to it.
 _PLACEHOLDERS = ("<image_soft_token>",)
 
 
@@ -44,7 +44,7 @@ class Tokenizer:
         pads = (fast.pad_token_id, fast.eos_token_id, *self.stop_ids, 0)
         self.pad_id: int = next(index for index in pads if index is not None)
         self.has_chat_template: bool = bool(fast.chat_template)
-        self._template: str | None = None  # in place of the tokenizer's own
+        self._template: str | None = None  # instead of the tokenizer's own
 
     @classmethod
     def from_folder(cls, folder: pathlib.Path, config: ModelConfig) -> "Tokenizer":
@@ -73,9 +73,9 @@ class Tokenizer:
         return cls(fast, stop_ids=stops)
 
     def dated(self, moment: datetime.datetime) -> "Tokenizer":
-        """This tokenizer, for whose chat template it is always that moment.
+        """A tokenizer whose chat template always sees this date and time.
 
-        Some templates write today's date: prompts would change with the day.
+        Some templates write the current date, so prompts would differ from day to day.
         """
         if not self.has_chat_template:
             return self
@@ -84,19 +84,19 @@ class Tokenizer:
         return copied
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
-        """The token ids of a prompt, which a completion is to continue.
+        """The token ids of a prompt, which a completion continues.
 
-        A string is encoded as it is, with the special tokens that the tokenizer puts
-        before it; those that it would put behind, an end of text, are left out. A list
-        of messages goes through the chat template: a last message of the assistant is
-        continued, otherwise the assistant's turn is opened after it.
+        A string gets the special tokens that the tokenizer adds before a text, but not
+        those that it adds at the end. A list of messages goes through the chat
+        template. If the last message is the assistant's, the completion continues it.
+        Otherwise the template opens the assistant's turn.
 
-        A special token that is spelled out in a text becomes that token, as everywhere
-        in transformers and TRL.
+        If a text contains a special token, it becomes that token, as in transformers
+        and TRL.
 
         Raises:
-            ValueError: text that the tokenizer cannot write, messages without a chat
-                template, malformed messages, or what the template says of them.
+            ValueError: the text has characters without tokens, the messages have no
+                chat template or are malformed, or the template refuses them.
         """
         if isinstance(prompt, str):
             return self.encode_prompts([prompt])[0]
@@ -105,7 +105,7 @@ class Tokenizer:
     def encode_prompts(
         self, prompts: Sequence[str | Sequence[Message]]
     ) -> list[list[int]]:
-        """The token ids of each prompt, as `encode_prompt`; strings all at once."""
+        """The token ids of each prompt, as `encode_prompt`; strings in one call."""
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if len(texts) < len(prompts):
             return [self.encode_prompt(prompt) for prompt in prompts]
@@ -118,7 +118,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _appended(self) -> int:
-        """How many tokens the tokenizer puts behind a text."""
+        """How many tokens the tokenizer adds at the end of a text."""
         added = self._fast("aA 0.", return_special_tokens_mask=True)
         mask = added["special_tokens_mask"]
         behind = (
@@ -132,19 +132,18 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"character {error.start} is {text[error.start]!a}, half of a "
-                "surrogate pair, which is no text; was it cut, or read with another "
-                "encoding?"
+                "surrogate pair; was the text cut, or read with another encoding?"
             ) from error
         if not self._writes_all and (lost := self._lost(text)):
             raise ValueError(
-                f"the tokenizer has no token for {lost!a}, and would leave that out; "
-                "write it otherwise, or add tokens to tokenizer and model"
+                f"the tokenizer has no token for {lost!a} and would drop it; replace "
+                "these characters, or add tokens to tokenizer and model"
             )
 
     def _lost(self, text: str) -> str:
-        """The characters, other than spaces, that do not come back from tokens.
+        """The characters of a text, other than spaces, that have no token.
 
-        The tokenizers of published models have a token for each byte and lose nothing.
+        Tokenizers of published models have a token for each byte and lose nothing.
         """
         backend = self._fast.backend_tokenizer
         normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
@@ -156,12 +155,12 @@ class Tokenizer:
 
     @functools.cached_property
     def _writes_all(self) -> bool:
-        """Whether every text has tokens, judged by characters of one to four bytes."""
+        """Whether all characters have tokens, by a sample of one to four bytes each."""
         longer = [*range(0x800, 0xD800, 0x400), *range(0x10000, 0x20000, 0x1000)]
         return not self._lost("".join(map(chr, [*range(0x800), *longer])))
 
     def is_templated(self, text: str) -> bool:
-        """Whether a text already holds a mark that the chat template would set."""
+        """Whether a text contains a special token that the chat template would add."""
         return any(mark in text for mark in self._marks)
 
     @functools.cached_property
@@ -171,7 +170,7 @@ class Tokenizer:
         try:
             rendered = self._render([message], tokenize=False)
         except ValueError:
-            return []  # of a template that takes no such message
+            return []  # the template refuses such a message
         added = self._fast.added_tokens_decoder.values()
         special = [token.content for token in added if token.special]
         return [t for t in special if t in rendered and t != self._fast.bos_token]
@@ -224,7 +223,7 @@ class Tokenizer:
                 return_dict=False,
             )
         except Exception as error:
-            # A template is a program that came with the model: it may raise anything.
+            # A template is a program of the model's author: it may raise anything.
             said = " ".join(str(error).split())
             raise ValueError(
                 f"the chat template refuses the messages: {said} "
@@ -233,7 +232,7 @@ class Tokenizer:
 
 
 def import_fast_tokenizer() -> Any:
-    """The class PreTrainedTokenizerFast, from a transformers that does not chatter."""
+    """The class PreTrainedTokenizerFast, with the log of transformers at errors."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import PreTrainedTokenizerFast
 

@@ -47,10 +47,10 @@ def rows(*prompts):
 def test_a_text_with_the_template_applied_already_is_refused():
     ready = "<|im_start|>user\nhi<|im_end|>"
     options = {"limit": 99, "vocab_size": 256}
-    with pytest.raises(ValueError, match="row 1 carries the model's chat template"):
+    with pytest.raises(ValueError, match="already applied to the prompt of row 1"):
         texts.encode_rows(ChatTokenizer(), rows("hi", ready), **options)
     # Also where the first row holds messages.
-    with pytest.raises(ValueError, match="row 1 carries the model's chat template"):
+    with pytest.raises(ValueError, match="already applied to the prompt of row 1"):
         texts.encode_rows(ChatTokenizer(), rows(messages("hi"), ready), **options)
 
 
@@ -63,7 +63,7 @@ def test_messages_that_spell_out_the_template_are_taken_and_told(caplog):
     taken = texts.encode_rows(ChatTokenizer(), rows(messages("a"), quoted), **options)
     assert len(taken) == 2
     (message,) = caplog.messages
-    assert "row 1 spells out special tokens" in message
+    assert "row 1 contains special tokens" in message
 
 
 class RefusingTokenizer(ChatTokenizer):
