@@ -244,9 +244,9 @@ def _warn_of_unknown(policy: "Restored", prompts: Sequence[Any]) -> None:
 def _check_stored(task: str, run_dir: Path | None) -> None:
     """Raises ValueError for a run whose rows its configuration does not name."""
     from grpo_jax.tasks.base import CALLERS_ROWS
-    from grpo_jax.training.manifest import read_data
+    from grpo_jax.training.restore import trained_task
 
-    rows = None if run_dir is None else read_data(run_dir).get("task")
+    rows = None if run_dir is None else trained_task(run_dir)
     if rows == CALLERS_ROWS and Path(task).stem != CALLERS_ROWS:
         raise ValueError(
             f"{run_dir} was trained on rows given from Python, which are not stored; "

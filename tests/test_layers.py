@@ -106,9 +106,12 @@ TESTED_IN = {
     "parallel.collectives": "training/test_programs.py",
     "reporting.logs": "reporting/test_console.py",
     "reporting._panels": "reporting/test_plots.py",
+    "reporting._run_files": "reporting/test_metrics.py",
+    "tasks._rows": "tasks/test_base.py",
     "rewards.metrics": "rewards/test_runner.py",
     "checkpointing._metadata": "checkpointing/test_checkpoints.py",
     "training.scores": "training/test_evaluate.py",
+    "training._held_out": "training/test_evaluate.py",
     "training._reference": "training/test_lora.py",
     "training._run": "training/test_loop.py",
     "training.state": "training/test_step.py",
@@ -225,6 +228,77 @@ def public_definitions(module: str) -> list[ast.FunctionDef | ast.ClassDef]:
     return [node for node in found if not node.name.startswith("_")]
 
 
+def exported_names() -> set[str]:
+    """The names that `grpo_jax` itself offers; nothing is imported to read them."""
+    (table,) = (
+        node.value
+        for node in tree("").body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES"
+    )
+    texts = {n.value for n in ast.walk(table) if isinstance(n, ast.Constant)}
+    return {text for text in texts if not text.startswith("grpo_jax.")}
+
+
+def is_private(name: str) -> bool:
+    """Whether the last part of a dotted name starts with one underscore."""
+    last = name.rpartition(".")[2]
+    return last.startswith("_") and not last.startswith("__")
+
+
+def is_of_others(importer: str, target: str) -> bool:
+    """Whether a dotted name belongs to other authors, who may change it at will.
+
+    So does a module with an underscore of another folder, and a name with an underscore
+    of any other module.
+    """
+    module = own_module(target)
+    if module is None:
+        return False
+    of_module = is_private(target) and target != f"grpo_jax.{module}"
+    return of_module or (is_private(module) and folder(module) != folder(importer))
+
+
+def private_uses(importer: str, code: ast.Module) -> list[str]:
+    """The names of others that a module imports, or reads as attributes of modules."""
+    modules = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(code)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if f"{node.module}.{alias.name}".removeprefix("grpo_jax.") in FILES
+    }
+    wrong = []
+    for node in ast.walk(code):
+        targets = imported_names(node)
+        match node:
+            case ast.Attribute(value=ast.Name(id=alias), attr=name):
+                targets = [f"{modules[alias]}.{name}"] if alias in modules else []
+        found = [target for target in targets if is_of_others(importer, target)]
+        wrong += [f"{importer}, line {node.lineno}: {target}" for target in found]
+    return wrong
+
+
+def modules_used_elsewhere() -> set[str]:
+    """Those that another folder, an experiment, a benchmark or a page imports."""
+    used = {
+        module
+        for found in all_imports()
+        if (module := own_module(found.target)) is not None
+        and folder(module) != folder(found.importer)
+    }
+    for place in ("docs", "experiments", "benchmarks"):
+        for path in (ROOT / place).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                used.update(filter(None, map(own_module, imported_names(node))))
+    pages = [p.read_text(encoding="utf-8") for p in (ROOT / "docs").rglob("*.md")]
+    for module, path in FILES.items():
+        # The tables of the API pages name the file of each name.
+        texts = f"`{path.relative_to(ROOT).as_posix()}`", f"grpo_jax.{module} import"
+        if any(text in page for page in pages for text in texts):
+            used.add(module)
+    return used
+
+
 def test_every_module_has_a_row():
     rowless = [m for m in FILES if m and m not in ROWS and folder(m) not in ROWS]
     assert not rowless, "give them a row here and in CONTRIBUTING.md"
@@ -261,6 +335,29 @@ def test_imports_point_to_lower_rows_or_within_a_folder():
         if imported is not None and not may_import(found.importer, imported):
             wrong.append(str(found))
     assert not wrong
+
+
+def test_names_with_an_underscore_are_used_at_home_only():
+    assert not [use for module in FILES for use in private_uses(module, tree(module))]
+
+
+def test_a_module_that_only_its_folder_uses_has_an_underscore():
+    """Or it is of the spine, which is there to be read."""
+    public = {m for m in FILES if folder(m) not in ("", m) and not is_private(m)}
+    alone = public - set(SPINE) - modules_used_elsewhere()
+    assert not alone
+
+
+def test_few_definitions_are_public_and_not_exported():
+    exported = exported_names()
+    found = [
+        f"{module}.{node.name}"
+        for module in FILES
+        if not is_private(module)
+        for node in public_definitions(module)
+        if node.name not in exported
+    ]
+    assert len(found) <= 225, "start with an underscore what its module alone uses"
 
 
 def test_the_spine_is_short():
@@ -439,3 +536,17 @@ def test_the_rules_reject_what_they_should():
     assert not may_import("checkpointing.checkpoints", "training.state")
     assert may_import("training.loop", "training.step")
     assert may_import("cli", "training.loop") and not may_import("training.loop", "cli")
+
+
+@pytest.mark.parametrize(
+    ("importer", "code"),
+    [
+        ("training.loop", "from grpo_jax.tasks._numbers import plain"),
+        ("training.loop", "from grpo_jax.tasks import _numbers"),
+        ("tasks.gsm8k", "from grpo_jax.tasks.answers import _normalized"),
+        ("tasks.gsm8k", "from grpo_jax.tasks import answers\nanswers._normalized('')"),
+    ],
+)
+def test_the_use_of_a_private_name_is_found(importer, code):
+    assert private_uses(importer, ast.parse(code))
+    assert not private_uses("tasks.answers", ast.parse("import grpo_jax.tasks._rows"))

@@ -108,6 +108,22 @@ def require_number(
         _refuse_number(name, given, expected, meaning)
 
 
+def check_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
+    """Raise ValueError, by name, for bounds that `clipped_surrogate` cannot use."""
+    distance = "a distance from a ratio of 1"
+    require_number("clip_low", clip_low, at_least=0, meaning=distance)
+    require_number("clip_high", clip_high, at_least=0, meaning=distance)
+    if dual_clip is not None:
+        require_number(
+            "dual_clip", dual_clip, above=1, meaning="the largest ratio where A < 0"
+        )
+
+
+def check_cap(name: str, cap: float) -> None:
+    """Raise ValueError unless the largest weight is above 0; `name` is the caller's."""
+    require_number(name, cap, above=0, meaning="the largest ratio, as 2.0 or 5.0")
+
+
 def _plain(name: str, given: Any) -> Any:
     """The number in an array without axes; anything else as it is."""
     if isinstance(given, Tracer):

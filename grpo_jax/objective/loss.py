@@ -18,8 +18,6 @@ from grpo_jax.objective.structs import LossOutput, Mean
 from grpo_jax.objective.surrogate import (
     RATIO_LEVELS,
     RatioLevel,
-    check_cap,
-    check_clips,
     cispo_surrogate,
     clipped_surrogate,
     importance_correction,
@@ -114,7 +112,7 @@ def grpo_loss(
     }
     _check_arrays(logp, mask, advantages, others)
     _check_choices(surrogate, ratio_level, kl_estimator, aggregation)
-    check_clips(clip_low, clip_high, dual_clip)
+    _checks.check_clips(clip_low, clip_high, dual_clip)
     _check_caps(surrogate, cispo_max_weight, sampler_correction_cap)
     _checks.require_number("kl_coef", kl_coef, meaning="it multiplies the KL")
     _checks.require_number("entropy_coef", entropy_coef, meaning="of the entropy")
@@ -245,9 +243,9 @@ def _check_caps(
             "on-policy token down to 0.2."
         )
     if cispo_max_weight is not None:
-        check_cap("cispo_max_weight", cispo_max_weight)
+        _checks.check_cap("cispo_max_weight", cispo_max_weight)
     if sampler_correction_cap is not None:
-        check_cap("sampler_correction_cap", sampler_correction_cap)
+        _checks.check_cap("sampler_correction_cap", sampler_correction_cap)
 
 
 def _check_needed(

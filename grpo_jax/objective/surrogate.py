@@ -74,7 +74,7 @@ def clipped_surrogate(
     Ye et al. 2020, https://arxiv.org/abs/1912.09729.
     """
     _check_advantages("log_ratio", log_ratio, advantages)
-    check_clips(clip_low, clip_high, dual_clip)
+    _checks.check_clips(clip_low, clip_high, dual_clip)
     advantages = jnp.asarray(advantages, jnp.float32)[..., None]
     ratio = importance_ratio(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
@@ -101,7 +101,7 @@ def cispo_surrogate(
     """
     _check_advantages("logp", logp, advantages)
     _checks.require_shape("log_ratio", log_ratio, logp.shape, like="logp's")
-    check_cap("max_weight", max_weight)
+    _checks.check_cap("max_weight", max_weight)
     advantages = jnp.asarray(advantages, jnp.float32)[..., None]
     weight = lax.stop_gradient(jnp.minimum(importance_ratio(log_ratio), max_weight))
     return -weight * advantages * jnp.asarray(logp, jnp.float32)
@@ -124,27 +124,9 @@ def importance_correction(
     _checks.require_shape(
         "sampler_logp", sampler_logp, old_logp.shape, like="old_logp's"
     )
-    check_cap("cap", cap)
+    _checks.check_cap("cap", cap)
     log_ratio = jnp.asarray(old_logp, jnp.float32) - sampler_logp
     return lax.stop_gradient(jnp.minimum(importance_ratio(log_ratio), cap))
-
-
-def check_clips(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
-    """Raise ValueError, by name, for bounds that `clipped_surrogate` cannot use."""
-    distance = "a distance from a ratio of 1"
-    _checks.require_number("clip_low", clip_low, at_least=0, meaning=distance)
-    _checks.require_number("clip_high", clip_high, at_least=0, meaning=distance)
-    if dual_clip is not None:
-        _checks.require_number(
-            "dual_clip", dual_clip, above=1, meaning="the largest ratio where A < 0"
-        )
-
-
-def check_cap(name: str, cap: float) -> None:
-    """Raise ValueError unless the largest weight is above 0; `name` is the caller's."""
-    _checks.require_number(
-        name, cap, above=0, meaning="the largest ratio, as 2.0 or 5.0"
-    )
 
 
 def _check_advantages(

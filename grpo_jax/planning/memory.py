@@ -24,10 +24,9 @@ from grpo_jax.models.lora import init_lora, lora_axes
 from grpo_jax.models.protocol import in_compute_dtype
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.collectives import moves_head, whole_over_fsdp
-from grpo_jax.planning.programs import (
+from grpo_jax.planning._programs import (
     Program,
     evaluation_program,
-    is_evaluated,
     training_programs,
 )
 
@@ -84,6 +83,11 @@ def estimate(
     program = evaluation_program(evaluation_batch(model, config, mesh))
     sizes = _positive(run.holds(program))
     return Estimate(made.always, {**made.phases, program.phase: sizes})
+
+
+def is_evaluated(config: TrainConfig) -> bool:
+    """Whether a run evaluates its policy, if there are held-out rows."""
+    return bool(config.eval_every and config.eval_prompts)
 
 
 def evaluation_batch(

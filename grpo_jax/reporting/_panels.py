@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.reporting import metrics
+from grpo_jax.reporting import _run_files, metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def panels_of(histories: Iterable[Sequence[Mapping[str, Any]]]) -> list[Panel]:
     return [
         panel
         for panel in (total, *single, *rest)
-        if metrics.series(lines, panel.metric)[0]
+        if _run_files.series(lines, panel.metric)[0]
     ]
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from grpo_jax.reporting.metrics import EQUAL_GROUPS, REWARD, series
+from grpo_jax.reporting._run_files import series
+from grpo_jax.reporting.metrics import EQUAL_GROUPS, REWARD
 
 _IN_A_ROW = 10  # steps before the first warning; the next comes after twice as many
 _CHECK = (

@@ -1,13 +1,12 @@
-"""The metrics of a run: their names, how they are computed, and how files are read.
+"""The metrics of a run: their names, and how they are computed.
 
 Names are TRL's where TRL has one
 (https://huggingface.co/docs/trl/grpo_trainer#logged-metrics). Lengths are in tokens,
 and a reward of NaN means that the completion has none.
 """
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,10 +14,10 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from grpo_jax.reporting._run_files import read_lines
 from grpo_jax.rewards.metrics import has_signal
 
 METRICS_FILE = "metrics.jsonl"
-COMPLETIONS_DIR = "completions"
 
 # Metrics that console, plots and report page name.
 REWARD = "reward"
@@ -88,52 +87,6 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
             " made at least one step"
         )
     return read_lines(path)
-
-
-def completion_steps(run_dir: str | Path) -> list[int]:
-    """The steps whose completions were written, in order."""
-    files = (Path(run_dir) / COMPLETIONS_DIR).glob("step_*.jsonl")
-    return sorted(int(file.stem.removeprefix("step_")) for file in files)
-
-
-def read_completions(run_dir: str | Path, step: int) -> list[dict[str, Any]]:
-    """The completions written at `step`, one dict each."""
-    return read_lines(completions_file(run_dir, step))
-
-
-def completions_file(run_dir: str | Path, step: int) -> Path:
-    """The file of the completions of `step`."""
-    return Path(run_dir) / COMPLETIONS_DIR / f"step_{step:06d}.jsonl"
-
-
-def series(
-    history: Sequence[Mapping[str, Any]], name: str
-) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, without the lines that lack a number for it."""
-    found = [(line["step"], line.get(name)) for line in history]
-    points = [(step, value) for step, value in found if isinstance(value, int | float)]
-    return [step for step, _ in points], [float(value) for _, value in points]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, without a torn last line."""
-    # Split bytes, because a text may contain other line breaks than the newline.
-    lines = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        # ValueError also covers a line that is not text: cut within a character, or
-        # filled with zeros.
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(
-                f"{path}, line {number} is damaged ({error}); remove that line"
-            ) from error
-    return records
 
 
 class CompileCounter:

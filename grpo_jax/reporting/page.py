@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from grpo_jax.config.files import write_text
-from grpo_jax.reporting import metrics
+from grpo_jax.reporting import _run_files, metrics
 from grpo_jax.reporting._panels import Panel, panels_of
 from grpo_jax.reporting.plots import make_figure, to_svg
 from grpo_jax.reporting.text import duration_text, escape_control_chars, prompt_text
@@ -81,7 +81,7 @@ def _read(path: Path) -> str:
 
 def _curves(panels: Sequence[Panel], history: list[dict[str, Any]]) -> str:
     """The panels that have values, as one SVG; empty when none has."""
-    drawn = [panel for panel in panels if metrics.series(history, panel.metric)[0]]
+    drawn = [panel for panel in panels if _run_files.series(history, panel.metric)[0]]
     return to_svg(make_figure({"": history}, drawn)) if drawn else ""
 
 
@@ -92,7 +92,7 @@ def _cards(
     cards = []
     held_out = (("accuracy", metrics.ACCURACY), ("eval_reward", metrics.EVAL_REWARD))
     for name, metric in held_out:
-        _, values = metrics.series(history, metric)
+        _, values = _run_files.series(history, metric)
         before = summary.get(f"{name}_before", values[0] if values else None)
         after = summary.get(f"{name}_after", values[-1] if values else None)
         if before is None or after is None:
@@ -104,7 +104,7 @@ def _cards(
         else:
             change = f"{before:.3g} → {after:.3g}"
             cards.append(("held-out reward", change, f"{after - before:+.3g}"))
-    _, rewards = metrics.series(history, metrics.REWARD)
+    _, rewards = _run_files.series(history, metrics.REWARD)
     if rewards:
         few = -(-len(rewards) // 10)
         first, last = sum(rewards[:few]) / few, sum(rewards[-few:]) / few
@@ -114,7 +114,7 @@ def _cards(
     cards.append(("steps", f"{steps:,}", ""))
     if "seconds" in summary:
         cards.append(("time", duration_text(summary["seconds"]), ""))
-    _, speed = metrics.series(history, metrics.TOKENS_PER_SECOND)
+    _, speed = _run_files.series(history, metrics.TOKENS_PER_SECOND)
     if speed:
         median = sorted(speed)[len(speed) // 2]
         cards.append(("tokens per second", f"{median:,.0f}", "median step"))
@@ -123,7 +123,7 @@ def _cards(
 
 def _completions(folder: Path) -> tuple[list[dict[str, Any]], str]:
     """The rows shown, latest step first and best first, and a sentence about them."""
-    written = metrics.completion_steps(folder)
+    written = _run_files.completion_steps(folder)
     if not written:
         return [], "This run has written no completions."
     steps = written
@@ -133,12 +133,12 @@ def _completions(folder: Path) -> tuple[list[dict[str, Any]], str]:
     rows = [
         row
         for step in reversed(steps)
-        for row in _best_and_worst(metrics.read_completions(folder, step))
+        for row in _best_and_worst(_run_files.read_completions(folder, step))
     ]
     whole = "" if len(steps) == len(written) else f", of {len(written)} written"
     return rows, (
         f"Up to {_PER_STEP} best and {_PER_STEP} worst by reward at each of"
-        f" {len(steps)} steps{whole}; all of them are in {metrics.COMPLETIONS_DIR}/."
+        f" {len(steps)} steps{whole}; all of them are in {_run_files.COMPLETIONS_DIR}/."
     )
 
 

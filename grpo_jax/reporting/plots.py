@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grpo_jax.reporting import metrics
+from grpo_jax.reporting import _run_files, metrics
 from grpo_jax.reporting._panels import PANELS, Panel, panels_of, trend
 from grpo_jax.reporting.text import escape_control_chars
 
@@ -95,7 +95,7 @@ def _draw_panel(
     # Colors in turn; after the last one they start again, with another line style.
     looks = ((color, style) for style in cycle(_STYLES) for color in _COLORS)
     for (name, history), (color, style) in zip(runs.items(), looks, strict=False):
-        steps, values = metrics.series(history, panel.metric)
+        steps, values = _run_files.series(history, panel.metric)
         if not steps:
             continue
         # A single point has no line, and evaluations are few: mark the points.
@@ -128,8 +128,8 @@ def _draw_band(
     """A band of plus and minus a metric around that of the panel, both smoothed."""
     if panel.band is None:
         return
-    middle_at = dict(zip(*metrics.series(history, panel.metric), strict=True))
-    spread_at = dict(zip(*metrics.series(history, panel.band), strict=True))
+    middle_at = dict(zip(*_run_files.series(history, panel.metric), strict=True))
+    spread_at = dict(zip(*_run_files.series(history, panel.band), strict=True))
     steps = sorted(middle_at.keys() & spread_at.keys())
     if not steps:
         return

@@ -15,12 +15,8 @@ from typing import Any, Protocol
 
 from grpo_jax.config import ReportConfig
 from grpo_jax.config.files import to_json_line, to_jsonable, write_text
-from grpo_jax.reporting.metrics import (
-    METRICS_FILE,
-    completion_steps,
-    completions_file,
-    read_lines,
-)
+from grpo_jax.reporting._run_files import completion_steps, completions_file, read_lines
+from grpo_jax.reporting.metrics import METRICS_FILE
 from grpo_jax.reporting.text import escape_control_chars, prompt_text
 
 # Completions of one step that TensorBoard shows; all of them are in the JSON lines.

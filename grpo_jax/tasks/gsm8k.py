@@ -10,8 +10,9 @@ from fractions import Fraction
 from typing import Any
 
 from grpo_jax.tasks._numbers import number_text
+from grpo_jax.tasks._rows import FileRows, Row, place
 from grpo_jax.tasks.answers import last_number, marked_number, parse_number
-from grpo_jax.tasks.base import FileRows, Row, Task, completion_text, place
+from grpo_jax.tasks.base import Task, completion_text
 from grpo_jax.tasks.jsonl import read_splits
 
 INSTRUCTION = (

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.tasks._rows import FileRows, check_rows
 from grpo_jax.tasks.answers import answer_like, canonical, last_answer, same_answer
-from grpo_jax.tasks.base import FileRows, Task, check_rows, completion_text, line_of
+from grpo_jax.tasks.base import Task, completion_text
 
 # Without a file of held-out rows: one row in ten is held out, at most 500.
 _HELD_OUT_FRACTION = 0.1
@@ -33,17 +34,17 @@ def jsonl_task(path: str) -> Task:
         check_rows(rows, name=f"rows of {rows.file}")
         for number, row in enumerate(rows):
             if problem := _answer_problem(row):
-                raise ValueError(f"{line_of(rows, number)} {problem}.")
+                raise ValueError(f"{rows.line(number)} {problem}.")
     return Task(
         name=Path(path).stem,
         train=train,
         test=test,
         held_out=held_out,
         rewards=(answer_reward,),
-        is_correct=is_correct,
-        is_correct_lenient=is_correct_lenient,
-        answer=read_answer,
-        answer_lenient=read_answer_lenient,
+        is_correct=_is_correct,
+        is_correct_lenient=_is_correct_lenient,
+        answer=_read_answer,
+        answer_lenient=_read_answer_lenient,
     )
 
 
@@ -62,17 +63,17 @@ def answer_reward(
     ]
 
 
-def is_correct(completion: str, row: Mapping[str, Any]) -> bool:
+def _is_correct(completion: str, row: Mapping[str, Any]) -> bool:
     """Whether the completion gives the row's answer, as `answer_reward` sees it."""
     return same_answer(completion, str(row["answer"]))
 
 
-def is_correct_lenient(completion: str, row: Mapping[str, Any]) -> bool:
+def _is_correct_lenient(completion: str, row: Mapping[str, Any]) -> bool:
     """The same, or whether the answer at its end, however marked, is the row's."""
-    return read_answer_lenient(completion, row) == canonical(str(row["answer"]))
+    return _read_answer_lenient(completion, row) == canonical(str(row["answer"]))
 
 
-def read_answer(completion: str, row: Mapping[str, Any]) -> str | None:
+def _read_answer(completion: str, row: Mapping[str, Any]) -> str | None:
     """The answer that a completion gives, or None.
 
     Its last number if the row's answer is a number, else the whole completion.
@@ -80,11 +81,11 @@ def read_answer(completion: str, row: Mapping[str, Any]) -> str | None:
     return answer_like(completion, str(row["answer"]))
 
 
-def read_answer_lenient(completion: str, row: Mapping[str, Any]) -> str | None:
+def _read_answer_lenient(completion: str, row: Mapping[str, Any]) -> str | None:
     """The same for the answer at its end, unless the whole completion is right."""
-    if is_correct(completion, row):
-        return read_answer(completion, row)
-    return read_answer(last_answer(completion) or "", row)
+    if _is_correct(completion, row):
+        return _read_answer(completion, row)
+    return _read_answer(last_answer(completion) or "", row)
 
 
 def read_splits(path: str) -> tuple[FileRows, FileRows, str]:

@@ -17,7 +17,7 @@ from grpo_jax.config import EMBEDDED, TrainConfig, validation
 from grpo_jax.config.files import load_config, to_yaml, write_text
 from grpo_jax.reporting.logs import attach_log_file
 from grpo_jax.tasks import names_file
-from grpo_jax.training.manifest import (
+from grpo_jax.training._manifest import (
     Origin,
     changes,
     has_begun,

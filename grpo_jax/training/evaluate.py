@@ -1,37 +1,25 @@
 """Evaluation of a policy on held-out prompts: completions and their accuracy."""
 
-import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
+from grpo_jax.config import MeshConfig, SamplingConfig
 from grpo_jax.models.limits import longest_prompt
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.parallel.agreement import Agreement
-from grpo_jax.planning.memory import evaluation_batch
-from grpo_jax.planning.programs import is_evaluated
-from grpo_jax.reporting import metrics as names
-from grpo_jax.rewards.runner import RewardRunner
-from grpo_jax.rollout.collect import score_rows
 from grpo_jax.rollout.draw import policy_sampling
-from grpo_jax.rollout.encoding import encode_rows, unpad
+from grpo_jax.rollout.encoding import encode_rows
 from grpo_jax.rollout.generate import GroupSampler
-from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.tasks.base import Row, Task, first_rows
-from grpo_jax.training.restore import Policy
+from grpo_jax.training._held_out import BATCH, complete_share
 from grpo_jax.training.scores import Completed, Evaluation, has_ground_truth, judge
 from grpo_jax.weights.tokenizer import Tokenizer
 
 GREEDY = SamplingConfig(temperature=0.0)
-# Completions sampled at once where nothing else is said.
-BATCH = 128
 
 
 def evaluate(
@@ -116,32 +104,6 @@ def _one_device() -> Mesh:
     return meshes.make_mesh(MeshConfig(), devices=jax.local_devices()[:1])
 
 
-def _complete_share(
-    sampler: Sampler,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    sampling: SamplingConfig,
-    samples: int = 1,
-    seed: int = 0,
-    batch_size: int = BATCH,
-) -> Completed:
-    """The completions of this process's share of the prompts; all processes call it."""
-    sampled = sampler.sample(
-        prompts,
-        numbers=range(len(prompts)),
-        key=jax.random.key(seed),
-        group_size=samples,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        batch_size=batch_size,
-    )
-    ids = unpad(np.asarray(sampled.tokens), np.asarray(sampled.lengths))
-    texts = [[tokenizer.decode(one) for one in group] for group in ids]
-    return Completed(texts=texts, ids=ids)
-
-
 def _complete_all(
     model: LanguageModel,
     params: PyTree,
@@ -168,7 +130,7 @@ def _complete_all(
     )
     sampler = GroupSampler(model, mesh, max_prompt_tokens=max_prompt_tokens)
     sampler.update({"params": params}, version=0)
-    own = _complete_share(
+    own = complete_share(
         sampler,
         tokenizer,
         prompts,
@@ -178,109 +140,3 @@ def _complete_all(
     )
     texts, ids = meshes.gather_lists(own.texts), meshes.gather_lists(own.ids)
     return Completed(texts=texts, ids=ids)
-
-
-def held_out_rows(task: Task, config: TrainConfig) -> Sequence[Row]:
-    """The rows on which a run measures its policy; none if it is not evaluated."""
-    return first_rows(task.test, config.eval_prompts if is_evaluated(config) else 0)
-
-
-def encode_held_out(policy: Policy, rows: Sequence[Row]) -> list[list[int]]:
-    """The token ids of held-out prompts.
-
-    Raises:
-      ValueError: naming a row whose prompt the run has no room for, as `encode_rows`.
-    """
-    config, model = policy.config, policy.model.config
-    limit = longest_prompt(
-        config.max_prompt_tokens,
-        new_tokens=config.max_new_tokens,
-        context=model.max_position_embeddings,
-    )
-    return encode_rows(policy.tokenizer, rows, limit=limit, vocab_size=model.vocab_size)
-
-
-def make_evaluation(
-    policy: Policy,
-    task: Task,
-    rows: Sequence[Row],
-    prompts: Sequence[Sequence[int]],
-    runner: RewardRunner,
-    mesh: Mesh,
-    *,
-    sampler: Sampler,
-    agreement: Agreement,
-    announce: Callable[[str], None],
-) -> Callable[[], dict[str, float]]:
-    """A function that measures a run's policy, as the sampler has it, on held-out rows.
-
-    It returns the greedy accuracy where the task can tell right from wrong, else the
-    mean reward; nothing if there are no rows. All processes must call it.
-
-    Args:
-      prompts: the token ids of those rows.
-      announce: receives a line when an evaluation begins.
-    """
-    if not rows:
-        return dict
-    config, model = policy.config, policy.model.config
-    batch = evaluation_batch(model, config, mesh)
-    sampling = policy_sampling(
-        model, policy.tokenizer, config.sampling, temperature=0.0
-    )
-
-    def evaluate() -> dict[str, float]:
-        start = time.perf_counter()
-        announce(f"compiling, then evaluating {len(rows):,} held-out prompts")
-        own = _complete_share(
-            sampler,
-            policy.tokenizer,
-            prompts,
-            max_new_tokens=config.max_new_tokens,
-            sampling=sampling,
-            batch_size=batch,
-        )
-        share = meshes.own_share(len(rows))
-        with agreement.phase("evaluation"):
-            values = _held_out_values(own, rows[share], task, runner, batch)
-        values = np.array(meshes.gather_lists(values), np.float64)
-        if has_ground_truth(task):
-            result = Evaluation(correct=values[:, None] == 1.0, completions=())
-            metrics = {
-                names.ACCURACY: result.accuracy,
-                "eval/standard_error": result.standard_error,
-            }
-        else:
-            given = values[~np.isnan(values)]
-            mean = float(given.mean()) if given.size else math.nan
-            metrics = {names.EVAL_REWARD: mean}
-        return metrics | {"time/eval": time.perf_counter() - start}
-
-    return evaluate
-
-
-def _held_out_values(
-    completed: Completed,
-    rows: Sequence[Row],
-    task: Task,
-    runner: RewardRunner,
-    batch: int,
-) -> list[float]:
-    """1 for right and 0 for wrong, or the reward, of one completion per row.
-
-    Reward functions see up to `batch` of them at once, to which their time limit
-    applies.
-    """
-    if not rows:
-        return []
-    if has_ground_truth(task):
-        judged = judge(completed, rows, task, lenient=False)
-        return judged.correct[:, 0].astype(float).tolist()
-    texts = [group[0] for group in completed.texts]
-    ids = [group[0] for group in completed.ids]
-    totals: list[float] = []
-    for start in range(0, len(rows), batch):
-        part = slice(start, start + batch)
-        scores = score_rows(runner, rows[part], texts[part], ids[part], step=0)
-        totals += scores.total.tolist()
-    return totals

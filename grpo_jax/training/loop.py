@@ -26,10 +26,10 @@ from grpo_jax.rollout.dynamic_sampling import resample
 from grpo_jax.rollout.rollout import Rollout
 from grpo_jax.tasks.base import RewardFunction, Row
 from grpo_jax.training._announce import describe_resumed
+from grpo_jax.training._manifest import Status, read_data
 from grpo_jax.training._measures import slowest
 from grpo_jax.training._preemption import stop_requests
 from grpo_jax.training._run import Run, open_run
-from grpo_jax.training.manifest import Status, read_data
 from grpo_jax.training.progress import Progress, TrainResult
 from grpo_jax.training.state import Batch, state_items, state_of
 from grpo_jax.weights.pretrained import save_pretrained

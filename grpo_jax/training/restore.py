@@ -27,7 +27,7 @@ from grpo_jax.planning.resolve import (
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.training import _run_dir as directories
 from grpo_jax.training._fingerprint import describe_architecture, describe_weights
-from grpo_jax.training.manifest import Origin, check_data, read_manifest
+from grpo_jax.training._manifest import Origin, check_data, read_data, read_manifest
 from grpo_jax.weights.adapter import Adapter
 from grpo_jax.weights.pretrained import (
     Pretrained,
@@ -218,6 +218,11 @@ def restore_adapter(
         )
     adapter = Adapter(params=params, alpha=config.lora.alpha, base_name=config.model)
     return found, adapter, load_without_weights(config.model, revision=origin.commit)[0]
+
+
+def trained_task(run_dir: Path) -> str | None:
+    """The name of the task whose rows a run was trained on, if its manifest has it."""
+    return read_data(run_dir).get("task")
 
 
 def open_policy(

@@ -10,13 +10,12 @@ import pytest
 
 from grpo_jax.config import LoraConfig, MeshConfig, ObjectiveConfig, TrainConfig
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.planning.advice import _memory_savings
-from grpo_jax.planning.memory import estimate, evaluation_batch
-from grpo_jax.planning.programs import (
+from grpo_jax.planning._programs import (
     evaluation_program,
-    is_evaluated,
     training_programs,
 )
+from grpo_jax.planning.advice import _memory_savings
+from grpo_jax.planning.memory import estimate, evaluation_batch, is_evaluated
 from grpo_jax.training.loop import train
 
 ROWS = [{"prompt": "ab" * (1 + i % 3), "wanted": "a"} for i in range(24)]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.config.files import to_json_line, to_jsonable
-from grpo_jax.reporting import metrics
+from grpo_jax.reporting import _run_files, metrics
 
 
 def _strict(line):
@@ -151,7 +151,7 @@ def test_directory_without_metrics_is_named(tmp_path):
 
 def test_series_leaves_out_lines_without_a_number():
     history = [{"step": 0}, {"step": 1, "kl": None}, {"step": 2, "kl": 3}]
-    assert metrics.series(history, "kl") == ([2], [3.0])
+    assert _run_files.series(history, "kl") == ([2], [3.0])
 
 
 def test_compile_counter_counts_new_programs_inside_its_block_only():

@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from grpo_jax.reporting import metrics
+from grpo_jax.reporting import _run_files, metrics
 from grpo_jax.reporting._panels import panels_of
 from grpo_jax.reporting.page import write_report
 from grpo_jax.reporting.text import escape_control_chars
@@ -148,7 +148,7 @@ def test_page_holds_the_curve_of_every_metric(tmp_path, synthetic):
     drawn = [_points(path) for path in page.paths if path.count("L") > 1]
     expected = [panel.metric for panel in panels] + others
     for name, (x, y) in zip(expected, drawn, strict=True):
-        steps, values = metrics.series(history, name)
+        steps, values = _run_files.series(history, name)
         slope, offset = np.polyfit(steps, x, 1)
         assert slope > 0
         np.testing.assert_allclose(offset + slope * np.array(steps), x, atol=0.01)
@@ -165,7 +165,9 @@ def test_page_holds_the_best_and_worst_of_each_step(tmp_path, synthetic):
     rows = Page(write_report(run)).rows
     assert [row["step"] for row in rows[::4]] == [40, 30, 20, 10]
     for step in (10, 20, 30, 40):
-        rewards = sorted(row["reward"] for row in metrics.read_completions(run, step))
+        rewards = sorted(
+            row["reward"] for row in _run_files.read_completions(run, step)
+        )
         shown = [row for row in rows if row["step"] == step]
         ranks = {"best": rewards[:-3:-1], "worst": rewards[1::-1]}
         for rank, expected in ranks.items():
@@ -246,7 +248,7 @@ def test_long_runs_and_texts_are_thinned_and_say_so(tmp_path):
             file.write(f'{{"step": {step}, "kl": {step / 2}}}\n')
     for step in range(1, 301):
         text = "x" * 9000 if step == 1 else "y"
-        path = metrics.completions_file(tmp_path, step)
+        path = _run_files.completions_file(tmp_path, step)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(row | {"step": step, "completion": text}) + "\n")
     tracker.close()

@@ -12,7 +12,7 @@ from grpo_jax.reporting.console import Console
 from grpo_jax.reporting.page import write_report
 from grpo_jax.reporting.trackers import make_tracker
 
-NO_METRICS = {"METRICS_FILE", "COMPLETIONS_DIR"}
+NO_METRICS = {"METRICS_FILE"}
 NAMES = {
     value
     for name, value in vars(metrics).items()

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from grpo_jax.config import ReportConfig
-from grpo_jax.reporting import metrics, trackers
+from grpo_jax.reporting import _run_files, metrics, trackers
 
 
 def _row(step, text="4"):
@@ -40,7 +40,7 @@ def test_hostile_completions_come_back_as_they_were(tmp_path, synthetic):
     tracker.close()
     lines = (tmp_path / "completions/step_000007.jsonl").read_bytes().splitlines()
     assert len(lines) == len(synthetic.HOSTILE)
-    assert metrics.read_completions(tmp_path, 7) == rows
+    assert _run_files.read_completions(tmp_path, 7) == rows
 
 
 def test_resumed_run_has_each_step_once(tmp_path):
@@ -57,13 +57,13 @@ def test_resumed_run_has_each_step_once(tmp_path):
 
     tracker = trackers._JsonlTracker(tmp_path)
     tracker.truncate_after(3)
-    assert metrics.completion_steps(tmp_path) == [1, 2, 3]
+    assert _run_files.completion_steps(tmp_path) == [1, 2, 3]
     run(4, 6, 1.0)
     tracker.close()
     history = metrics.read_metrics(tmp_path)
     assert [line["step"] for line in history] == [1, 2, 3, 4, 5, 6]
     assert [line["reward"] for line in history] == [0, 0, 0, 1, 1, 1]
-    assert metrics.read_completions(tmp_path, 4)[0]["completion"] == "1.0"
+    assert _run_files.read_completions(tmp_path, 4)[0]["completion"] == "1.0"
     assert not list(tmp_path.rglob("*.partial"))
 
 

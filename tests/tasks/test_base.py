@@ -6,7 +6,8 @@ import datasets
 import pytest
 
 from grpo_jax.tasks import Task, task_from_rows
-from grpo_jax.tasks.base import _is_conversational, completion_text
+from grpo_jax.tasks._rows import is_conversational
+from grpo_jax.tasks.base import completion_text
 
 CHAT = [{"role": "user", "content": "2+2?"}]
 GOOD = {"prompt": "a"}
@@ -81,7 +82,7 @@ def test_a_datasets_dataset_is_used_as_it_is():
     task = task_from_rows(rows, reward)
     assert task.train is rows
     assert task.train[1]["answer"] == "4"
-    assert _is_conversational(task.train)
+    assert is_conversational(task.train)
     assert task.rewards == (reward,)
 
 

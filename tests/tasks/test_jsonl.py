@@ -11,11 +11,11 @@ from grpo_jax.tasks import load_task
 from grpo_jax.tasks.answers import canonical
 from grpo_jax.tasks.base import describe_held_out, first_rows, line_of
 from grpo_jax.tasks.jsonl import (
+    _is_correct,
+    _is_correct_lenient,
+    _read_answer,
+    _read_answer_lenient,
     answer_reward,
-    is_correct,
-    is_correct_lenient,
-    read_answer,
-    read_answer_lenient,
 )
 
 ROWS = [{"prompt": f"{i}+1=", "answer": i + 1} for i in range(40)]
@@ -210,8 +210,8 @@ texts = st.sampled_from(
 def test_equal_votes_imply_equal_verdicts(one, two, answer):
     row = {"answer": answer}
     for vote, verdict in [
-        (read_answer, is_correct),
-        (read_answer_lenient, is_correct_lenient),
+        (_read_answer, _is_correct),
+        (_read_answer_lenient, _is_correct_lenient),
     ]:
         if vote(one, row) == vote(two, row):
             assert verdict(one, row) == verdict(two, row)

@@ -17,15 +17,13 @@ from grpo_jax.rollout.generate import GroupSampler
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.answers import last_answer, tagged_answer
 from grpo_jax.tasks.base import Task
-from grpo_jax.training.evaluate import (
-    _complete_share,
-    _held_out_values,
-    _one_device,
-    complete,
+from grpo_jax.training._held_out import (
+    complete_share,
     encode_held_out,
-    evaluate,
+    held_out_values,
     make_evaluation,
 )
+from grpo_jax.training.evaluate import _one_device, complete, evaluate
 from grpo_jax.training.scores import Completed, Evaluation, judge
 
 
@@ -266,7 +264,7 @@ def test_the_size_of_batches_changes_no_completion(tiny_policy):
     def texts(batch_size):
         sampler = GroupSampler(tiny_policy.model, _one_device(), max_prompt_tokens=16)
         sampler.update(tiny_policy.variables, version=0)
-        return _complete_share(
+        return complete_share(
             sampler,
             tiny_policy.tokenizer,
             [tiny_policy.tokenizer.encode_prompt(row["prompt"]) for row in rows],
@@ -343,7 +341,7 @@ def test_rewards_of_held_out_rows_come_in_batches_as_their_completions_do():
     completed = Completed(texts=[[str(n)] for n in range(7)], ids=[[[1]]] * 7)
     task = task_from_rows(rows, count, eval_rows=rows)
     with RewardRunner(task.rewards, RewardsConfig()) as runner:
-        given = _held_out_values(completed, rows, task, runner, 3)
+        given = held_out_values(completed, rows, task, runner, 3)
     assert given == list(range(7)) and seen == [3, 3, 1]
 
 

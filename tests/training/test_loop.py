@@ -28,11 +28,8 @@ from grpo_jax.config import (
     SamplingConfig,
     TrainConfig,
 )
-from grpo_jax.reporting.metrics import (
-    completion_steps,
-    read_completions,
-    read_metrics,
-)
+from grpo_jax.reporting._run_files import completion_steps, read_completions
+from grpo_jax.reporting.metrics import read_metrics
 from grpo_jax.reporting.trackers import _JsonlTracker
 from grpo_jax.rewards._convention import RECORD_FIELDS, is_reserved_metric
 from grpo_jax.rollout.collect import Collector

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from grpo_jax.config import MeshConfig, TrainConfig
 from grpo_jax.config.files import to_jsonable, to_yaml, write_text
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.training import _manifest as manifests
 from grpo_jax.training import _run_dir as directories
-from grpo_jax.training import manifest as manifests
-from grpo_jax.training.manifest import Origin, Record, changes
+from grpo_jax.training._manifest import Origin, Record, changes
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from grpo_jax.checkpointing.checkpoints import Checkpoints
 from grpo_jax.models.decoder import param_axes
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.mesh import named_leaves
-from grpo_jax.reporting import metrics as names
+from grpo_jax.reporting import _run_files
 from grpo_jax.training.learner import Learner
 from grpo_jax.training.restore import load_policy
 from grpo_jax.training.state import state_items
@@ -77,8 +77,8 @@ def use_devices_of(name, patch):
 
 
 def tokens(result):
-    steps = names.completion_steps(result.run_dir)
-    read = [names.read_completions(result.run_dir, step) for step in steps]
+    steps = _run_files.completion_steps(result.run_dir)
+    read = [_run_files.read_completions(result.run_dir, step) for step in steps]
     return [[row["completion"] for row in rows] for rows in read]
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from grpo_jax import load_pretrained, restore, train
 from grpo_jax.checkpointing.checksum import params_sha256
+from grpo_jax.reporting import _run_files
 from grpo_jax.reporting import metrics as names
 
 pytestmark = pytest.mark.slow
@@ -107,8 +108,8 @@ def test_two_processes_give_the_run_of_one(reports, alone, folder):
                 line[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name
             )
     for step in (1, 2, 3):
-        there = names.read_completions(folder / "whole", step)
-        here = names.read_completions(alone.run_dir, step)
+        there = _run_files.read_completions(folder / "whole", step)
+        here = _run_files.read_completions(alone.run_dir, step)
         for row, expected in zip(there, here, strict=True):
             for name in ("prompt", "completion", "reward", "rewards", "length"):
                 assert row[name] == expected[name]

@@ -18,7 +18,7 @@ from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.resolve import device_memory, with_compute_dtype
 from grpo_jax.training import _run_dir as directories
 from grpo_jax.training import restore as policies
-from grpo_jax.training.manifest import Origin, Record, read_manifest
+from grpo_jax.training._manifest import Origin, Record, read_manifest
 from grpo_jax.training.restore import load_policy, open_policy, restore
 from grpo_jax.training.state import TrainState, state_items
 

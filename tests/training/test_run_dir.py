@@ -25,9 +25,9 @@ from grpo_jax.config import (
 from grpo_jax.config.files import load_config
 from grpo_jax.config.validation import to_dict
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.training import _manifest as manifest_module
 from grpo_jax.training import _run_dir as directories
-from grpo_jax.training import manifest as manifest_module
-from grpo_jax.training.manifest import Origin, Record
+from grpo_jax.training._manifest import Origin, Record
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
 

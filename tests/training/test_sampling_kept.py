@@ -16,7 +16,7 @@ from grpo_jax.rollout import collect
 from grpo_jax.rollout import generate as samplers
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.tasks import load_task, task_from_rows
-from grpo_jax.training import evaluate
+from grpo_jax.training import _held_out, evaluate
 from grpo_jax.training.restore import Policy, Restored
 from grpo_jax.weights.pretrained import _generation, save_pretrained
 
@@ -68,11 +68,11 @@ def drawn(tiny_policy, monkeypatch):
                 policy = Policy(params=None, config=config, **parts)
                 small = dataclasses.replace(task, test=[task.test[0]])
                 with RewardRunner(task.rewards, config.rewards) as runner:
-                    evaluate.make_evaluation(
+                    _held_out.make_evaluation(
                         policy,
                         small,
                         small.test,
-                        evaluate.encode_held_out(policy, small.test),
+                        _held_out.encode_held_out(policy, small.test),
                         runner,
                         mesh,
                         sampler=sampler,

@@ -37,8 +37,3 @@ def training_programs(config: TrainConfig) -> Iterator[Program]:
 def evaluation_program(prompts: int) -> Program:
     """The program that completes this number of held-out prompts at once."""
     return Program("_generate", "evaluation", prompts, 1)
-
-
-def is_evaluated(config: TrainConfig) -> bool:
-    """Whether a run evaluates its policy, if there are held-out rows."""
-    return bool(config.eval_every and config.eval_prompts)
