@@ -25,7 +25,7 @@ _SHOWN = 8  # differences that an error message lists
 def make_metadata(
     items: Mapping[str, PyTree],
     run: Mapping[str, Any],
-    metrics: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None,
 ) -> dict:
     """The metadata of `items`, with the run's own JSON values under ``run``.
 

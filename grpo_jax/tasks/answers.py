@@ -66,12 +66,12 @@ def parse_number(text: str) -> Fraction | None:
     return found.value
 
 
-def tagged_answer(text: str, *, tail: int = 4000) -> str | None:
-    """The content of the last `<answer>...</answer>` within the last `tail` characters.
+def tagged_answer(text: str) -> str | None:
+    """The content of the last `<answer>...</answer>` within the last 4,000 characters.
 
     None when there is no such pair; an opening tag that is never closed does not count.
     """
-    text = text[-tail:]
+    text = text[-4000:]
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     if end < 0 or start < 0:

@@ -130,7 +130,8 @@ def check_tensors(
         "unexpected": [
             f"{name} in {tensor.file}"
             for name, tensor in tensors.items()
-            if name not in shapes and not _is_redundant(name)
+            if name not in {*shapes, "lm_head.weight"}
+            and not name.endswith("rotary_emb.inv_freq")
         ],
         "misshaped": [
             f"{name}: {list(tensors[name].shape)} in {tensors[name].file}, the "
@@ -321,7 +322,3 @@ def _stacked(
 def _pieces(values: np.ndarray, parameter: Parameter) -> np.ndarray:
     """What belongs to one tensor each, on the leading axis; a view."""
     return values.reshape(-1, *values.shape[parameter.stacked :])
-
-
-def _is_redundant(name: str) -> bool:
-    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
