@@ -111,18 +111,16 @@ def check_config(
     moved = steps != before.steps and config.optimizer.schedule == "constant"
     if moved and steps >= done:
         before = dataclasses.replace(before, steps=steps)
-    other_data = list(changes(read_data(path), data or {}))
-    differing = [
-        *validation.differences(
-            _with_best_mode(before), _with_best_mode(config), ignore=_FREE_FIELDS
-        ),
-        *other_data,
-    ]
-    if differing:
-        hints = _SAME_ROWS if other_data else ""
-        if moved:
+    fields = validation.differences(
+        _with_best_mode(before), _with_best_mode(config), ignore=_FREE_FIELDS
+    )
+    rows = list(changes(read_data(path), data or {}))
+    if fields or rows:
+        # Other fields may choose other rows; only equal ones need the explanation.
+        hints = "" if fields else _SAME_ROWS
+        if moved and steps < done:
             hints += f"\n{done} steps are done: steps may be {done} or more."
-        lines = "".join(f"\n  {line}" for line in differing)
+        lines = "\n  ".join(["", *fields, *rows])
         raise ValueError(
             "use another run_dir (--run-dir), or the same configuration to resume: "
             f"{path} holds a run with another configuration (stored and new value)"

@@ -213,7 +213,7 @@ def test_fewer_steps_end_a_run_with_a_constant_rate_unless_more_are_done(tmp_pat
     words = "steps: 8 and 5\n6 steps are done: steps may be 6 or more"
     with pytest.raises(ValueError, match=words):
         directories.check_config(tmp_path, TrainConfig(steps=5))
-    with pytest.raises(ValueError, match="seed: 0 and 1"):
+    with pytest.raises(ValueError, match="seed: 0 and 1$"):
         directories.check_config(tmp_path, TrainConfig(steps=7, seed=1))
     assert directories.read_config(tmp_path) == TrainConfig(steps=8)
     for steps in (7, 6, 9):
@@ -244,6 +244,9 @@ def test_other_data_are_refused_and_unknown_data_are_not(tmp_path):
     other = data | {"rows": 4}
     with pytest.raises(ValueError, match="configuration .*\n  rows: 3 and 4\n"):
         directories.check_config(tmp_path, config, other)
+    # Other fields may choose other rows, so the rows are not to be brought back.
+    with pytest.raises(ValueError, match="seed: 0 and 1\n  rows: 3 and 4$"):
+        directories.check_config(tmp_path, TrainConfig(seed=1), other)
     (tmp_path / "manifest.json").write_text("{}")  # of a version that did not say
     directories.check_config(tmp_path, config, other)
 
