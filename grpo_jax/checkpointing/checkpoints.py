@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from grpo_jax.checkpointing._best_step import BestStep
 from grpo_jax.checkpointing._corruption import (
     BROKEN,
     READ_ERRORS,
@@ -41,7 +42,7 @@ from grpo_jax.checkpointing._metadata import (
     make_metadata,
 )
 from grpo_jax.checkpointing._targets import host_targets, restore_targets, savable
-from grpo_jax.checkpointing.retention import BestStep, StepFolders
+from grpo_jax.checkpointing.retention import StepFolders
 from grpo_jax.config import CheckpointConfig
 from grpo_jax.parallel import mesh
 from grpo_jax.parallel.agreement import Agreement, end_of_work

@@ -15,8 +15,8 @@ import jinja2
 
 from grpo_jax.config.files import write_text
 from grpo_jax.reporting import _run_files, metrics
+from grpo_jax.reporting._figure import make_figure, to_svg
 from grpo_jax.reporting._panels import Panel, panels_of
-from grpo_jax.reporting.plots import make_figure, to_svg
 from grpo_jax.reporting.text import duration_text, escape_control_chars, prompt_text
 
 _TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from grpo_jax.config import EMBEDDED
 from grpo_jax.tasks.arithmetic import unknown_to_embedded
 from grpo_jax.tasks.base import Task, describe_held_out
-from grpo_jax.training.restore import Policy
+from grpo_jax.training._policy import Policy
 
 
 def describe_run(policy: Policy, task: Task, mesh: Mesh, path: Path) -> str:

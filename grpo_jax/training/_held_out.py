@@ -20,8 +20,9 @@ from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.rollout.encoding import encode_rows, unpad
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.tasks.base import Row, Task, first_rows
-from grpo_jax.training.restore import Policy
-from grpo_jax.training.scores import Completed, Evaluation, has_ground_truth, judge
+from grpo_jax.training._judge import Completed, has_ground_truth, judge
+from grpo_jax.training._policy import Policy
+from grpo_jax.training.scores import Evaluation
 from grpo_jax.weights.tokenizer import Tokenizer
 
 # Completions sampled at once where nothing else is said.

@@ -10,7 +10,7 @@ from grpo_jax.reporting import metrics as names
 from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.tasks.base import Task
 from grpo_jax.training._held_out import held_out_rows
-from grpo_jax.training.scores import has_ground_truth
+from grpo_jax.training._judge import has_ground_truth
 
 
 def make_runner(config: TrainConfig, task: Task) -> RewardRunner:

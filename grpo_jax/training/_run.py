@@ -26,19 +26,15 @@ from grpo_jax.tasks import choose_task
 from grpo_jax.tasks.base import RewardFunction, Row, Task
 from grpo_jax.training._announce import describe_run, warnings
 from grpo_jax.training._fingerprint import describe_data
-from grpo_jax.training._held_out import (
-    encode_held_out,
-    held_out_rows,
-    make_evaluation,
-)
+from grpo_jax.training._held_out import encode_held_out, held_out_rows, make_evaluation
 from grpo_jax.training._manifest import Origin, Record
 from grpo_jax.training._measures import Measures
+from grpo_jax.training._policy import Policy, load_policy
 from grpo_jax.training._preemption import GraceCheck
 from grpo_jax.training._reference import References
 from grpo_jax.training._rewarding import make_runner
 from grpo_jax.training._run_dir import open_run_dir, run_path
 from grpo_jax.training.learner import Learner
-from grpo_jax.training.restore import Policy, load_policy
 from grpo_jax.weights.pretrained import check_name
 
 

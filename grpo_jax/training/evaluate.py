@@ -16,7 +16,8 @@ from grpo_jax.rollout.encoding import encode_rows
 from grpo_jax.rollout.generate import GroupSampler
 from grpo_jax.tasks.base import Row, Task, first_rows
 from grpo_jax.training._held_out import BATCH, complete_share
-from grpo_jax.training.scores import Completed, Evaluation, has_ground_truth, judge
+from grpo_jax.training._judge import Completed, has_ground_truth, judge
+from grpo_jax.training.scores import Evaluation
 from grpo_jax.weights.tokenizer import Tokenizer
 
 GREEDY = SamplingConfig(temperature=0.0)

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo_jax.checkpointing._best_step import BestStep
 from grpo_jax.checkpointing._corruption import CorruptCheckpointError
-from grpo_jax.checkpointing.retention import TEMPORARY, BestStep, StepFolders
+from grpo_jax.checkpointing.retention import TEMPORARY, StepFolders
 from grpo_jax.config import CheckpointConfig
 
 numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False)

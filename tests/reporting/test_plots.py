@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.reporting import metrics
+from grpo_jax.reporting._figure import make_figure, to_svg
 from grpo_jax.reporting._panels import PANELS, trend
-from grpo_jax.reporting.plots import make_figure, plot_runs, to_svg
+from grpo_jax.reporting.plots import plot_runs
 
 
 def _axes(figure, title):

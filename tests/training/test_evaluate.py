@@ -23,8 +23,9 @@ from grpo_jax.training._held_out import (
     held_out_values,
     make_evaluation,
 )
+from grpo_jax.training._judge import Completed, judge
 from grpo_jax.training.evaluate import _one_device, complete, evaluate
-from grpo_jax.training.scores import Completed, Evaluation, judge
+from grpo_jax.training.scores import Evaluation
 
 
 def make_scores(correct, completions=None):

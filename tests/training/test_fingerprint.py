@@ -12,7 +12,7 @@ from grpo_jax.config import TrainConfig
 from grpo_jax.config.files import to_jsonable
 from grpo_jax.rollout.encoding import prompts_sha256
 from grpo_jax.training._fingerprint import describe_architecture, describe_weights
-from grpo_jax.training.restore import load_policy
+from grpo_jax.training._policy import load_policy
 
 
 def test_weights_have_the_same_digests_wherever_they_lie_and_others_differ(

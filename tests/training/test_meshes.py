@@ -13,8 +13,8 @@ from grpo_jax.models.decoder import param_axes
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.mesh import named_leaves
 from grpo_jax.reporting import _run_files
+from grpo_jax.training._policy import load_policy
 from grpo_jax.training.learner import Learner
-from grpo_jax.training.restore import load_policy
 from grpo_jax.training.state import state_items
 
 pytestmark = pytest.mark.slow

@@ -16,10 +16,11 @@ from grpo_jax.config import CheckpointConfig, MeshConfig, TrainConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.resolve import device_memory, with_compute_dtype
+from grpo_jax.training import _policy
 from grpo_jax.training import _run_dir as directories
-from grpo_jax.training import restore as policies
 from grpo_jax.training._manifest import Origin, Record, read_manifest
-from grpo_jax.training.restore import load_policy, open_policy, restore
+from grpo_jax.training._policy import load_policy
+from grpo_jax.training.restore import open_policy, restore
 from grpo_jax.training.state import TrainState, state_items
 
 
@@ -195,7 +196,7 @@ def test_a_model_that_will_not_fit_comes_with_advice(
     tiny_policy, meshes_of, monkeypatch
 ):
     mesh = meshes_of(1, 1, 1)
-    monkeypatch.setattr(policies, "device_memory", lambda mesh: 2**20)
+    monkeypatch.setattr(_policy, "device_memory", lambda mesh: 2**20)
     policy = load_policy(TrainConfig(model=str(tiny_policy.folder)), mesh)
     assert "but only 0.0 are usable" in policy.warning
     assert "--microbatch-size 8" in policy.warning

@@ -17,7 +17,8 @@ from grpo_jax.rollout import generate as samplers
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.training import _held_out, evaluate
-from grpo_jax.training.restore import Policy, Restored
+from grpo_jax.training._policy import Policy
+from grpo_jax.training.restore import Restored
 from grpo_jax.weights.pretrained import _generation, save_pretrained
 
 OWN = SamplingConfig(
