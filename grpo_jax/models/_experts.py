@@ -12,9 +12,9 @@ from flax.linen import spmd
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from grpo_jax.models._layers import KERNEL_INIT, activation, parameter
 from grpo_jax.models._routing import ExpertKernels, route, through_experts
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.layers import KERNEL_INIT, activation, parameter
 
 
 class ExpertsMLP(nn.Module):

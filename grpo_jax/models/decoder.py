@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from grpo_jax.models.attention import attention, head_major
-from grpo_jax.models.block import Layer, PerLayer, per_layer_data, rotary_tables
+from grpo_jax.models._attention import attention, head_major
+from grpo_jax.models._block import Layer, PerLayer, per_layer_data, rotary_tables
+from grpo_jax.models._layers import Embedding, Projection, RMSNorm, transpose_kernels
 from grpo_jax.models.cache import (
     Cache,
     Prefix,
@@ -25,7 +26,6 @@ from grpo_jax.models.cache import (
     write_token,
 )
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.layers import Embedding, Projection, RMSNorm, transpose_kernels
 
 
 class Decoder(nn.Module):

@@ -24,7 +24,7 @@ from grpo_jax.models.limits import check_stop_ids, longest_prompt
 from grpo_jax.models.protocol import LanguageModel, UnrolledDecoder, in_compute_dtype
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.collectives import split_over_fsdp
-from grpo_jax.rollout import compaction
+from grpo_jax.rollout import _compaction
 from grpo_jax.rollout.draw import sample_token
 from grpo_jax.rollout.encoding import bucket, pad
 from grpo_jax.rollout.sampler import Completions
@@ -280,21 +280,22 @@ def _generate(
     state = draw(state, jnp.broadcast_to(last[:, None, :], (*shape, last.shape[-1])))
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else meshes.batch_shards(mesh)
-    layouts = compaction.layouts(*shape, max_new_tokens=max_new_tokens, parts=parts)
-    slots = compaction.first_assignment(layouts[0])
+    layouts = _compaction.layouts(*shape, max_new_tokens=max_new_tokens, parts=parts)
+    slots = _compaction.first_assignment(layouts[0])
     ended = state
     # Without stop tokens all completions reach the limit together: nothing to compact.
     for layout in layouts[1:] if regroup and stop_ids else ():
         # Defaults bind the present values: a closure would see those of a later turn.
         state, cache = lax.while_loop(
             lambda carry, slots=slots, layout=layout: (
-                unfinished(carry[0]) & ~compaction.fit(slots, carry[0].finished, layout)
+                unfinished(carry[0])
+                & ~_compaction.fit(slots, carry[0].finished, layout)
             ),
             functools.partial(advance, prefix),
             (state, cache),
         )
         ended = _put_back(ended, state, slots.index)
-        slots, sources = compaction.compact(slots, state.finished, layout)
+        slots, sources = _compaction.compact(slots, state.finished, layout)
         state = _take(ended, slots.index).replace(step=state.step)
         prefix, cache = regroup(prefix, cache, *sources)
     state, _ = lax.while_loop(
@@ -374,7 +375,7 @@ def _draw(
 
 def _put_back(ended: _Loop, state: _Loop, index: Int[Array, "M W"]) -> _Loop:
     """All N x G completions, updated by those that the slots hold."""
-    put = functools.partial(compaction.put_back, index=index)
+    put = functools.partial(_compaction.put_back, index=index)
     # None takes a field out of the map: the step is one for all, keys do not change.
     both = (part.replace(step=None, keys=None) for part in (ended, state))
     return jax.tree.map(put, *both).replace(step=ended.step, keys=ended.keys)
@@ -382,6 +383,6 @@ def _put_back(ended: _Loop, state: _Loop, index: Int[Array, "M W"]) -> _Loop:
 
 def _take(ended: _Loop, index: Int[Array, "M W"]) -> _Loop:
     """The completions of the slots out of all N x G; an empty slot has finished."""
-    take = functools.partial(compaction.take, index=index)
+    take = functools.partial(_compaction.take, index=index)
     state = jax.tree.map(take, ended.replace(step=None))
     return state.replace(finished=state.finished | (index >= ended.finished.size))

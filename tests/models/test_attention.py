@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.models.attention import attention, head_major
+from grpo_jax.models._attention import attention, head_major
 from grpo_jax.models.cache import Prefix
 
 N, G, T, P, H, K, WIDTH = 2, 3, 4, 5, 4, 2, 6

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.models.block import Layer, per_layer_data, rotary_tables
+from grpo_jax.models._block import Layer, per_layer_data, rotary_tables
+from grpo_jax.models._layers import Embedding, RMSNorm
 from grpo_jax.models.decoder import Decoder, abstract_params, init_params, param_axes
-from grpo_jax.models.layers import Embedding, RMSNorm
 
 
 def score(tiny, params, prompts=None, completions=None):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.models import attention as attentions
+from grpo_jax.models import _attention as attentions
 from grpo_jax.models._flash import flash_attention, has_flash
 from grpo_jax.models.cache import Prefix
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.models.layers import Embedding, Projection, RMSNorm, activation
+from grpo_jax.models._layers import Embedding, Projection, RMSNorm, activation
 
 
 def test_rms_norm_by_hand():

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.models.cache import Cache, Prefix, regroup
-from grpo_jax.rollout import compaction
-from grpo_jax.rollout.compaction import Layout
+from grpo_jax.rollout import _compaction
+from grpo_jax.rollout._compaction import Layout
 
 PROMPTS, GROUP = 6, 4
 SMALLER = [Layout(6, 2), Layout(4, 3), Layout(6, 1), Layout(2, 4)]
@@ -23,8 +23,8 @@ def needed_groups(alive, width):
 @given(st.integers(0, 2 ** (PROMPTS * GROUP) - 1), st.sampled_from(SMALLER))
 def test_a_layout_fits_exactly_when_its_groups_hold_the_prompts(bits, layout):
     alive = alive_from(bits)
-    assignment = compaction.first_assignment(Layout(PROMPTS, GROUP))
-    fits = bool(compaction.fit(assignment, jnp.asarray(~alive), layout))
+    assignment = _compaction.first_assignment(Layout(PROMPTS, GROUP))
+    fits = bool(_compaction.fit(assignment, jnp.asarray(~alive), layout))
     assert fits == (needed_groups(alive, layout.width) <= layout.groups)
 
 
@@ -38,7 +38,7 @@ def alive_from(bits):
 def test_moves_keep_every_completion_and_what_is_stored_of_it(bits, data):
     """Twice in a row, with arrays in which each entry says whose it is."""
     alive = alive_from(bits)
-    assignment = compaction.first_assignment(Layout(PROMPTS, GROUP))
+    assignment = _compaction.first_assignment(Layout(PROMPTS, GROUP))
     prompt = jnp.arange(PROMPTS)
     own = jnp.arange(PROMPTS * GROUP).reshape(PROMPTS, 1, GROUP, 1, 1)
     prefix, cache = Prefix(prompt, prompt, prompt), Cache(own, own)
@@ -46,7 +46,7 @@ def test_moves_keep_every_completion_and_what_is_stored_of_it(bits, data):
         if needed_groups(alive, wanted.width) > wanted.groups:
             return
         held = np.isin(assignment.index, np.flatnonzero(alive))
-        assignment, moves = compaction.compact(assignment, jnp.asarray(~held), wanted)
+        assignment, moves = _compaction.compact(assignment, jnp.asarray(~held), wanted)
         prefix, cache = regroup(prefix, cache, *moves)
         index = np.asarray(assignment.index)
         filled = index < PROMPTS * GROUP
@@ -64,8 +64,10 @@ def test_moves_keep_every_completion_and_what_is_stored_of_it(bits, data):
 def test_the_example_of_the_docstring():
     alive = np.zeros((3, 4), bool)
     alive[[0, 0, 0, 2], [0, 2, 3, 1]] = True
-    first = compaction.first_assignment(Layout(3, 4))
-    moved, (prompts, old) = compaction.compact(first, jnp.asarray(~alive), Layout(3, 2))
+    first = _compaction.first_assignment(Layout(3, 4))
+    moved, (prompts, old) = _compaction.compact(
+        first, jnp.asarray(~alive), Layout(3, 2)
+    )
     # Of twelve completions; 12 stands for an empty slot.
     assert np.asarray(moved.index).tolist() == [[0, 2], [3, 12], [9, 12]]
     assert np.asarray(prompts)[0].tolist() == [0, 0, 2]
@@ -75,10 +77,10 @@ def test_the_example_of_the_docstring():
 def test_completions_stay_in_their_part():
     alive = np.zeros((8, 2), bool)
     alive[[0, 1, 6], 1] = True
-    assignment = compaction.first_assignment(Layout(8, 2, parts=2))
+    assignment = _compaction.first_assignment(Layout(8, 2, parts=2))
     layout = Layout(4, 1, parts=2)
-    assert compaction.fit(assignment, jnp.asarray(~alive), layout)
-    assignment, (prompts, old) = compaction.compact(
+    assert _compaction.fit(assignment, jnp.asarray(~alive), layout)
+    assignment, (prompts, old) = _compaction.compact(
         assignment, jnp.asarray(~alive), layout
     )
     # 16 stands for none: prompts 0 and 1 are in the first part, 6 in the second.
@@ -87,8 +89,8 @@ def test_completions_stay_in_their_part():
     assert np.asarray(old)[:, 0, 0].tolist() == [1, 5]
     # Three in one part do not fit, though they would fit into both together.
     alive[2, 0] = True
-    assert not compaction.fit(
-        compaction.first_assignment(Layout(8, 2, parts=2)), jnp.asarray(~alive), layout
+    assert not _compaction.fit(
+        _compaction.first_assignment(Layout(8, 2, parts=2)), jnp.asarray(~alive), layout
     )
 
 
@@ -104,18 +106,18 @@ def test_completions_stay_in_their_part():
     ],
 )
 def test_layouts_halve_down_to_the_fewest_slots(shape, parts, expected):
-    found = compaction.layouts(*shape, max_new_tokens=256, parts=parts)
+    found = _compaction.layouts(*shape, max_new_tokens=256, parts=parts)
     assert [tuple(layout) for layout in found] == [(*one, parts) for one in expected]
 
 
 @pytest.mark.parametrize("tokens, count", [(8, 1), (15, 1), (16, 2), (32, 3), (999, 4)])
 def test_short_rollouts_have_few_layouts(tokens, count):
-    assert len(compaction.layouts(64, 16, max_new_tokens=tokens, parts=1)) == count
+    assert len(_compaction.layouts(64, 16, max_new_tokens=tokens, parts=1)) == count
 
 
 def test_layouts_shrink_to_one_group(monkeypatch):
-    monkeypatch.setattr(compaction, "_FEWEST_SLOTS", 1)
-    found = compaction.layouts(3, 2, max_new_tokens=256, parts=1)
+    monkeypatch.setattr(_compaction, "_FEWEST_SLOTS", 1)
+    found = _compaction.layouts(3, 2, max_new_tokens=256, parts=1)
     assert [tuple(one) for one in found] == [
         (3, 2, 1),
         (3, 1, 1),

@@ -12,7 +12,7 @@ from flax import linen as nn
 from grpo_jax.config import SamplingConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.rollout import compaction
+from grpo_jax.rollout import _compaction
 from grpo_jax.rollout import generate as generating
 from grpo_jax.rollout.draw import sample_token
 from grpo_jax.rollout.generate import generate
@@ -212,8 +212,8 @@ def test_the_loop_stops_when_every_completion_has_ended(tiny_policy, monkeypatch
 @pytest.fixture
 def few_slots(monkeypatch):
     """Layouts down to a single slot, for programs compiled while it is in use."""
-    monkeypatch.setattr(compaction, "_FEWEST_SLOTS", 1)
-    monkeypatch.setattr(compaction, "_TOKENS_PER_LAYOUT", 1)
+    monkeypatch.setattr(_compaction, "_FEWEST_SLOTS", 1)
+    monkeypatch.setattr(_compaction, "_TOKENS_PER_LAYOUT", 1)
     generating._generate.clear_cache()
     yield
     generating._generate.clear_cache()

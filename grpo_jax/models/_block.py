@@ -12,10 +12,10 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models import rope
+from grpo_jax.models._attention import SelfAttention
 from grpo_jax.models._experts import ExpertsMLP
-from grpo_jax.models.attention import SelfAttention
+from grpo_jax.models._layers import GatedMLP, RMSNorm, constrain
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.layers import GatedMLP, RMSNorm, constrain
 
 # Wider than any sequence: "no window" for a layer of a model that has windows.
 _UNBOUNDED = 2**30

@@ -16,9 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models import rope
 from grpo_jax.models._flash import Keys, flash_attention, has_flash
+from grpo_jax.models._layers import Projection, RMSNorm, constrain
 from grpo_jax.models.cache import Prefix
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.layers import Projection, RMSNorm, constrain
 
 # Finite, so that the difference of two masked scores is 0 and not NaN.
 _MASKED = -1e30
