@@ -58,6 +58,8 @@ def attention(
     # Keys and values come in it, so that decoding need not rearrange its cache.
     folded = queries.reshape(n, g, t, kv_heads, heads // kv_heads, width)
     folded = folded.transpose(0, 3, 1, 2, 4, 5)
+    # `r` counts the query heads of one key/value head: with them the keys of a group of
+    # heads are read once, instead of being repeated for each query head.
     mask = _own_mask(t, keys.shape[3], offset=offset, window=window)
     parts = [("nkgtrh,nkgsh->nkgtrs", "nkgtrs,nkgsh->nkgtrh", keys, values, mask)]
     if prefix is not None:
@@ -130,6 +132,8 @@ class SelfAttention(nn.Module):
         v = self._heads(self.v(x), self.config.num_kv_heads, "kv_heads")
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        # Keys are stored rotated: a score depends on the difference of positions alone,
+        # so what is in a cache stays valid whatever follows.
         q, k = rope.apply_rotary(q, *rotary), rope.apply_rotary(k, *rotary)
         context, aux = attend(q, k, v)
         return self.o(context.reshape(*x.shape[:2], -1)), aux
@@ -173,6 +177,7 @@ def _all_keys(
 
 
 def _product(equation: str, left: Array, right: Array) -> Float[Array, "..."]:
+    # Scores of bfloat16 are summed in float32, as the softmax after them is.
     return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
 
 
@@ -183,6 +188,8 @@ def _own_mask(
     offset: Int[Array, ""] | int,
     window: Int[Array, ""] | int | None,
 ) -> Bool[Array, "1 1 1 T 1 S"]:
+    # The cache has a column for every token up to the limit. Those not yet written are
+    # in the future of the query, so causality masks them too.
     queries = offset + jnp.arange(num_queries)[:, None]
     distance = queries - jnp.arange(num_keys)[None, :]
     mask = distance >= 0
@@ -200,6 +207,7 @@ def _prefix_mask(
 ) -> Bool[Array, "N 1 1 T 1 P"]:
     key_positions = jnp.arange(prefix.keys.shape[-2])[None, None, :]
     lengths = prefix.lengths[:, None, None]
+    # No causal mask: every own token comes after the whole prompt. Only padding hides.
     mask = key_positions < lengths
     if window is not None:
         queries = lengths + offset + jnp.arange(num_queries)[None, :, None]

@@ -72,6 +72,7 @@ def read_layer(
 ) -> tuple[Float[Array, "N K G T h"], Float[Array, "N K G T h"]]:
     """Returns the keys and the values of one layer."""
 
+    # A layer of a stack is a slice, which XLA copies; that of a tuple is an array.
     def take(stored: PyTree) -> Array:
         if isinstance(stored, tuple):
             return stored[layer]
@@ -104,6 +105,7 @@ def regroup(
     # any device, and the mesh would have to exchange the caches.
     take = jax.vmap(lambda rows, at: rows[at])
 
+    # Two groups may come from one: both then have a copy of the prompt.
     def of_prompts(x: Array) -> Array:
         taken = take(x.reshape(parts, -1, *x.shape[1:]), prompts)
         return taken.reshape(-1, *x.shape[1:])

@@ -30,6 +30,8 @@ def token_logprobs(
     _check_tokens("logits", logits, tokens)
     _check_temperature(temperature)
     scaled = jnp.asarray(logits, jnp.float32) / temperature
+    # A shift changes no log-probability, so its gradient is 0: the one that `max` would
+    # give to the largest logit cancels only up to rounding.
     shifted = scaled - lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))
     chosen = jnp.take_along_axis(shifted, tokens[..., None], axis=-1)[..., 0]
     return chosen - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
@@ -68,6 +70,7 @@ def sequence_logprobs(
     _checks.require_rank("logp", logp, axes="T")
     _checks.require_mask("mask", mask, logp.shape, like="logp's")
     _checks.require_choice("reduce", reduce, ("sum", "mean"))
+    # `where` and not a product: NaN times 0 is NaN, and masked entries may hold NaN.
     total = jnp.sum(jnp.where(mask, jnp.asarray(logp, jnp.float32), 0.0), axis=-1)
     if reduce == "sum":
         return total
@@ -110,6 +113,7 @@ def chunked_logprobs(
         )
     count, rows = _chunk_layout(tokens.size, chunk_size)
     width, padding = hidden.shape[-1], count * rows - tokens.size
+    # What padded rows give is cut off below, so their gradient is 0.
     flat_hidden = jnp.pad(hidden.reshape(tokens.size, width), ((0, padding), (0, 0)))
     flat_tokens = jnp.pad(tokens.reshape(tokens.size), (0, padding))
     logp, entropies = _chunked(
@@ -167,6 +171,8 @@ def _chunk_layout(size: int, chunk_size: int) -> tuple[int, int]:
     Padding would move tokens between the devices of a sharded batch.
     """
     fewest = max(1, -(-size // chunk_size))
+    # Chunks of at least half the size that was asked for: smaller ones would read the
+    # head more often than padding costs.
     for count in range(fewest, 2 * fewest):
         if size % count == 0:
             return count, size // count
@@ -176,6 +182,7 @@ def _chunk_layout(size: int, chunk_size: int) -> tuple[int, int]:
 def _chunk_logits(
     rows: Float[Array, "C D"], head: Float[Array, "D V"], settings: _Settings
 ) -> Float[Array, "C V"]:
+    # Summed in float32: a sum in bfloat16 keeps three digits.
     logits = jnp.matmul(
         rows.astype(head.dtype), head, preferred_element_type=jnp.float32
     )
@@ -246,6 +253,8 @@ def _chunked_backward(settings, residuals, cotangents):
             (((1,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
+        # Carried in float32: many chunks add up, each smaller than the sum's last bit
+        # in bfloat16.
         head_grad += lax.dot_general(
             rows.astype(head.dtype),
             logits_grad,
