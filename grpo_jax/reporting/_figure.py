@@ -15,15 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
 # Okabe and Ito 2008, https://jfly.uni-koeln.de/color/: people with every kind of color
 # vision can tell these apart. Without yellow, which is too faint on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-
-
 _STYLES = ("-", "--", "-.", ":")
-
-
 # From here on single steps are drawn faint, with their running mean over them.
 _MANY_STEPS = 40
 

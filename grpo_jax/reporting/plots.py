@@ -2,13 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from grpo_jax.reporting import metrics
 from grpo_jax.reporting._figure import make_figure
-
-if TYPE_CHECKING:
-    pass
 
 
 def plot_runs(run_dirs: Sequence[str | Path], out_png: str | Path) -> Path:
