@@ -52,10 +52,10 @@ def floors(
 ) -> dict[str, float]:
     """Least seconds of each phase of a step with full-length completions.
 
-    Prefill, reference and update need their products (`models.flops`); each token needs
-    its products or, if that takes longer, the reading of all weights and of keys and
-    values before it; the optimizer reads and writes its state. Nothing overlaps between
-    phases, and nothing moves between devices.
+    Prefill, reference and update need their products (`planning.flops`). Each token
+    needs its products or, if that takes longer, the reading of all weights and of keys
+    and values before it. The optimizer reads and writes its state. Nothing overlaps
+    between phases, and nothing moves between devices.
 
     Args:
       copies: of the weights while sampling: each device reads its part of one.

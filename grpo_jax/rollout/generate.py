@@ -3,7 +3,7 @@
 The completions of a group share the prompt's keys and values. The key of a token is
 folded from (key, prompt, sample, token), so the draws for a prompt do not depend on the
 prompts beside it. As completions end, the others are compacted into fewer slots
-(`rollout.compaction`), so that a few long ones take less time than the full batch.
+(`rollout._compaction`), so that a few long ones take less time than the full batch.
 """
 
 import functools
