@@ -82,7 +82,7 @@ def answer_score(
     Partial credit counts as 0. Most of the library's scorers give some to any text that
     contains the answer, and a little to every text; a policy learns to exploit that.
     Run it in the isolated worker: scorers of several data sets evaluate the answer,
-    and `9**9**9**9` as an answer to a countdown keeps one busy for ever.
+    and a short one can keep them busy for ever.
     """
     answers = [tagged_answer(completion_text(text)) for text in completions]
     return _scores(answers, dataset, dataset_seed, index)
