@@ -270,10 +270,12 @@ def test_babysit_does_not_repeat_a_command_that_is_refused(committed, watch):
     assert len([c for c in committed.calls("ssh") if " start " in c[-1]]) == 1
 
 
-def test_babysit_stops_the_workers_beside_one_that_refuses(committed):
-    # Which worker is the first to say so does not matter.
-    script = "case $HOME in *worker-0) exit 2 ;; esac; sleep 600"
-    done = committed.run("babysit", *BABYSIT, "--", "bash", "-c", script)
+@pytest.mark.parametrize("watch", ["0", "2"])
+def test_babysit_stops_the_workers_beside_one_that_refuses(committed, watch):
+    # Which worker is the first to say so does not matter, nor whether it does so while
+    # its start is watched.
+    command = ("bash", "-c", "case $HOME in *worker-0) exit 2 ;; esac; sleep 600")
+    done = committed.run("babysit", *BABYSIT, "--", *command, GRPO_JAX_WATCH=watch)
     assert done.returncode == 2 and "was refused" in done.stderr
     assert sorted(states(committed)) == ["failed", "stopped"]
 
