@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from grpo_jax.models import rope
 from grpo_jax.models._flash import Keys, flash_attention, has_flash
 from grpo_jax.models._layers import Projection, RMSNorm, constrain
-from grpo_jax.models.cache import Prefix
+from grpo_jax.models.cache import Prefix, PromptBlock, Slots
 from grpo_jax.models.config import ModelConfig
 
 # Finite, so that the difference of two masked scores is 0 and not NaN.
@@ -32,25 +32,24 @@ def attention(
     values: Float[Array, "N K G S h"],
     *,
     prefix: Prefix | None,
-    offset: Int[Array, ""] | int,
     window: Int[Array, ""] | int | None,
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "N G T H h"]:
     """Returns softmax(scale q k^T) v over the prefix and the sequence's own tokens.
 
-    Query t is the sequence's own token `offset + t`. It sees own tokens up to itself
-    and the real tokens of the prefix, of both only the last `window` positions, itself
-    among them; so no row is ever empty. A softcap c turns scores s into c tanh(s / c)
-    (Gemma Team 2024, https://arxiv.org/abs/2408.00118, section 2). Scores and softmax
-    are float32. Query head i reads key/value head i // (H / K) (Ainslie et al. 2023,
+    Query t is the sequence's own token t. It sees own tokens up to itself and the real
+    tokens of the prefix, of both only the last `window` positions, itself among them;
+    so no row is ever empty. A softcap c turns scores s into c tanh(s / c) (Gemma Team
+    2024, https://arxiv.org/abs/2408.00118, section 2). Scores and softmax are float32.
+    Query head i reads key/value head i // (H / K) (Ainslie et al. 2023,
     https://arxiv.org/abs/2305.13245). Several queries at once are left to cuDNN where
     it serves them.
     """
     n, g, t, heads, width = queries.shape
     kv_heads = keys.shape[1]
     if t > 1 and softcap is None and has_flash(queries):
-        seen = _all_keys(t, keys, values, prefix, offset=offset, window=window)
+        seen = _all_keys(t, keys, values, prefix, window=window)
         causal = len(seen) == 1 and window is None and t == keys.shape[3]
         return flash_attention(queries, seen, scale=scale, causal=causal)
     # One layout serves both products: with (N, K) as batch, all rows of a prompt's
@@ -58,12 +57,10 @@ def attention(
     # Keys and values come in it, so that decoding need not rearrange its cache.
     folded = queries.reshape(n, g, t, kv_heads, heads // kv_heads, width)
     folded = folded.transpose(0, 3, 1, 2, 4, 5)
-    # `r` counts the query heads of one key/value head: with them the keys of a group of
-    # heads are read once, instead of being repeated for each query head.
-    mask = _own_mask(t, keys.shape[3], offset=offset, window=window)
+    mask = _own_mask(t, keys.shape[3], window=window)
     parts = [("nkgtrh,nkgsh->nkgtrs", "nkgtrs,nkgsh->nkgtrh", keys, values, mask)]
     if prefix is not None:
-        mask = _prefix_mask(t, prefix, offset=offset, window=window)
+        mask = _prefix_mask(t, prefix, window=window)
         shared = (prefix.keys, prefix.values, mask)
         parts.append(("nkgtrh,nkph->nkgtrp", "nkgtrp,nkph->nkgtrh", *shared))
 
@@ -88,6 +85,95 @@ def attention(
     out = functools.reduce(jnp.add, mixed) / functools.reduce(jnp.add, totals)
     out = out.astype(queries.dtype).transpose(0, 2, 3, 1, 4, 5)
     return out.reshape(n, g, t, heads, width)
+
+
+def slot_attention(
+    queries: Float[Array, "A S H h"],
+    keys: Float[Array, "B K h C"],
+    values: Float[Array, "B K C h"],
+    *,
+    slots: Slots,
+    prompts: PromptBlock,
+    window: Int[Array, ""] | int | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "A S H h"]:
+    """Returns attention of one new token per slot, over its prompt and the cache.
+
+    The same as `attention`, for sequences that stand at different positions. Keys and
+    values are the cache of a layer.
+    """
+    a, s, heads, width = queries.shape
+    part = functools.partial(softmax_part, scale=scale, softcap=softcap)
+    folded = queries.reshape(a, s, keys.shape[1], -1, width)
+    own = part(
+        folded.reshape(a * s, *folded.shape[2:]),
+        keys,
+        values,
+        slots.seen(keys.shape[3], window).reshape(a * s, 1, 1, -1),
+    )
+    at = jnp.arange(prompts.keys.shape[3])[None, None, :]
+    mask = at < slots.prompt_lengths[..., None]
+    if window is not None:
+        mask &= at > slots.positions[..., None] - window
+    # One matrix for each row and head, as keys and values are stored.
+    of_rows, mask = _to_rows(folded, prompts), _to_rows(mask, prompts)
+    rows, members = mask.shape[1:3]
+    of_rows = jnp.swapaxes(of_rows, 2, 3)
+    each = of_rows.shape[4]
+    mask = jnp.repeat(mask, each, axis=2).reshape(a * rows, 1, members * each, -1)
+    of_rows = of_rows.reshape(a * rows, keys.shape[1], members * each, width)
+    shared = part(of_rows, prompts.keys, prompts.values, mask)
+    shared = shared.reshape(a, rows, keys.shape[1], members, each, -1)
+    shared = _to_slots(jnp.swapaxes(shared, 2, 3), prompts)
+    # Each part is a softmax of its own up to its total. They are joined by one peak.
+    both = own.reshape(shared.shape), shared
+    peak = jnp.maximum(both[0][..., :1], both[1][..., :1])
+    weighted = [jnp.exp(x[..., :1] - peak) * x[..., 1:] for x in both]
+    joined = functools.reduce(jnp.add, weighted)
+    out = joined[..., 1:] / joined[..., :1]
+    return out.astype(queries.dtype).reshape(a, s, heads, width)
+
+
+def softmax_part(
+    queries: Float[Array, "B K m h"],
+    keys: Float[Array, "B K h C"],
+    values: Float[Array, "B K C h"],
+    mask: Bool[Array, "B 1 m C"],
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B K m h+2"]:
+    """Returns the peak of the scores, their total and the mixed values, in this order.
+
+    In one array, which can be moved at once.
+    """
+    raw = scale * _product("bkmh,bkhc->bkmc", queries, keys)
+    capped = raw if softcap is None else softcap * jnp.tanh(raw / softcap)
+    scores = jnp.where(mask, capped, _MASKED)
+    peak = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(axis=-1, keepdims=True)
+    mixed = _product("bkmc,bkch->bkmh", weights.astype(values.dtype), values)
+    return jnp.concatenate([peak, total, mixed], axis=-1)
+
+
+def _to_rows(x: Shaped[Array, "A S ..."], prompts: PromptBlock) -> Array:
+    """Returns values of slots as those of the members of each row, [A, M, W, ...]."""
+    if prompts.members is None:
+        rows = prompts.keys.shape[0] // x.shape[0]
+        return x.reshape(x.shape[0], rows, -1, *x.shape[2:])
+    # Batched over the parts: no slot reads from another device.
+    return jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(x, prompts.members)
+
+
+def _to_slots(x: Shaped[Array, "A M W ..."], prompts: PromptBlock) -> Array:
+    """Returns values of the members of each row as those of slots, [A, S, ...]."""
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])
+    if prompts.place is None:
+        return x
+    # A slot without a prompt takes any: nothing is drawn from it.
+    return jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(x, prompts.place)
 
 
 def head_major(x: Float[Array, "N G S K h"]) -> Float[Array, "N K G S h"]:
@@ -185,12 +271,9 @@ def _own_mask(
     num_queries: int,
     num_keys: int,
     *,
-    offset: Int[Array, ""] | int,
     window: Int[Array, ""] | int | None,
 ) -> Bool[Array, "1 1 1 T 1 S"]:
-    # The cache has a column for every token up to the limit. Those not yet written are
-    # in the future of the query, so causality masks them too.
-    queries = offset + jnp.arange(num_queries)[:, None]
+    queries = jnp.arange(num_queries)[:, None]
     distance = queries - jnp.arange(num_keys)[None, :]
     mask = distance >= 0
     if window is not None:
@@ -202,7 +285,6 @@ def _prefix_mask(
     num_queries: int,
     prefix: Prefix,
     *,
-    offset: Int[Array, ""] | int,
     window: Int[Array, ""] | int | None,
 ) -> Bool[Array, "N 1 1 T 1 P"]:
     key_positions = jnp.arange(prefix.keys.shape[-2])[None, None, :]
@@ -210,6 +292,6 @@ def _prefix_mask(
     # No causal mask: every own token comes after the whole prompt. Only padding hides.
     mask = key_positions < lengths
     if window is not None:
-        queries = lengths + offset + jnp.arange(num_queries)[None, :, None]
+        queries = lengths + jnp.arange(num_queries)[None, :, None]
         mask &= queries - key_positions < window
     return mask[:, None, None, :, None, :]

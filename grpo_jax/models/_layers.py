@@ -13,6 +13,7 @@ from flax import traverse_util
 from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Float, Int, PyTree
 
+from grpo_jax.models.cache import per_layer
 from grpo_jax.models.config import ModelConfig
 
 KERNEL_INIT = nn.initializers.normal(0.02)
@@ -106,15 +107,18 @@ class Projection(nn.Module):
         # One leading axis instead of two: otherwise XLA does not recognize the gradient
         # as a matrix product, and on a CPU it takes ten times as long.
         rows = x.reshape(-1, x.shape[-1])
-        if self.by_rows:
-            y = rows @ self.get_variable("params", _BY_ROWS).T.astype(x.dtype)
-        else:
-            y = rows @ self.kernel.astype(x.dtype)
+        y = rows @ self.matrix().astype(x.dtype)
         if self.use_bias:
             y = y + self.bias.astype(x.dtype)[None, :]
         if self.has_variable("lora", "a"):
             y = y + self._adapter(rows)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def matrix(self) -> Float[Array, "I O"]:
+        """Returns the kernel, however it is stored."""
+        if self.by_rows:
+            return self.get_variable("params", _BY_ROWS).T
+        return self.kernel
 
     def _adapter(self, x: Float[Array, "R I"]) -> Float[Array, "R O"]:
         if self.lora_scale is None:
@@ -157,7 +161,21 @@ class GatedMLP(nn.Module):
         )
 
 
-def transpose_kernels(params: PyTree) -> PyTree:
+def unrolled(variables: PyTree, count: int) -> PyTree:
+    """Returns variables with a tree for each of `count` layers and turned kernels."""
+
+    def arrange(name: str, tree: PyTree) -> PyTree:
+        if name == "layers":
+            return dict(enumerate(per_layer(_transpose_kernels(tree), count)))
+        return _transpose_kernels(tree) if name == "lm_head" else tree
+
+    return {
+        collection: {name: arrange(name, tree) for name, tree in trees.items()}
+        for collection, trees in variables.items()
+    }
+
+
+def _transpose_kernels(params: PyTree) -> PyTree:
     """Returns the parameters with each kernel [..., in, out] as [..., out, in].
 
     `Projection` takes both. If x has few rows, a CPU would first rearrange a kernel

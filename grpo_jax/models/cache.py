@@ -1,5 +1,9 @@
 """Keys and values that outlive a call: of prompts, and of tokens generated so far.
 
+A decoding loop works on A parts of S slots; a part lies on one device. A slot holds one
+sequence. It reads its prompt from a block of prompts, which the loop does not change,
+and its own tokens from a ring of C columns, which the loop writes.
+
 All layers share one array with a leading axis of layers, or a tuple has one array per
 layer. A loop over tokens reads and writes separate arrays in place. From a stack it
 would copy a layer at every token.
@@ -9,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 @struct.dataclass
@@ -30,46 +34,110 @@ class Prefix:
 
 @struct.dataclass
 class Cache:
-    """Keys and values of own tokens, all layers; entries not yet written are 0.
+    """Keys and values of own tokens, a ring of C columns; entries not written are 0.
 
-    One array [L, N, K, G, T, h], or L of [N, K, G, T, h]. Heads come before the group,
-    so that attention reads a layer without rearranging it.
+    Keys are [L, B, K, h, C], or L of [B, K, h, C]; values [L, B, K, C, h] alike. So
+    both products of attention read them as they are stored: with keys that have the
+    columns last, a CPU is half as fast again.
+
+    The B = A x S slots come part by part. All slots write in the same column at a time,
+    so a write is one `dynamic_update_slice`, which XLA does in place. The column after
+    the last one is the first. What a slot reads follows from its number of own tokens.
     """
 
     keys: PyTree
     values: PyTree
 
 
+@struct.dataclass
+class PromptBlock:
+    """Prompts that slots share: M rows per part, each read by up to W slots.
+
+    Attributes:
+      keys: [L, A x M, K, h, P], or L of [A x M, K, h, P], or those of one layer. An
+        axis of parts of size 1 would make XLA write a cache twice.
+      values: [L, A x M, K, P, h] alike.
+      members: the slots that read each row, S where there is none. None: row m is read
+        by the W slots from m x W on.
+      place: the entry of `members` that is this slot, counted over M x W, and M x W for
+        none. None with `members`.
+    """
+
+    keys: PyTree
+    values: PyTree
+    members: Int[Array, "A M W"] | None = None
+    place: Int[Array, "A S"] | None = None
+
+
+@struct.dataclass
+class Slots:
+    """Where the sequence of each slot stands when a token of it is fed.
+
+    Attributes:
+      prompt_lengths: tokens of its prompt.
+      index: which own token is fed, counted from 0.
+      column: the column that is written, the same in all slots.
+    """
+
+    prompt_lengths: Int[Array, "A S"]
+    index: Int[Array, "A S"]
+    column: Int[Array, ""] | int
+
+    @property
+    def positions(self) -> Int[Array, "A S"]:
+        """The position of the token that is fed."""
+        return self.prompt_lengths + self.index
+
+    def seen(
+        self, columns: int, window: Int[Array, ""] | int | None
+    ) -> Bool[Array, "A S C"]:
+        """Which columns of the ring each slot sees, itself among them."""
+        # A sequence has written a column at every turn since it began. So the column of
+        # age a has its own token `index - a`, or that of the slot's earlier sequence.
+        age = ((self.column - jnp.arange(columns)) % columns)[None, None, :]
+        most = self.index if window is None else jnp.minimum(self.index, window - 1)
+        return age <= most[..., None]
+
+
+def prompt_block(prefix: Prefix) -> PromptBlock:
+    """Returns a prefix as a block of N parts with one row each, read by G slots."""
+    keys = jax.tree.map(lambda x: jnp.swapaxes(x, -1, -2), prefix.keys)
+    return PromptBlock(keys, prefix.values)
+
+
 def write_token(
     cache: Cache,
-    keys: Float[Array, "N K G 1 h"],
-    values: Float[Array, "N K G 1 h"],
+    keys: Float[Array, "B K 1 h"],
+    values: Float[Array, "B K 1 h"],
     *,
     layer: Int[Array, ""] | int,
-    step: Int[Array, ""] | int,
+    column: Int[Array, ""] | int,
 ) -> Cache:
-    """Returns the cache with the keys and values of one token at a layer and step.
+    """Returns the cache with the keys and values of one token in a layer's column.
 
     Within a loop that carries the cache, XLA writes in place. For a tuple of layers,
     `layer` is a Python int.
     """
-    # One scalar step serves all sequences: shorter prompts differ in their positions,
-    # not in the entry that they write. A step per sequence would be a scatter.
+    # One column serves all slots, wherever their sequences stand. A column per slot
+    # would be a scatter.
 
-    def put(old: PyTree, new: Array) -> PyTree:
+    def put(old: PyTree, new: Array, axis: int) -> PyTree:
         if isinstance(old, tuple):
-            start = (0, 0, 0, step, 0)
-            put = lax.dynamic_update_slice(old[layer], new, start)
+            put = lax.dynamic_update_slice_in_dim(old[layer], new, column, axis)
             return (*old[:layer], put, *old[layer + 1 :])
-        start = (layer, 0, 0, 0, step, 0)
+        start = [layer, 0, 0, 0, 0]
+        start[axis] = column
         return lax.dynamic_update_slice(old, new[None], start)
 
-    return Cache(keys=put(cache.keys, keys), values=put(cache.values, values))
+    return Cache(
+        keys=put(cache.keys, jnp.swapaxes(keys, -1, -2), -1),
+        values=put(cache.values, values, -2),
+    )
 
 
 def read_layer(
     cache: Cache, layer: Int[Array, ""] | int
-) -> tuple[Float[Array, "N K G T h"], Float[Array, "N K G T h"]]:
+) -> tuple[Float[Array, "B K h C"], Float[Array, "B K C h"]]:
     """Returns the keys and the values of one layer."""
 
     # A layer of a stack is a slice, which XLA copies; that of a tuple is an array.
@@ -84,37 +152,3 @@ def read_layer(
 def per_layer(stacked: PyTree, count: int) -> tuple[PyTree, ...]:
     """Returns one tree for each of `count` layers, from a tree of stacked arrays."""
     return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
-
-
-def regroup(
-    prefix: Prefix,
-    cache: Cache,
-    prompts: Int[Array, "S M"],
-    slots: Int[Array, "S M W"],
-) -> tuple[Prefix, Cache]:
-    """Returns prefix and cache of other groups, made of some of the present sequences.
-
-    The prompts, and the sequences of the cache, are taken as S equal parts in order.
-    New group m of a part belongs to its prompt `prompts[s, m]`, and its sequence w is
-    its old sequence `slots[s, m, w]`, both counted within the part. Parts that lie on
-    different devices stay there. Arrays are those of single layers.
-    """
-    parts = prompts.shape[0]
-
-    # The gather is batched over the parts. A gather over the whole axis could read from
-    # any device, and the mesh would have to exchange the caches.
-    take = jax.vmap(lambda rows, at: rows[at])
-
-    # Two groups may come from one: both then have a copy of the prompt.
-    def of_prompts(x: Array) -> Array:
-        taken = take(x.reshape(parts, -1, *x.shape[1:]), prompts)
-        return taken.reshape(-1, *x.shape[1:])
-
-    def of_sequences(x: Array) -> Array:
-        _, k, _, t, h = x.shape
-        # Heads stand before the group, but a sequence is moved with all its heads.
-        rows = jnp.swapaxes(x, 1, 2).reshape(parts, -1, k, t, h)
-        taken = take(rows, slots).reshape(-1, slots.shape[2], k, t, h)
-        return jnp.swapaxes(taken, 1, 2)
-
-    return jax.tree.map(of_prompts, prefix), jax.tree.map(of_sequences, cache)

@@ -5,6 +5,7 @@ another way to attend. Layers are stacked on a leading axis and scanned, so comp
 does not grow with depth. Hidden states are returned after the final norm.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +15,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from grpo_jax.models._attention import attention, head_major
+from grpo_jax.models._attention import attention, head_major, slot_attention
 from grpo_jax.models._block import Layer, PerLayer, per_layer_data, rotary_tables
-from grpo_jax.models._layers import Embedding, Projection, RMSNorm, transpose_kernels
+from grpo_jax.models._extend import extend_attention
+from grpo_jax.models._layers import Embedding, Projection, RMSNorm, unrolled
 from grpo_jax.models.cache import (
     Cache,
     Prefix,
+    PromptBlock,
+    Slots,
     per_layer,
+    prompt_block,
     read_layer,
-    regroup,
     write_token,
 )
 from grpo_jax.models.config import ModelConfig
@@ -90,67 +94,95 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "N G D"], Cache]:
         """Returns hidden states that predict own token `step + 1`, and the new cache.
 
-        `tokens` are the completions' own tokens `step`, at position length + step. The
-        cache is carried through the layers and written in place at `step`.
+        `tokens` are the completions' own tokens `step`, at position length + step.
         """
-        positions = jnp.broadcast_to(prefix.lengths[:, None] + step, tokens.shape)
-        tables = rotary_tables(self.config, positions)
+        zero = jnp.zeros_like(tokens)
+        slots = Slots(prefix.lengths[:, None] + zero, index=zero + step, column=step)
+        return self.decode_slots(tokens, slots, prompt_block(prefix), cache)
+
+    def decode_slots(
+        self,
+        tokens: Int[Array, "A S"],
+        slots: Slots,
+        prompts: PromptBlock,
+        cache: Cache,
+    ) -> tuple[Float[Array, "A S D"], Cache]:
+        """Returns hidden states that predict each slot's next token, and the new cache.
+
+        The sequences of the slots may stand anywhere. The cache is carried through the
+        layers and written in place at `slots.column`.
+        """
+        tables = rotary_tables(self.config, slots.positions)
 
         def body(layer, carry, inputs):
             x, cache = carry
             data, (keys, values) = inputs
-            shared = Prefix(keys=keys, values=values, lengths=prefix.lengths)
 
             def attend(q, k, v):
-                q, *new = (part[:, :, None] for part in (q, k, v))
-                k, v = (head_major(part) for part in new)
                 # The cache travels in the carry, where XLA can write in place. Scanned
                 # over and returned, it would be written whole at every token.
-                written = write_token(cache, k, v, layer=data.index, step=step)
-                k, v = read_layer(written, data.index)
-                out = self._attention(q, k, v, data=data, prefix=shared, offset=step)
-                return out[:, :, 0], written
+                one = (tokens.size, k.shape[2], 1, k.shape[3])
+                new = k.reshape(one), v.reshape(one)
+                written = write_token(
+                    cache, *new, layer=data.index, column=slots.column
+                )
+                out = slot_attention(
+                    q,
+                    *read_layer(written, data.index),
+                    slots=slots,
+                    prompts=dataclasses.replace(prompts, keys=keys, values=values),
+                    window=data.window,
+                    scale=self.config.attention_scale,
+                    softcap=self.config.attention_softcap,
+                )
+                return out, written
 
             return layer(x, tables, data, attend), None
 
-        embedded = self.embed(tokens, whole_table=True)
-        carry, prompts = (embedded, cache), (prefix.keys, prefix.values)
-        run = self._run_unrolled if isinstance(prefix.keys, tuple) else self._scan
-        (x, cache), _ = run(body, carry, prompts)
+        carry = (self.embed(tokens, whole_table=True), cache)
+        run = self._run_unrolled if isinstance(cache.keys, tuple) else self._scan
+        (x, cache), _ = run(body, carry, (prompts.keys, prompts.values))
         return self.final_norm(x), cache
 
-    def unroll(
-        self, variables: PyTree, prefix: Prefix, cache: Cache
-    ) -> tuple[PyTree, Prefix, Cache]:
-        """Returns the three with separate arrays for each layer, to decode faster.
-
-        `decode` accepts them like the stacked ones, and computes the same. Kernels
-        become [out, in]: a product with few rows reads such a kernel without a copy.
-        Called outside of `apply`.
-        """
-        count = self.config.num_layers
-        variables = {
-            collection: {
-                name: dict(enumerate(per_layer(transpose_kernels(tree), count)))
-                if name == "layers"
-                else tree
-                for name, tree in trees.items()
-            }
-            for collection, trees in variables.items()
-        }
-        keys, values = (per_layer(x, count) for x in (prefix.keys, prefix.values))
-        own = Cache(*(per_layer(x, count) for x in (cache.keys, cache.values)))
-        return variables, Prefix(keys, values, prefix.lengths), own
-
-    def regroup(
+    def extend(
         self,
-        prefix: Prefix,
+        tokens: Int[Array, "A S t"],
+        counts: Int[Array, "A S"],
+        slots: Slots,
+        prompts: PromptBlock,
         cache: Cache,
-        prompts: Int[Array, "S M"],
-        slots: Int[Array, "S M W"],
-    ) -> tuple[Prefix, Cache]:
-        """Returns the prefix and cache of other groups: `cache.regroup`."""
-        return regroup(prefix, cache, prompts, slots)
+    ) -> tuple[Float[Array, "A S t D"], Cache]:
+        """Returns hidden states behind the tokens of each slot, and the new cache.
+
+        As `decode_slots` of the first `counts` tokens, one after the other, but the
+        newest is afterwards in the column before `slots.column`. `slots` is where each
+        stands when its first token is fed, `prompts` have a row for each.
+        """
+        a, s, t = tokens.shape
+        positions = slots.positions[..., None] + jnp.arange(t)[None, None]
+        tables = rotary_tables(self.config, positions.reshape(a, s * t))
+        over = functools.partial(
+            extend_attention, slots=slots, counts=counts, config=self.config
+        )
+
+        def body(layer, x, inputs):
+            data, entry = inputs
+            attend = functools.partial(over, entry, window=data.window)
+            return layer(x, tables, data, attend)
+
+        entries = (prompts.keys, prompts.values, cache.keys, cache.values)
+        run = self._run_unrolled if isinstance(cache.keys, tuple) else self._scan
+        x, written = run(body, self.embed(tokens.reshape(a, s * t)), entries)
+        return self.final_norm(x).reshape(a, s, t, -1), Cache(*written)
+
+    def unroll(self, variables: PyTree) -> PyTree:
+        """Returns variables with separate arrays for each layer, to decode faster.
+
+        `decode_slots` accepts them like the stacked ones, and computes the same.
+        Kernels become [out, in]: a product with few rows reads such a kernel without a
+        copy. Called outside of `apply`.
+        """
+        return unrolled(variables, self.config.num_layers)
 
     def score(
         self,
@@ -195,16 +227,19 @@ class Decoder(nn.Module):
         """
         if self.config.tie_embeddings:
             return self.embed.embedding.T.astype(self.config.dtype)
-        return self.lm_head.kernel.astype(self.config.dtype)
+        return self.lm_head.matrix().astype(self.config.dtype)
 
     def init_cache(
         self, num_prompts: int, group_size: int, max_new_tokens: int
     ) -> Cache:
         """Returns an empty cache for `max_new_tokens` own tokens of each sequence."""
         config = self.config
-        shape = (config.num_layers, num_prompts, config.num_kv_heads, group_size)
-        empty = jnp.zeros((*shape, max_new_tokens, config.head_dim), config.dtype)
-        return Cache(keys=empty, values=jnp.zeros_like(empty))
+        shape = (config.num_layers, num_prompts * group_size, config.num_kv_heads)
+        width, columns, dtype = config.head_dim, max_new_tokens, config.dtype
+        return Cache(
+            keys=jnp.zeros((*shape, width, columns), dtype),
+            values=jnp.zeros((*shape, columns, width), dtype),
+        )
 
     def _prompt_pass(
         self, tokens: Int[Array, "N S"], *, keep: bool
@@ -262,14 +297,12 @@ class Decoder(nn.Module):
         *,
         data: PerLayer,
         prefix: Prefix | None = None,
-        offset: Int[Array, ""] | int = 0,
     ) -> Float[Array, "N G T H h"]:
         return attention(
             q,
             k,
             v,
             prefix=prefix,
-            offset=offset,
             window=data.window,
             scale=self.config.attention_scale,
             softcap=self.config.attention_softcap,
@@ -279,14 +312,15 @@ class Decoder(nn.Module):
         """Returns what `_scan` does, with parameters and entries from `unroll`."""
         # A scan slices each layer's arrays out of the stack, which is a copy at every
         # token. Here each layer's arrays are inputs of their own.
-        plain = Layer(self.config, parent=None)
+        plain, results = Layer(self.config, parent=None), []
         count = self.config.num_layers
         for i, data in enumerate(per_layer(per_layer_data(self.config), count)):
             own = {name: trees["layers"][i] for name, trees in self.variables.items()}
             layer = functools.partial(plain.apply, own)
             entry = tuple(arrays[i] for arrays in entries)
-            carry, _ = body(layer, carry, (data.replace(index=i), entry))
-        return carry, None
+            carry, result = body(layer, carry, (data.replace(index=i), entry))
+            results.append(result)
+        return carry, jax.tree.map(lambda *of_layers: of_layers, *results)
 
     def _scan(self, body: Callable, carry: PyTree, stacked: PyTree) -> Any:
         """Returns what a scan of `body(layer, carry, (data, entry))` over layers does.

@@ -1,4 +1,4 @@
-"""What a model has room for: lengths and token ids that a run asks of it."""
+"""What a model has room for: lengths, token ids, and the sizes of its sampler."""
 
 from collections.abc import Iterable
 
@@ -15,6 +15,28 @@ def longest_prompt(max_prompt_tokens: int, *, new_tokens: int, context: int) -> 
             f"context of {context} tokens; lower max_new_tokens."
         )
     return min(max_prompt_tokens, context - new_tokens)
+
+
+def cache_columns(max_new_tokens: int, longest: int) -> int:
+    """Columns of the sampler's cache when the longest sequence has `longest` tokens.
+
+    A fourth, a half or all of the limit: what is read follows what is written, with few
+    programs to compile.
+    """
+    fourth = max(-(-max_new_tokens // 4), 32)
+    columns = min(fourth, max_new_tokens)
+    while columns < longest:
+        columns = min(2 * columns, max_new_tokens)
+    return columns
+
+
+def prompt_rows(prompts: int) -> int:
+    """Rows of the sampler's block of prompts, at most a fourth more than are needed.
+
+    1 to 8, 10, 12, 14, 16, 20 and so on, so that few programs are compiled.
+    """
+    step = max((1 << (prompts - 1).bit_length()) // 8, 1)
+    return -(-prompts // step) * step
 
 
 def check_stop_ids(stop_ids: Iterable[int], *, vocab_size: int) -> None:

@@ -116,34 +116,44 @@ class LanguageModel(Protocol):
 
 
 @runtime_checkable
-class UnrolledDecoder(Protocol):
-    """Optional methods for faster sampling: unrolled layers and moving sequences.
+class SlotDecoder(LanguageModel, Protocol):
+    """Optional methods of a model whose sequences decode at places of their own.
 
-    Without it the sampler decodes with what `apply`, `prefill` and `init_cache` take
-    and give, all completions until the last one ends. `Decoder` has both methods.
+    With them the sampler refills slots as completions end. Without them it decodes with
+    what `prefill` and `init_cache` give, all completions until the last one ends.
+    `Decoder` has them all; its cache and blocks are those of `models.cache`.
     """
 
-    def unroll(
-        self, variables: PyTree, prefix: Any, cache: Any
-    ) -> tuple[PyTree, Any, Any]:
-        """Returns the three in the form in which `decode` is fastest.
+    def decode_slots(
+        self, tokens: Int[Array, "A S"], slots: Any, blocks: Any, cache: Any
+    ) -> tuple[Float[Array, "A S D"], Any]:
+        """Returns hidden states that predict each slot's next token, and the new cache.
 
-        Called once per rollout, outside of `apply`, before the first `decode`.
+        `slots` says where the sequence of each slot stands, `blocks` hold keys and
+        values of prompts and of earlier tokens.
         """
         ...
 
-    def regroup(
+    def extend(
         self,
-        prefix: Any,
+        tokens: Int[Array, "A S t"],
+        counts: Int[Array, "A S"],
+        slots: Any,
+        blocks: Any,
         cache: Any,
-        prompts: Int[Array, "S M"],
-        slots: Int[Array, "S M W"],
-    ) -> tuple[Any, Any]:
-        """Returns prefix and cache for S x M groups of W sequences out of the present.
+    ) -> tuple[Float[Array, "A S t D"], Any]:
+        """Returns hidden states behind many tokens of each slot, and the new cache.
 
-        Prompts and sequences count as S equal parts in order. New group m of part s has
-        the prompt of the part's old group `prompts[s, m]`; its sequence w is the part's
-        old sequence `slots[s, m, w]`, sequences counted group by group.
+        The first `counts` tokens of a slot are real. Slots, and hidden states up to
+        rounding, must be as after `decode_slots` of one token after the other. `blocks`
+        have a row for each slot.
+        """
+        ...
+
+    def unroll(self, variables: PyTree) -> PyTree:
+        """Returns variables in the form in which `decode_slots` is fastest.
+
+        Called outside of `apply`.
         """
         ...
 

@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 from grpo_jax.config import TrainConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
+from grpo_jax.models.limits import cache_columns, prompt_rows
 from grpo_jax.models.lora import init_lora, lora_axes
 from grpo_jax.models.protocol import in_compute_dtype
 from grpo_jax.parallel import mesh as meshes
@@ -80,7 +81,8 @@ def estimate(
     made = _training(run)
     if not is_evaluated(config):
         return made
-    program = evaluation_program(evaluation_batch(model, config, mesh))
+    batch = evaluation_batch(model, config, mesh)
+    program = evaluation_program(batch, of=config.eval_prompts)
     sizes = _positive(run.holds(program))
     return Estimate(made.always, {**made.phases, program.phase: sizes})
 
@@ -106,7 +108,8 @@ def evaluation_batch(
     peak = functools.cache(lambda: _training(run))
 
     def fits() -> bool:
-        size = sum(run.holds(evaluation_program(batch)).values())
+        program = evaluation_program(batch, of=config.eval_prompts)
+        size = sum(run.holds(program).values())
         # The rollout is tried first, because finding the peak traces the model.
         return size <= most or size + sum(peak().always.values()) <= peak().peak
 
@@ -120,7 +123,7 @@ def _training(run: "_Sizes") -> Estimate:
     kept = {"optimizer moments": 2 * run.trained, "reference": run.reference}
     used_in = {"optimizer moments": "update", "reference": "score"}
     phases = {one.phase: run.holds(one) for one in training_programs(run.config)}
-    always = {"parameters": run.parameters}
+    always = {"parameters": run.parameters, **run.carried}
     for name, size in kept.items():
         # Offloaded arrays are on the device only in the phase that uses them.
         on_host = name.removesuffix(" moments") in run.config.mesh.offload
@@ -276,8 +279,10 @@ class _Sizes:
 
     def holds(self, program: Program) -> dict[str, int]:
         """The bytes that a program holds in addition to those that are always held."""
-        if program.function == "_generate":
-            return self._sampling(program)
+        if program.function == "advance":
+            sizes = self._sampling(program)
+            kept = self.carried if program.phase == "rollout" else {}
+            return {name: size for name, size in sizes.items() if name not in kept}
         if program.phase == "score":
             return {
                 # Without a gradient an array is freed once the next one is computed.
@@ -292,17 +297,33 @@ class _Sizes:
             "moved over fsdp": self.moved(gradient=True),
         }
 
+    @property
+    def carried(self) -> dict[str, int]:
+        """What the sampler keeps between the rollouts, with carry_over."""
+        if not self.config.rollout.carry_over:
+            return {}
+        sizes = self._sampling(next(training_programs(self.config)))
+        names = "prompts' keys and values", "own keys and values"
+        return {name: sizes[name] for name in names}
+
     def _sampling(self, program: Program) -> dict[str, int]:
         """The bytes that sampling holds, from the prompts to the last token."""
         model, config, mesh = self.model, self.config, self.mesh
         fsdp = mesh.shape["fsdp"] > 1
         split = fsdp and config.mesh.sampler == "split"
         cast = 0 if model.dtype == "float32" or self._adapters else self._compute
+        embed = self._head if cast and not fsdp else 0
         heads = -(-model.num_kv_heads // mesh.shape["tensor"])
         entry = 2 * self.item * model.num_layers * heads * model.head_dim
-        prompts = -(-program.prompts // meshes.batch_shards(mesh))
-        sequences = prompts * program.completions
+        shards = meshes.batch_shards(mesh)
+        sequences, prompts = -(-program.slots // shards), -(-program.prompts // shards)
+        # As many prompts as that are computed at once: see `rollout._engine`.
+        at_once = 1 << (prompts - 1).bit_length()
         vocabulary = -(-model.vocab_size // mesh.shape["tensor"])
+        columns = cache_columns(config.max_new_tokens, config.max_new_tokens)
+        # While the ring grows to all columns, the half of them is there as well.
+        half = cache_columns(config.max_new_tokens, -(-columns // 2))
+        half = half if half < columns else 0
         gathered = 0
         if fsdp and not split:  # all parameters in the compute dtype, of adapters too
             gathered = _whole_bytes(*self._places, dtype=model.dtype)
@@ -316,17 +337,19 @@ class _Sizes:
         hidden = self.item * (2 * inner + 4 * model.hidden_size)
         return {
             "sampler's parameters": gathered,
-            # Copies by layer, transposed, which decoding reads faster.
-            "kernels": cast if split else self._one_layer * model.num_layers,
+            # Copies by layer, transposed, which decoding reads faster; of parameters
+            # that are not rounded yet also the embedding.
+            "kernels": cast if split else self._one_layer * model.num_layers + embed,
             # A split sampler gathers embedding and head before the loop over tokens,
             # and one layer at a time within it.
             "moved over fsdp": self._one_layer + 2 * self._head if split else 0,
             # The transposed head; a tied embedding has this layout already.
             "head": 0 if model.tie_embeddings else self._head,
-            "prompts' keys and values": prompts * config.max_prompt_tokens * entry,
-            "own keys and values": sequences * config.max_new_tokens * entry,
+            "prompts' keys and values": prompt_rows(prompts) * length * entry,
+            "own keys and values": sequences * columns * entry,
+            "a ring that grows": sequences * half * entry,
             "logits": 4 * _SAMPLER_ARRAYS * sequences * vocabulary,
-            "activations": prompts * length * (scores + hidden),
+            "activations": at_once * length * (scores + hidden),
         }
 
 

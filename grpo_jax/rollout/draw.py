@@ -7,9 +7,10 @@ entry, which costs more than the product with the head on a CPU.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from grpo_jax.config import SamplingConfig
 from grpo_jax.models.limits import check_stop_ids
@@ -46,6 +47,42 @@ def policy_sampling(
     return dataclasses.replace(sampling, temperature=temperature, stop_ids=stop_ids)
 
 
+def draw(
+    hidden: Float[Array, "A S D"],
+    head: Float[Array, "V D"],
+    keys: Key[Array, "A S"],
+    *,
+    sampling: SamplingConfig,
+    softcap: float | None,
+    forced: Int[Array, "A S"] | None = None,
+) -> tuple[Int[Array, "A S"], Float[Array, "A S"]]:
+    """A token for each hidden state, and its log-probability in nats.
+
+    Args:
+      keys: the key of each token.
+      forced: tokens that are taken without a draw; -1 where one is drawn.
+      softcap: the c of c tanh(x / c) on the logits, or None.
+    """
+    logits = jnp.dot(
+        hidden.reshape(-1, hidden.shape[-1]), head.T, preferred_element_type=jnp.float32
+    )
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    # `uniform` can be 0, at which the first token would be drawn, however unlikely it
+    # is. Half a step of float32 is added, which is exact, and keeps numbers below 1.
+    uniform = jax.vmap(jax.vmap(jax.random.uniform))(keys) + 2.0**-24
+    token, logp = sample_token(
+        logits,
+        uniform.reshape(-1),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        forced=None if forced is None else forced.reshape(-1),
+    )
+    return token.reshape(hidden.shape[:-1]), logp.reshape(hidden.shape[:-1])
+
+
 def sample_token(
     logits: Float[Array, "R V"],
     uniform: Float[Array, " R"],
@@ -54,6 +91,7 @@ def sample_token(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    forced: Int[Array, " R"] | None = None,
 ) -> tuple[Int[Array, " R"], Float[Array, " R"]]:
     """One token per row and its log-probability in nats.
 
@@ -65,6 +103,7 @@ def sample_token(
 
     Args:
       uniform: numbers in [0, 1), one per row.
+      forced: see `draw`.
     """
     logits = logits.astype(jnp.float32)
     scaled = logits / temperature if temperature else logits
@@ -75,6 +114,8 @@ def sample_token(
         token = _invert(_cut(weights, top_k, top_p, min_p), uniform)
     else:
         token = jnp.argmax(scaled, axis=-1).astype(jnp.int32)
+    if forced is not None:
+        token = jnp.where(forced < 0, token, forced)
     chosen = jnp.take_along_axis(scaled - top, token[:, None], axis=-1)[:, 0]
     return token, chosen - log_total
 

@@ -9,6 +9,7 @@ import pytest
 
 from grpo_jax.models._block import Layer, per_layer_data, rotary_tables
 from grpo_jax.models._layers import Embedding, RMSNorm
+from grpo_jax.models.cache import Cache, Prefix, per_layer
 from grpo_jax.models.decoder import Decoder, abstract_params, init_params, param_axes
 
 
@@ -74,7 +75,10 @@ def test_decode_equals_score(any_tiny, apart):
     )()
     variables, cache = tiny.variables, model.init_cache(n, g, t)
     if apart:
-        variables, prefix, cache = model.unroll(variables, prefix, cache)
+        variables = model.unroll(variables)
+        layers = lambda x: per_layer(x, model.config.num_layers)  # noqa: E731
+        prefix = Prefix(layers(prefix.keys), layers(prefix.values), prefix.lengths)
+        cache = Cache(layers(cache.keys), layers(cache.values))
     step = jax.jit(lambda *args: model.apply(variables, *args, method=model.decode))
     hidden = [jnp.broadcast_to(last[:, None], (n, g, last.shape[-1]))]
     for i in range(t - 1):

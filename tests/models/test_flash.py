@@ -40,7 +40,6 @@ def attended(arrays, lengths, *, window, scale):
         keys,
         values,
         prefix=None if lengths is None else Prefix(*shared, lengths),
-        offset=0,
         window=window,
         scale=scale,
         softcap=None,
@@ -123,9 +122,11 @@ def test_one_query_and_capped_scores_stay_with_the_plain_form(with_flash, monkey
     with_flash()
     monkeypatch.setattr(attentions, "flash_attention", None)
     options = {"prefix": prefix, "window": None, "scale": 1.0}
-    attentions.attention(queries, keys, values, offset=0, softcap=2.0, **options)
+    attentions.attention(queries, keys, values, softcap=2.0, **options)
     one = queries[:, :, :1]
-    attentions.attention(one, keys, values, offset=3, softcap=None, **options)
+    attentions.attention(
+        one, keys[..., :1, :], values[..., :1, :], softcap=None, **options
+    )
 
 
 def test_a_device_without_it_is_told_apart():

@@ -5,7 +5,13 @@ import dataclasses
 import jax
 import pytest
 
-from grpo_jax.config import LoraConfig, MeshConfig, ObjectiveConfig, TrainConfig
+from grpo_jax.config import (
+    LoraConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from grpo_jax.models.decoder import abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.memory import activation_bytes, estimate
@@ -66,6 +72,66 @@ def test_a_cache_takes_what_its_arrays_take(tiny_policy):
     assert rollout["own keys and values"] == size // 2
     # A prompt of 16 tokens is stored once, not with each of 4 completions of 32.
     assert rollout["prompts' keys and values"] == size // 2 // 8
+    # The ring of 32 columns grows to 64 and then to 100, when there are both.
+    longer = made(model.config, (1, 2, 2), max_new_tokens=100).phases["rollout"]
+    assert longer["own keys and values"] == size // 2 * 100 // 32
+    assert longer["a ring that grows"] == size // 2 * 64 // 32
+    # For nine prompts on each device the block has ten rows.
+    more = made(model.config, (1, 2, 2), prompts_per_step=18).phases["rollout"]
+    assert more["prompts' keys and values"] == size // 2 // 8 * 10 // 4
+
+
+# Keys and values of a token: two layers, two heads of width 8, float32.
+TOKEN = 2 * 2 * 2 * 8 * 4
+
+
+def test_fewer_slots_hold_less_at_a_time(model):
+    # Of 8 groups of 4: 8 slots, and prompts of 12 completions.
+    rollout = made(model, rollout=RolloutConfig(slots=8)).phases["rollout"]
+    assert rollout["own keys and values"] == 8 * 32 * TOKEN
+    assert rollout["prompts' keys and values"] == 3 * 16 * TOKEN
+    # No more than there are.
+    for slots in (None, 32, 99):
+        rollout = made(model, rollout=RolloutConfig(slots=slots)).phases["rollout"]
+        assert rollout["own keys and values"] == 32 * 32 * TOKEN
+        assert rollout["prompts' keys and values"] == 8 * 16 * TOKEN
+
+
+def test_what_is_carried_over_is_held_all_the_time(model):
+    plain, carrying = (
+        made(model, rollout=RolloutConfig(slots=8, carry_over=carry_over))
+        for carry_over in (False, True)
+    )
+    names = ["own keys and values", "prompts' keys and values"]
+    carried = {name: plain.phases["rollout"][name] for name in names}
+    assert carrying.always == plain.always | carried
+    assert carrying.total("rollout") == plain.total("rollout")
+    assert carrying.total("update") == plain.total("update") + sum(carried.values())
+    # By default half a step waits behind one in the slots.
+    ahead = made(model, rollout=RolloutConfig(carry_over=True)).always
+    assert ahead["prompts' keys and values"] == 12 * 16 * TOKEN
+
+
+def test_what_decoding_reads_is_rounded_once(tiny_policy):
+    narrow = dataclasses.replace(tiny_policy.model.config, dtype="bfloat16")
+    params = tiny_policy.params
+    for sizes, copied in [((1, 1, 1), params), ((1, 2, 1), params["layers"])]:
+        # Where fsdp splits them, the gathered ones are rounded already.
+        rollout = made(narrow, sizes).phases["rollout"]
+        size = sum(2 * leaf.size for leaf in jax.tree.leaves(copied))
+        assert rollout["kernels"] == pytest.approx(size, rel=0.01)
+
+
+def test_an_evaluation_computes_prompts_ahead_of_its_slots(model):
+    options = {"max_new_tokens": 16, "eval_batch_size": 8}
+
+    def prompts(count):
+        sizes = made(model, eval_prompts=count, **options).phases["evaluation"]
+        assert sizes["own keys and values"] == 8 * 16 * TOKEN
+        return sizes["prompts' keys and values"] / (16 * TOKEN)
+
+    # At most half as many as there are slots.
+    assert [prompts(count) for count in (8, 9, 12, 300)] == [8, 10, 12, 12]
 
 
 def test_the_backward_pass_keeps_what_remat_leaves_it(model):

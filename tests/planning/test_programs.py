@@ -2,13 +2,20 @@
 
 import dataclasses
 import logging
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo_jax.config import LoraConfig, MeshConfig, ObjectiveConfig, TrainConfig
+from grpo_jax.config import (
+    LoraConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning._programs import (
     evaluation_program,
@@ -44,12 +51,15 @@ def compiled(monkeypatch):
     logger.removeHandler(listener)
 
 
-def batch_of(arrays, model):
+def batch_of(name, arrays, model):
     """Prompts and completions of what takes the embedding and tokens; else None."""
     embedding = (model.vocab_size, model.hidden_size)
     tokens = [a.shape for a in arrays if a.dtype == jnp.int32 and len(a.shape) > 1]
-    if not tokens or embedding not in [a.shape for a in arrays]:
+    # It computes the prompts of `advance`, of which the plan speaks.
+    if name == "prefill" or embedding not in [a.shape for a in arrays] or not tokens:
         return None
+    if name == "advance":  # parts x slots
+        return next(math.prod(shape) for shape in tokens if len(shape) == 2), None
     groups = [shape[1] for shape in tokens if len(shape) == 3]
     return tokens[0][0], groups[0] if groups else None
 
@@ -62,6 +72,11 @@ RUNS = {
         "minibatches": 2,
         "eval_prompts": 24,
         "eval_batch_size": 8,
+    },
+    "few slots": {
+        "max_new_tokens": 6,
+        "rollout": RolloutConfig(slots=8),
+        "eval_every": 0,
     },
     "more rows than a rollout has": {"max_new_tokens": 3, "eval_prompts": 24},
     "least": {
@@ -93,16 +108,17 @@ def test_a_plan_counts_every_program_that_a_run_compiles(
     if is_evaluated(config):
         batch = evaluation_batch(model, config, mesh)
         assert batch < len(ROWS)
-        planned.append(evaluation_program(batch))
-    # A sampler takes prompts alone: how many it completes is no size of its arguments.
+        planned.append(evaluation_program(batch, of=len(ROWS)))
     made = {
-        (one.function, one.prompts, None if "gen" in one.function else one.completions)
+        (one.function, one.slots, None)
+        if one.function == "advance"
+        else (one.function, one.prompts, one.completions)
         for one in planned
     }
     seen = {
         (name, *batch)
         for name, arrays in compiled
-        if (batch := batch_of(arrays, model)) is not None
+        if (batch := batch_of(name, arrays, model)) is not None
     }
     assert seen == made
     assert [one.phase for one in planned] == list(estimate(model, config, mesh).phases)

@@ -12,7 +12,8 @@ from flax import linen as nn
 from grpo_jax.config import SamplingConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.rollout import _compaction
+from grpo_jax.rollout import _engine as engines
+from grpo_jax.rollout import _loop as loops
 from grpo_jax.rollout import generate as generating
 from grpo_jax.rollout.draw import sample_token
 from grpo_jax.rollout.generate import generate
@@ -72,7 +73,7 @@ def logits_at(tiny_policy):
 
 def reference(logits_at, next_token):
     """Tokens of every completion by whole passes, one token at a time."""
-    prompts, lengths = prompts_and_lengths()
+    prompts, lengths = map(np.asarray, prompts_and_lengths())
     rows = np.zeros((len(prompts) * GROUP, prompts.shape[1] + NEW), np.int32)
     rows[:, : prompts.shape[1]] = np.repeat(prompts, GROUP, axis=0)
     sizes = np.repeat(lengths, GROUP)
@@ -183,7 +184,7 @@ def test_without_stop_ids_completions_fill_the_limit(tiny_policy):
 def test_the_model_s_own_stop_tokens_are_the_default(tiny_policy, monkeypatch):
     chosen = []
     monkeypatch.setattr(
-        generating, "_generate", lambda *_, **options: chosen.append(options)
+        generating, "_complete", lambda *_, **options: chosen.append(options)
     )
     for sampling in (None, SamplingConfig(), SamplingConfig(stop_ids=(7,))):
         sample(tiny_policy, *prompts_and_lengths(), sampling=sampling)
@@ -192,54 +193,88 @@ def test_the_model_s_own_stop_tokens_are_the_default(tiny_policy, monkeypatch):
 
 
 def test_the_loop_stops_when_every_completion_has_ended(tiny_policy, monkeypatch):
-    calls = []
+    columns, advance = [], loops.advance
 
-    def counted(*args, **kwargs):
-        jax.debug.callback(lambda: calls.append(1))
-        return sample_token(*args, **kwargs)
+    def noted(*args, **options):
+        loop, cache = advance(*args, **options)
+        columns.extend(loop.column.tolist())
+        return loop, cache
 
-    monkeypatch.setattr(generating, "sample_token", counted)
+    monkeypatch.setattr(loops, "advance", noted)
     everything = SamplingConfig(stop_ids=tuple(range(264)))
     drawn = sample(
         tiny_policy, *prompts_and_lengths(), sampling=everything, max_new_tokens=50
     )
-    jax.block_until_ready(drawn)
-    jax.effects_barrier()
-    assert len(calls) == 1
+    # The first token follows from the prompt: no column of the cache was written.
+    assert columns == [0]
     assert (np.asarray(drawn.lengths) == 1).all()
 
 
 @pytest.fixture
-def few_slots(monkeypatch):
-    """Layouts down to a single slot, for programs compiled while it is in use."""
-    monkeypatch.setattr(_compaction, "_FEWEST_SLOTS", 1)
-    monkeypatch.setattr(_compaction, "_TOKENS_PER_LAYOUT", 1)
-    generating._generate.clear_cache()
-    yield
-    generating._generate.clear_cache()
+def small_steps(monkeypatch):
+    """A ring of two columns that grows, and visits of the host at every third token."""
+
+    def columns(limit, longest):
+        return next(min(2**k, limit) for k in range(1, 9) if 2**k >= longest)
+
+    monkeypatch.setattr(engines, "cache_columns", columns)
+    monkeypatch.setattr(engines, "_MOST_TURNS", 3)
+    monkeypatch.setattr(engines, "_SHORT", 0)
 
 
-def test_completions_move_into_fewer_slots_and_change_nothing(
-    tiny_policy, sampled, few_slots, monkeypatch
+def test_a_ring_that_grows_and_fewer_slots_change_nothing(
+    tiny_policy, sampled, small_steps, monkeypatch
 ):
-    used = []
+    used, advance = [], loops.advance
 
-    def noted(logits, uniform, **options):
-        jax.debug.callback(lambda: used.append(len(uniform)))
-        return sample_token(logits, uniform, **options)
+    def noted(*args, **options):
+        used.append((args[5].fed.shape[1], args[4][0][0].shape[-1]))
+        return advance(*args, **options)
 
-    monkeypatch.setattr(generating, "sample_token", noted)
+    monkeypatch.setattr(loops, "advance", noted)
     again = sample(tiny_policy, *prompts_and_lengths())
-    jax.effects_barrier()
-    np.testing.assert_array_equal(again.tokens, sampled.tokens)
-    np.testing.assert_array_equal(again.lengths, sampled.lengths)
-    np.testing.assert_array_equal(again.finished, sampled.finished)
-    np.testing.assert_allclose(again.logp, sampled.logp, atol=1e-5)
-    lengths = np.asarray(again.lengths)
-    going = [int((lengths > step).sum()) for step in range(len(used))]
-    assert used[0] == 12 and used[-1] < 12
-    assert sorted(used, reverse=True) == used
-    assert all(slot >= alive for slot, alive in zip(used, going, strict=True))
+    assert_same(again, sampled)
+    slots, columns = zip(*used, strict=True)
+    assert slots[0] == 12 and slots[-1] < 12 and columns[0] == 2 and columns[-1] > 4
+    assert sorted(slots, reverse=True) == list(slots)
+    assert sorted(columns) == list(columns)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5, 8])
+def test_the_number_of_slots_changes_nothing(
+    slots, tiny_policy, sampled, small_steps, meshes_of
+):
+    # Fewer than a group, one, and some that are refilled within a prompt's group.
+    sampler = generating.GroupSampler(
+        tiny_policy.model, meshes_of(1, 1, 1), max_prompt_tokens=6
+    )
+    sampler.update(tiny_policy.variables, version=0)
+    prompts, lengths = map(np.asarray, prompts_and_lengths())
+    rows = [
+        row[:n].tolist() for row, n in zip(np.asarray(prompts), lengths, strict=True)
+    ]
+    again = sampler.sample(
+        rows,
+        numbers=range(4),
+        key=jax.random.key(0),
+        group_size=GROUP,
+        max_new_tokens=NEW,
+        sampling=SAMPLED,
+        batch_size=slots,
+    )
+    assert_same(again, sampled)
+
+
+def test_a_call_within_jit_draws_the_same(tiny_policy, sampled):
+    traced = jax.jit(lambda prompts, lengths: sample(tiny_policy, prompts, lengths))
+    assert_same(traced(*prompts_and_lengths()), sampled)
+
+
+def assert_same(given, expected):
+    np.testing.assert_array_equal(given.tokens, expected.tokens)
+    np.testing.assert_array_equal(given.lengths, expected.lengths)
+    np.testing.assert_array_equal(given.finished, expected.finished)
+    np.testing.assert_allclose(given.logp, expected.logp, atol=1e-5)
 
 
 def test_a_mesh_draws_what_one_device_draws(tiny_policy, sampled, meshes_of):

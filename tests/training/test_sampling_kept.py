@@ -42,7 +42,7 @@ def drawn(tiny_policy, monkeypatch):
         seen.append(sampling)
         raise Drawn
 
-    monkeypatch.setattr(samplers, "_generate", record)
+    monkeypatch.setattr(samplers, "Engine", record)
     task = load_task("arithmetic")
 
     def sampling_of(user, sampling, *flags):

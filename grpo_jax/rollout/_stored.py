@@ -1,0 +1,58 @@
+"""What the engine keeps on the devices between its turns."""
+
+from collections.abc import Mapping
+from typing import Self
+
+import jax
+from flax import struct
+from jaxtyping import Array, Float, Int, PyTree
+
+from grpo_jax.rollout import _programs as programs
+
+# Of the arrays by name, with a number for each layer, or 0 for all in one array.
+_CACHES = ("keys", "values", "prompt_keys", "prompt_values")
+
+
+class Stored(struct.PyTreeNode):
+    """Keys and values of own tokens and of prompts; hidden states behind the prompts.
+
+    Of keys and values, an array of all layers, or a tuple with one for each.
+    """
+
+    cache: tuple[PyTree, PyTree]
+    prompts: tuple[PyTree, PyTree]
+    last: Float[Array, "A M D"]
+
+    @property
+    def columns(self) -> int:
+        """Own tokens of a slot that the cache holds."""
+        return jax.tree.leaves(self.cache)[0].shape[-1]
+
+    def with_prompts(self, rows: Int[Array, "A R"]) -> Self:
+        """With some of the prompts, in order."""
+        prompts, last = programs.take_rows((self.prompts, self.last), rows)
+        return self.replace(prompts=prompts, last=last)
+
+    def named(self) -> dict[str, Array]:
+        """The arrays by name, as a checkpoint stores them."""
+        arrays = zip(_CACHES, (*self.cache, *self.prompts), strict=True)
+        layers = {
+            f"{name}_{i}": x
+            for name, array in arrays
+            for i, x in enumerate(array if isinstance(array, tuple) else [array])
+        }
+        return layers | {"last": self.last}
+
+    @classmethod
+    def of_named(cls, arrays: Mapping[str, Array]) -> Self:
+        """From what `named` returns."""
+        count = len(arrays) // len(_CACHES)
+        whole = [[arrays[f"{name}_{i}"] for i in range(count)] for name in _CACHES]
+        keys, values, prompt_keys, prompt_values = (
+            layers[0] if layers[0].ndim == 5 else tuple(layers) for layers in whole
+        )
+        return cls(
+            cache=(keys, values),
+            prompts=(prompt_keys, prompt_values),
+            last=arrays["last"],
+        )
