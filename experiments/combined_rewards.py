@@ -17,21 +17,24 @@ import re
 
 import tyro
 
-from grpo_jax import TrainConfig, evaluate, load_task, restore, train
+from grpo_jax import TrainConfig, evaluate, load_task, per_completion, restore, train
 from grpo_jax.tasks.answers import same_answer
 
 
+@per_completion
 def format_rewards(completions):
     """1.0 for a completion that is only a whole number."""
     return [float(bool(re.fullmatch(r"-?[0-9]+", text))) for text in completions]
 
 
+@per_completion
 def accuracy_rewards(completions, answers):
     """1.0 for a completion whose last number is the answer."""
     pairs = zip(completions, answers, strict=True)
     return [float(same_answer(text, answer)) for text, answer in pairs]
 
 
+@per_completion
 def combined_reward_function(prompts, completions, answers, *, format_weight=0.2):
     """The weighted sum, from 0 to 1; it is 1 for only the right answer."""
     accuracy, form = accuracy_rewards(completions, answers), format_rewards(completions)

@@ -8,10 +8,11 @@ Result: held-out accuracy 0.449 -> 0.981 (seed 0).
 
 import tyro
 
-from grpo_jax import TrainConfig, train
+from grpo_jax import TrainConfig, per_completion, train
 from grpo_jax.tasks.answers import last_number, parse_number
 
 
+@per_completion
 def closeness(completions, answer, **columns):
     """1 for the answer, less for a number further from it, 0 for no number."""
     found = [last_number(text) for text in completions]

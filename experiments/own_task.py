@@ -14,9 +14,10 @@ import random
 
 import tyro
 
-from grpo_jax import TrainConfig, train
+from grpo_jax import TrainConfig, per_completion, train
 
 
+@per_completion
 def signed(completions, answer, **columns):
     """1 for the answer, 0.2 for another text that begins with a minus sign, else 0."""
     return [

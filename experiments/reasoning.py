@@ -16,11 +16,19 @@ Result: the check has 0 of 8 right, before and after. A real run was not measure
 import jax
 import tyro
 
-from grpo_jax import OptimizerConfig, RewardsConfig, TrainConfig, load_task, train
+from grpo_jax import (
+    OptimizerConfig,
+    RewardsConfig,
+    TrainConfig,
+    load_task,
+    per_completion,
+    train,
+)
 from grpo_jax.tasks.answers import tagged_answer
 from grpo_jax.tasks.base import completion_text
 
 
+@per_completion
 def format_reward(completions, **columns):
     """1.0 for a completion with an answer in tags, right or wrong."""
     texts = map(completion_text, completions)

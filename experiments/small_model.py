@@ -47,6 +47,7 @@ from grpo_jax import (
     evaluate,
     load_pretrained,
     load_task,
+    per_completion,
     train,
 )
 from grpo_jax.tasks import arithmetic
@@ -115,6 +116,7 @@ def as_question(calculation: str, result: str) -> dict[str, Any]:
     return {"prompt": [{"role": "user", "content": question}], "answer": result}
 
 
+@per_completion
 def last_number_right(completions, answer, **columns):
     """Half for the right answer as the last number, all for nothing but it."""
     judges = arithmetic.is_correct, arithmetic.is_correct_lenient
@@ -141,6 +143,7 @@ def shown_work(data: str) -> Task:
     )
 
 
+@per_completion
 def calculation_reward(completions, question, **columns):
     """The share of calculations that are right and use numbers of the question.
 
@@ -173,6 +176,7 @@ def given(question: str) -> Counter[Fraction]:
     return Counter(n for n in numbers(question) + named if n > 1)
 
 
+@per_completion
 def answer_last(completions, **columns):
     """1.0 for completions that end with `####` and their last result, else 0.0.
 

@@ -30,9 +30,9 @@ _KEYWORDS = frozenset(
     }
 )
 _THREAD_HINT = (
-    "\nIt ran in a thread, as async functions and those with rewards.timeout_seconds "
-    "do. One that needs the main thread works with rewards.isolate, which gives it a "
-    "process of its own."
+    "\nIt ran in a thread, as functions do that are async, marked per_completion or "
+    "called with rewards.timeout_seconds. One that needs the main thread works with "
+    "rewards.isolate, which gives it a process of its own."
 )
 # Metrics that a run logs itself; with a slash, all names that begin so.
 RESERVED_METRICS = frozenset(
@@ -75,6 +75,7 @@ class RewardInputs:
     columns: dict[str, list[Any]]
     completion_ids: list[list[int]]
     state: TrainerState
+    first: int = 0  # the number of the first one in its batch, for messages
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -137,7 +138,10 @@ class RewardCall:
         try:
             outcome, keywords = self._prepare(inputs)
             outcome.rewards[:] = checked_rewards(
-                self.function(**keywords), name=self.name, count=len(inputs)
+                self.function(**keywords),
+                name=self.name,
+                count=len(inputs),
+                first=inputs.first,
             )
             return outcome
         except KeyboardInterrupt:
@@ -150,7 +154,10 @@ class RewardCall:
         try:
             outcome, keywords = self._prepare(inputs)
             outcome.rewards[:] = checked_rewards(
-                await self.function(**keywords), name=self.name, count=len(inputs)
+                await self.function(**keywords),
+                name=self.name,
+                count=len(inputs),
+                first=inputs.first,
             )
             return outcome
         except KeyboardInterrupt:
@@ -269,7 +276,9 @@ def is_reserved_metric(name: str) -> bool:
     return head + slash in RESERVED_METRICS
 
 
-def checked_rewards(values: Any, *, name: str, count: int) -> list[float]:
+def checked_rewards(
+    values: Any, *, name: str, count: int, first: int = 0
+) -> list[float]:
     """Returns the rewards as floats, NaN for None.
 
     Raises `InvalidRewards` naming the function unless there are exactly `count` of them
@@ -293,7 +302,7 @@ def checked_rewards(values: Any, *, name: str, count: int) -> list[float]:
             f"reward function {name!r} returned {len(items)} rewards; expected "
             f"{count}, one per completion."
         )
-    return [_reward(item, name=name, index=i) for i, item in enumerate(items)]
+    return [_reward(item, name=name, index=i) for i, item in enumerate(items, first)]
 
 
 def _reward(item: Any, *, name: str, index: int) -> float:

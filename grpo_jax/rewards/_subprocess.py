@@ -101,12 +101,13 @@ class Worker:
 
     def stop(self) -> None:
         """Kills the process; `start` makes another."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process.close()
+        # Taken first: a run that fails may end the process while a thread waits for it.
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.join()
+            process.close()
             self._connection.close()
-            self._process = None
 
     def _receive(self, timeout: float | None) -> Any:
         """The next message of the process, or a failure if none comes."""

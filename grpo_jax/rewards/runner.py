@@ -26,20 +26,25 @@ from grpo_jax.rewards._convention import (
     reward_names,
 )
 from grpo_jax.rewards._in_process import LocalCalls
+from grpo_jax.rewards._parts import joined
 from grpo_jax.rewards._subprocess import Worker
 from grpo_jax.rewards.metrics import ERROR, TIMEOUT, merge_logged
+from grpo_jax.tasks.base import is_per_completion
 
 _logger = logging.getLogger(__name__)
 
 # Seconds for a completion that is scored alone after its batch failed, unless an equal
 # share of the remaining time is longer. Enough for the import of a library.
 _RETRY_SECONDS = 2.0
-# The default time limit, in seconds, of an isolated batch: without one a hang would
+# The default time limit, in seconds, of an isolated call: without one a hang would
 # hang the run, which isolation is there to prevent.
 _ISOLATED_SECONDS = 60.0
 _CODES = {"timeout": TIMEOUT}  # of failures; all others are `ERROR`
 # A function that fails on this share of completions is reported at every step.
 _MOST = 0.9
+
+# What each function said of a part of a batch.
+Part = list[Outcome]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,10 +73,10 @@ class RewardRunner:
 
     - An exception ends the run (`on_error="raise"`), or the completion has no reward
       (`"drop"`).
-    - Beyond `timeout_seconds` for a batch, the same. A function that hangs goes on in a
+    - Beyond `timeout_seconds` for a call, the same. A function that hangs goes on in a
       thread, which cannot be stopped.
     - With `isolate`, functions run one after another in a worker process, in 60 s a
-      batch when no `timeout_seconds` are given. After a hang, a crash or a lack of
+      call when no `timeout_seconds` are given. After a hang, a crash or a lack of
       memory, completions have no reward, whatever `on_error`.
 
     After a failure that is not raised, the completions of the batch are scored again
@@ -85,6 +90,7 @@ class RewardRunner:
     """
 
     names: tuple[str, ...]
+    is_per_completion: bool  # of every function
 
     def __init__(
         self,
@@ -113,6 +119,7 @@ class RewardRunner:
         )
         self._backend = (Worker if config.isolate else LocalCalls)(self._calls)
         self._logged: set[tuple[str, str]] = set()
+        self.is_per_completion = all(map(is_per_completion, functions))
 
     @property
     def may_log_metrics(self) -> bool:
@@ -147,11 +154,38 @@ class RewardRunner:
         function for values that are not one reward per completion, `RuntimeError` for
         its exceptions under `on_error="raise"`.
         """
+        batch = self.score_part(
+            prompts, completions, columns, completion_ids=completion_ids, step=step
+        )
+        return self.join([batch], step=step)
+
+    def score_part(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        *,
+        completion_ids: Sequence[Sequence[int]],
+        step: int,
+        first: int = 0,
+    ) -> Part:
+        """What `score` does for a part of a batch; `join` makes its scores.
+
+        A time limit applies to the part. One thread at a time may call this.
+
+        Args:
+          first: the number of the part's first completion within the batch.
+        """
         state = TrainerState(global_step=step, max_steps=self._max_steps)
         inputs = _checked_inputs(prompts, completions, columns, completion_ids, state)
         self.check_columns(inputs.columns)
+        inputs = dataclasses.replace(inputs, first=first)
         answers = self._backend.run_all(inputs, timeout=self._timeout)
-        outcomes = [self._settle(i, inputs, answer) for i, answer in enumerate(answers)]
+        return [self._settle(i, inputs, answer) for i, answer in enumerate(answers)]
+
+    def join(self, parts: Sequence[Part], *, step: int) -> Scores:
+        """The scores of a batch, from its parts in order."""
+        outcomes = [joined(of_function) for of_function in zip(*parts, strict=True)]
         rewards = np.stack([outcome.rewards for outcome in outcomes])
         total = np.nansum(rewards * self._weights[:, None], axis=0)
         total[np.isnan(rewards).all(axis=0)] = np.nan

@@ -16,7 +16,7 @@ from typing import Any
 
 from grpo_jax.tasks._numbers import number_text
 from grpo_jax.tasks.answers import last_answer, parse_number, tagged_answer
-from grpo_jax.tasks.base import Task, completion_text
+from grpo_jax.tasks.base import Task, completion_text, per_completion
 
 TRAIN_ROWS = 2000
 TEST_ROWS = 200
@@ -69,6 +69,7 @@ def reasoning_gym_task(dataset: str, *, seed: int) -> Task:
     )
 
 
+@per_completion
 def answer_score(
     prompts: list,
     completions: list,
@@ -88,6 +89,7 @@ def answer_score(
     return _scores(answers, dataset, dataset_seed, index)
 
 
+@per_completion
 def answer_verdict(
     prompts: list,
     completions: list,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo_jax.tasks.answers import answer_like, same_answer
-from grpo_jax.tasks.base import Task, completion_text
+from grpo_jax.tasks.base import Task, completion_text, per_completion
 
 _HELD_OUT = 1000  # held-out problems, at least
 _OPERANDS = range(10, 100)
@@ -71,6 +71,7 @@ def unknown_to_embedded(prompts: Sequence[Any]) -> str | None:
     )
 
 
+@per_completion
 def correct(
     prompts: list, completions: list, answer: list[str], **columns: Any
 ) -> list[float]:

@@ -5,8 +5,11 @@ further columns; reward functions receive the columns by name, a value per compl
 """
 
 import dataclasses
+import functools
+import inspect
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo_jax.tasks._rows import FileRows, Row, check_rows, is_conversational
 
@@ -19,6 +22,11 @@ AnswerReader = Callable[[str, Row], Hashable | None]
 
 # The name of a task made of rows that the caller gave.
 CALLERS_ROWS = "dataset"
+
+_Function = TypeVar("_Function", bound=RewardFunction)
+# By identity: a decorator that copies a function's attributes to another one, as
+# `functools.wraps` does, must not mark the other one.
+_PER_COMPLETION: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def _whole_text(completion: str, row: Row) -> str | None:
@@ -99,6 +107,36 @@ def task_from_rows(
         test=() if eval_rows is None else eval_rows,
         rewards=reward_functions(rewards),
     )
+
+
+def per_completion(function: _Function) -> _Function:
+    """Mark a reward function that scores each completion on its own.
+
+    What it returns and gives to `log_extra` for a completion then follows from that
+    completion, its prompt and its columns alone, and each number that it gives to
+    `log_metric` is a mean over the completions of the call. A run may call it group by
+    group, in a thread, while other groups are still sampled. For functions, methods
+    (also `__call__`), partials and objects; returns the same object.
+    """
+    if not callable(function) or isinstance(function, type):
+        raise ValueError(
+            f"per_completion marks a reward function, got {function!r:.100}; of a "
+            "class, mark its method __call__."
+        )
+    _PER_COMPLETION[id(function)] = function
+    return function
+
+
+def is_per_completion(function: RewardFunction) -> bool:
+    """Whether a reward function, or what it is a partial or a method of, is marked."""
+    if _PER_COMPLETION.get(id(function)) is function:
+        return True
+    if isinstance(function, functools.partial):
+        return is_per_completion(function.func)
+    if inspect.ismethod(function):
+        return is_per_completion(function.__func__)
+    call = type(function).__call__  # of an object
+    return inspect.isfunction(call) and is_per_completion(call)
 
 
 def reward_functions(given: Any) -> tuple[RewardFunction, ...]:

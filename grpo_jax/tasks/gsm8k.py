@@ -12,7 +12,7 @@ from typing import Any
 from grpo_jax.tasks._numbers import number_text
 from grpo_jax.tasks._rows import FileRows, Row, place
 from grpo_jax.tasks.answers import last_number, marked_number, parse_number
-from grpo_jax.tasks.base import Task, completion_text
+from grpo_jax.tasks.base import Task, completion_text, per_completion
 from grpo_jax.tasks.jsonl import read_splits
 
 INSTRUCTION = (
@@ -44,6 +44,7 @@ def gsm8k_task(data: str | None) -> Task:
     )
 
 
+@per_completion
 def accuracy_reward(
     prompts: list, completions: list, answer: list[str], **columns: Any
 ) -> list[float]:
@@ -54,6 +55,7 @@ def accuracy_reward(
     ]
 
 
+@per_completion
 def format_reward(prompts: list, completions: list, **columns: Any) -> list[float]:
     """1.0 where the end of a completion has `####` and a number, right or wrong."""
     return [

@@ -14,7 +14,7 @@ from typing import Any
 
 from grpo_jax.tasks._rows import FileRows, check_rows
 from grpo_jax.tasks.answers import answer_like, canonical, last_answer, same_answer
-from grpo_jax.tasks.base import Task, completion_text
+from grpo_jax.tasks.base import Task, completion_text, per_completion
 
 # Without a file of held-out rows: one row in ten is held out, at most 500.
 _HELD_OUT_FRACTION = 0.1
@@ -48,6 +48,7 @@ def jsonl_task(path: str) -> Task:
     )
 
 
+@per_completion
 def answer_reward(
     prompts: list, completions: list, answer: list, **columns: Any
 ) -> list[float]:

@@ -1,13 +1,14 @@
 """Rows are checked before anything runs, and the first bad one is named."""
 
 import dataclasses
+import functools
 
 import datasets
 import pytest
 
 from grpo_jax.tasks import Task, task_from_rows
 from grpo_jax.tasks._rows import is_conversational
-from grpo_jax.tasks.base import completion_text
+from grpo_jax.tasks.base import completion_text, is_per_completion, per_completion
 
 CHAT = [{"role": "user", "content": "2+2?"}]
 GOOD = {"prompt": "a"}
@@ -104,3 +105,60 @@ def test_a_task_made_directly_is_checked_too():
 def test_the_text_of_a_completion_of_either_kind():
     assert completion_text("4") == "4"
     assert completion_text([{"role": "assistant", "content": "4"}]) == "4"
+
+
+def marked_ones():
+    def plain(completions, **_):
+        return [0.0 for _ in completions]
+
+    class Scorer:
+        @per_completion
+        def __call__(self, completions):
+            return plain(completions)
+
+        @per_completion
+        def score(self, completions):
+            return plain(completions)
+
+    @dataclasses.dataclass  # which has no hash
+    class Bonus:
+        amount: float
+
+        def __call__(self, completions):
+            return [self.amount for _ in completions]
+
+    function = per_completion(plain)
+    assert function is plain
+    yield function
+    yield functools.partial(function, weight=2.0)
+    yield functools.partial(functools.partial(function), weight=2.0)
+    yield Scorer()
+    yield Scorer().score
+    yield per_completion(Bonus(1.0))
+    yield per_completion(functools.partial(reward))
+
+
+@pytest.mark.parametrize(
+    "function", list(marked_ones()), ids=lambda f: type(f).__name__
+)
+def test_functions_are_marked_that_score_completions_alone(function):
+    assert is_per_completion(function)
+
+
+def test_a_mark_is_of_one_function_and_of_none_around_it():
+    function = next(marked_ones())
+
+    @functools.wraps(function)
+    def ranked(completions, **columns):
+        return sorted(function(completions, **columns))
+
+    class Ranked(type(list(marked_ones())[3])):
+        def __call__(self, completions):
+            return sorted(super().__call__(completions))
+
+    for other in (ranked, Ranked(), reward, len, print, [].append, str.upper):
+        assert not is_per_completion(other)
+    with pytest.raises(ValueError, match="mark its method __call__"):
+        per_completion(Ranked)
+    with pytest.raises(ValueError, match="got 3"):
+        per_completion(3)
