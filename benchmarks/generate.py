@@ -20,13 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from flax import linen as nn
 from machine import Machine, floors, measure, share_left, token_bytes
 from workloads import WORKLOADS, Workload, own_versions, publish, show, surroundings
 
 from grpo_jax import generate, load_pretrained
-from grpo_jax.config import SamplingConfig
+from grpo_jax.config import MeshConfig, RolloutConfig, SamplingConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, init_params
+from grpo_jax.parallel.mesh import RULES, make_mesh
+from grpo_jax.rollout.generate import GroupSampler
 from grpo_jax.training.step import policy_logprobs
 
 # The limit of geometric lengths over their mean.
@@ -143,12 +146,55 @@ def geometric_lengths(
     equal = round(tokens / draws / work.sequences)
     never = SamplingConfig(stop_ids=())
     whole = median(lambda key: sample(key, max_new_tokens=equal, sampling=never), draws)
+    carried = carried_over(model, params, work, stopped, steps=max(2 * draws, 10))
     return {
         "mean length": tokens / draws / work.sequences,
         "longest": statistics.mean(longest),
         "geometric us": 1e6 * seconds / tokens,
         "equal us": 1e6 * whole / (equal * work.sequences),
         "ratio": seconds / tokens * equal * work.sequences / whole,
+        "carried us": carried["us"],
+        "carried ratio": 1e-6 * carried["us"] * equal * work.sequences / whole,
+        "carried s per completion": carried["s per completion"],
+        "s per completion": seconds / draws / work.sequences,
+    }
+
+
+def carried_over(
+    model: Decoder,
+    params: Any,
+    work: Workload,
+    sampling: SamplingConfig,
+    *,
+    steps: int,
+) -> dict[str, float]:
+    """Time of completions that continue in the next step, once all is compiled."""
+    rng = np.random.default_rng(1)
+    mesh = make_mesh(MeshConfig())
+    sampler = GroupSampler(model, mesh, max_prompt_tokens=work.prompt_tokens)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        stream = sampler.stream(
+            lambda _: rng.integers(3, model.config.vocab_size, work.prompt_tokens),
+            jax.random.key(0),
+            longest=work.prompt_tokens,
+            prompts_per_step=work.prompts,
+            group_size=work.group,
+            max_new_tokens=LIMIT * work.new_tokens,
+            sampling=sampling,
+            rollout=RolloutConfig(carry_over=True),
+        )
+        seconds, tokens = [], []
+        for step in range(2 * steps):
+            sampler.update({"params": params}, version=step)
+            start = time.perf_counter()
+            groups = stream.sample()
+            seconds.append(time.perf_counter() - start)
+            tokens.append(int(groups.completions.lengths.sum()))
+    # A long step is followed by shorter ones: their sum counts.
+    whole = sum(seconds[steps:])
+    return {
+        "us": 1e6 * whole / sum(tokens[steps:]),
+        "s per completion": whole / steps / work.sequences,
     }
 
 

@@ -204,7 +204,8 @@ class ScriptedSampler:
     def release(self):
         self.variables = None
 
-    def sample(self, prompts, *, numbers, group_size, max_new_tokens, **_):
+    def sample(self, prompts, *, numbers, group_size, max_new_tokens, ended=None, **_):
+        from grpo_jax.rollout.encoding import unpad
         from grpo_jax.rollout.sampler import Completions
 
         own = numbers[meshes.own_share(len(prompts))]
@@ -214,6 +215,8 @@ class ScriptedSampler:
             text = self.script(own[n], g)
             ids = self.tokenizer.encode_prompt(text)[:max_new_tokens] if text else []
             tokens[n, g, : len(ids)], lengths[n, g] = ids, len(ids)
+            if ended is not None and g == group_size - 1:
+                ended(n, unpad(tokens[n : n + 1], lengths[n : n + 1])[0])
         return Completions(
             tokens=tokens,
             lengths=lengths,

@@ -75,3 +75,11 @@ def host_targets(metadata: Mapping[str, Any]) -> PyTree:
 def _abstract_host(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     # A broadcast view: it has the memory of one element, whatever the shape.
     return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def listed_arrays(metadata: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays that the metadata lists, by path."""
+    return {
+        path: jax.ShapeDtypeStruct(array["shape"], jnp.dtype(array["dtype"]))
+        for path, array in metadata["arrays"].items()
+    }

@@ -3,8 +3,8 @@
 Layout, readable with Orbax alone: ``<directory>/<step>/`` holds the checkpointables
 ``params``, ``optimizer`` (``step`` and ``opt_state``) and ``meta`` (JSON: ``schema``,
 ``run``, ``metrics`` by name, ``arrays`` with shape, dtype and digest by path,
-``sha256``). A frozen base under adapters is not saved. Orbax itself has no checksums
-and does not fall back to an older step.
+``sha256``). A run with carry-over adds ``carried`` and ``carried_cache``. A frozen base
+under adapters is not saved. Orbax has no checksums and falls back to no older step.
 
     from orbax.checkpoint import v1 as ocp
     meta = ocp.load_checkpointables("checkpoints/100", {"meta": None})["meta"]
@@ -41,7 +41,12 @@ from grpo_jax.checkpointing._metadata import (
     check_metadata,
     make_metadata,
 )
-from grpo_jax.checkpointing._targets import host_targets, restore_targets, savable
+from grpo_jax.checkpointing._targets import (
+    host_targets,
+    listed_arrays,
+    restore_targets,
+    savable,
+)
 from grpo_jax.checkpointing.retention import StepFolders
 from grpo_jax.config import CheckpointConfig
 from grpo_jax.parallel import mesh
@@ -54,6 +59,11 @@ _LAST_SECONDS = 60.0
 
 # Which checkpoint to read: a step, the best one that is kept, or (None) the newest.
 Step = int | Literal["best"] | None
+# Items of a run that continues completions in the next step: what the host and what
+# the devices hold of them.
+CARRIED = ("carried", "carried_cache")
+# What more to read of a checkpoint, given its arrays by path.
+_More = Callable[[Mapping[str, jax.ShapeDtypeStruct]], dict[str, PyTree]]
 
 
 class Checkpoints:
@@ -143,7 +153,11 @@ class Checkpoints:
             self._finish()
 
     def restore(
-        self, like: Mapping[str, PyTree], *, step: Step = None
+        self,
+        like: Mapping[str, PyTree],
+        *,
+        step: Step = None,
+        more: _More | None = None,
     ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
         """The newest good checkpoint: its step, its pytrees, its `meta`.
 
@@ -156,6 +170,8 @@ class Checkpoints:
             the checkpoint was saved on. Arrays without a mesh beside others with one
             are replicated on it.
           step: exactly this step, or "best"; None is the newest.
+          more: returns further items to read, given all arrays of the checkpoint by
+            path; for items whose shapes are not known before.
 
         Returns:
           None if there is no checkpoint.
@@ -166,7 +182,7 @@ class Checkpoints:
             or do not divide over its mesh, or if a newer version wrote them. Nothing
             is renamed then.
         """
-        return self._find(step, dict(like))
+        return self._find(step, dict(like), more)
 
     def restore_params(
         self, step: Step = None, *, like: PyTree | None = None
@@ -233,7 +249,7 @@ class Checkpoints:
         )
 
     def _find(
-        self, step: Step, like: dict[str, PyTree] | None
+        self, step: Step, like: dict[str, PyTree] | None, more: _More | None = None
     ) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
         """The first good candidate; corrupt ones before it are quarantined."""
         self._finish()
@@ -250,13 +266,13 @@ class Checkpoints:
         corrupt: dict[int, CorruptCheckpointError] = {}
         for candidate in with_retries(lambda: self._folders.candidates(wanted)):
             try:
-                items, metadata = self._load(candidate, like)
+                items, metadata = self._load(candidate, like, more)
             except CorruptCheckpointError as error:
                 if self._read_only and candidate not in self._folders.steps():
                     self._report(
                         f"checkpoint {candidate} was removed while it was read"
                     )
-                    return self._find(step, like)  # there are newer ones by now
+                    return self._find(step, like, more)  # there are newer ones by now
                 corrupt[candidate] = error
                 continue
             for bad, reason in corrupt.items():
@@ -274,7 +290,7 @@ class Checkpoints:
         ) from next(iter(corrupt.values()))
 
     def _load(
-        self, step: int, like: dict[str, PyTree] | None
+        self, step: int, like: dict[str, PyTree] | None, more: _More | None
     ) -> tuple[dict[str, PyTree], dict[str, Any]]:
         """The verified items and metadata; raises CorruptCheckpointError."""
         path = self._folders.path(step)
@@ -284,6 +300,8 @@ class Checkpoints:
             targets = {"params": host_targets(metadata)}
         else:
             check_fits(metadata, like, name=str(path))
+            if more is not None:
+                like = like | more(listed_arrays(metadata))
             targets = restore_targets(like)
         items = _read_together(path, targets)
         if like is not None:
@@ -329,6 +347,8 @@ def _handlers(*, alone: bool = False) -> ocp.Context:
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.PyTreeHandler, checkpointable_name="params")
     registry.add(ocp.handlers.PyTreeHandler, checkpointable_name="optimizer")
+    for name in CARRIED:
+        registry.add(ocp.handlers.PyTreeHandler, checkpointable_name=name)
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
     context = ocp.Context()
     context.checkpointables_options.registry = registry

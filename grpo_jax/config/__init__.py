@@ -11,6 +11,7 @@ from grpo_jax.config.run import (
     OptimizerConfig,
     ReportConfig,
     RewardsConfig,
+    RolloutConfig,
     SamplingConfig,
     TrainConfig,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "OptimizerConfig",
     "ReportConfig",
     "RewardsConfig",
+    "RolloutConfig",
     "SamplingConfig",
     "TrainConfig",
 ]

@@ -48,6 +48,29 @@ class SamplingConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Section):
+    """How completions share the sampler."""
+
+    section: ClassVar[str] = "rollout"
+    # Completions that decode together, over all devices; others wait until one ends.
+    # None: those of a step.
+    slots: Count | None = None
+    # End a step when enough groups are complete; the others continue in the next, with
+    # the log-probs and the versions of the policy that their tokens were drawn with.
+    carry_over: bool = False
+    # Most steps from a group's first token to its update, with carry_over.
+    max_staleness: Size = 4
+
+    def problems(self) -> Iterator[str]:
+        """Problems between fields, one line each."""
+        if self.carry_over and not self.max_staleness:
+            yield (
+                "max_staleness must be at least 1 with carry_over, got 0: no group "
+                "could continue in the next step; set carry_over to false instead"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
@@ -191,6 +214,8 @@ class TrainConfig(Section):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     # How the next token is drawn.
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    # How completions share the sampler.
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     # AdamW and its schedule.
     optimizer: OptimizerConfig = UNSET
     # How reward functions are called.
@@ -231,6 +256,17 @@ class TrainConfig(Section):
                 "mesh.offload 'reference' has nothing to move: without objective."
                 "kl_coef there is no reference, and with adapters it is their base"
             )
+        if self.rollout.carry_over:
+            if self.objective.resample_limit:
+                yield (
+                    "objective.resample_limit must be 0 with rollout.carry_over: "
+                    "groups that replace others would begin a step too late"
+                )
+            if self.objective.sampler_correction_cap is not None:
+                yield (
+                    "objective.sampler_correction_cap must be null with rollout."
+                    "carry_over: the ratio already uses the sampler's log-probs"
+                )
         if self.sampling.temperature == 0:
             yield (
                 "sampling.temperature must be above 0 in training: equal completions "

@@ -17,10 +17,12 @@ from grpo_jax.models.protocol import LanguageModelConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.rewards.runner import RewardRunner, Scores
+from grpo_jax.rollout._carry_over import CarryOver, open_stream
+from grpo_jax.rollout._early import EarlyRewards
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.rollout.encoding import bucket, encode_rows, pad, prompts_sha256, unpad
 from grpo_jax.rollout.rollout import Rollout
-from grpo_jax.rollout.sampler import Sampler
+from grpo_jax.rollout.sampler import Completions, Sampler
 from grpo_jax.tasks.base import Row, Task
 from grpo_jax.tasks.order import rows_at
 from grpo_jax.weights.tokenizer import Tokenizer
@@ -44,6 +46,7 @@ class Collector:
         self._tokenizer = tokenizer
         self._task = task
         self._runner = runner
+        self._early = EarlyRewards(runner, tokenizer.decode)
         self._config = config
         self._agreement = agreement or Agreement()
         self._sampling = policy_sampling(model, tokenizer, config.sampling)
@@ -55,6 +58,24 @@ class Collector:
         self._prompts = encode_rows(
             tokenizer, task.train, limit=self._limit, vocab_size=model.vocab_size
         )
+        self._carry: CarryOver | None = None
+        if config.rollout.carry_over:
+            self._carry = open_stream(
+                sampler,
+                lambda position: self._prompts[self._rows(position, 1)[0]],
+                config,
+                longest=max(map(len, self._prompts)),
+                sampling=self._sampling,
+            )
+
+    @property
+    def carry_over(self) -> CarryOver | None:
+        """What continues from step to step; None without `rollout.carry_over`."""
+        return self._carry
+
+    def _rows(self, position: int, count: int) -> list[int]:
+        size = len(self._prompts)
+        return rows_at(position, count, size=size, seed=self._config.seed)
 
     def prompts_sha256(self) -> str:
         """The digest of all prompts as the model sees them."""
@@ -65,34 +86,33 @@ class Collector:
 
         Every random number follows from (seed, step, position, sample, token).
         """
-        config = self._config
-        count = config.prompts_per_step
-        chosen = rows_at(position, count, size=len(self._prompts), seed=config.seed)
-        prompts = [self._prompts[row] for row in chosen]
         start = time.perf_counter()
-        sampled = self._sampler.sample(
-            prompts,
-            numbers=range(position, position + count),
-            key=jax.random.fold_in(jax.random.key(config.seed), step),
-            group_size=config.group_size,
-            max_new_tokens=config.max_new_tokens,
-            sampling=self._sampling,
-        )
+        if self._carry is None:
+            chosen, rows, sampled = self._sample_step(step=step, position=position)
+            staleness = began_before = None
+        else:
+            carried = self._carry.sample()
+            chosen = [self._rows(position, 1)[0] for position in carried.positions]
+            rows = [self._task.train[row] for row in chosen]
+            sampled, staleness = carried.completions, carried.staleness
+            began_before = carried.began_before
         seconds = time.perf_counter() - start
-        tokens, lengths = np.asarray(sampled.tokens), np.asarray(sampled.lengths)
+        sampled = jax.tree.map(np.asarray, sampled)
+        tokens, lengths = sampled.tokens, sampled.lengths
         with self._agreement.phase("rollout"):
             decode = self._tokenizer.decode
             groups = unpad(tokens, lengths)
             completions = [[decode(ids) for ids in group] for group in groups]
-        own = meshes.own_share(count)
+        prompts = [self._prompts[row] for row in chosen]
         # All processes pad alike, for together their rows make one array.
+        longest = meshes.gather_rows(np.array([max(map(len, prompts))])).max()
         padded, prompt_lengths = pad(
-            prompts[own],
-            length=bucket(max(map(len, prompts)), limit=self._limit),
+            prompts,
+            length=bucket(int(longest), limit=self._limit),
             pad_id=self._tokenizer.pad_id,
         )
         return Rollout(
-            rows=[self._task.train[row] for row in chosen[own]],
+            rows=rows,
             prompts=padded,
             prompt_lengths=prompt_lengths,
             tokens=tokens,
@@ -100,24 +120,51 @@ class Collector:
             lengths=lengths,
             finished=np.asarray(sampled.finished),
             mask=np.arange(tokens.shape[-1]) < lengths[..., None],
+            staleness=staleness,
+            began_before=began_before,
             completions=completions,
             keep=np.ones(len(lengths), bool),
             rewards=np.full(lengths.shape, np.nan),
             seconds={"time/rollout": seconds},
         )
 
+    def _sample_step(
+        self, *, step: int, position: int
+    ) -> tuple[list[int], list[Row], Completions]:
+        """This process's rows of a step, by number and as they are; completions."""
+        config, count = self._config, self._config.prompts_per_step
+        chosen = self._rows(position, count)
+        own = chosen[meshes.own_share(count)]
+        rows = [self._task.train[row] for row in own]
+        sampled = self._sampler.sample(
+            [self._prompts[row] for row in chosen],
+            numbers=range(position, position + count),
+            key=jax.random.fold_in(jax.random.key(config.seed), step),
+            group_size=config.group_size,
+            max_new_tokens=config.max_new_tokens,
+            sampling=self._sampling,
+            batch_size=config.rollout.slots,
+            ended=self._early.begin(rows, step=step),
+        )
+        return own, rows, sampled
+
     def reward(self, rollout: Rollout, *, step: int) -> Rollout:
-        """The rollout with its rewards."""
+        """The rollout with its rewards.
+
+        ``time/reward`` is the time that passes here, after sampling.
+        """
         start = time.perf_counter()
         shape = size, group = rollout.lengths.shape
         ids = unpad(rollout.tokens, rollout.lengths)
-        scores = score_rows(
-            self._runner,
-            [row for row in rollout.rows for _ in range(group)],
-            list(itertools.chain(*rollout.completions)),
-            list(itertools.chain(*ids)),
-            step=step,
-        )
+        scores = self._early.scores(rollout.rows, rollout.completions, ids, step=step)
+        if scores is None:
+            scores = score_rows(
+                self._runner,
+                [row for row in rollout.rows for _ in range(group)],
+                list(itertools.chain(*rollout.completions)),
+                list(itertools.chain(*ids)),
+                step=step,
+            )
         seconds = time.perf_counter() - start
         by_name = lambda values: dict(  # noqa: E731
             zip(scores.names, values.reshape(-1, *shape), strict=True)
@@ -134,6 +181,10 @@ class Collector:
             logged=scores.logged,
             seconds=rollout.seconds | {"time/reward": seconds},
         )
+
+    def close(self) -> None:
+        """Stop rewarding groups of a step that was abandoned."""
+        self._early.close()
 
 
 def score_rows(

@@ -1,14 +1,15 @@
-"""Generation: one prefill per prompt, then one compiled loop over tokens.
+"""Generation: groups of completions for prompts, in one call.
 
 The completions of a group share the prompt's keys and values. The key of a token is
 folded from (key, prompt, sample, token), so the draws for a prompt do not depend on the
-prompts beside it. As completions end, the others are compacted into fewer slots
-(`rollout._compaction`), so that a few long ones take less time than the full batch.
+prompts beside it. The engine (`rollout._engine`) samples models whose sequences can
+stand at different places. Other models, and calls within `jax.jit`, are sampled by one
+compiled loop, which ends with the longest completion.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,32 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from grpo_jax.config import SamplingConfig
+from grpo_jax.config import RolloutConfig, SamplingConfig
 from grpo_jax.models.limits import check_stop_ids, longest_prompt
-from grpo_jax.models.protocol import LanguageModel, UnrolledDecoder, in_compute_dtype
+from grpo_jax.models.protocol import LanguageModel, SlotDecoder, in_compute_dtype
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.parallel.collectives import split_over_fsdp
-from grpo_jax.rollout import _compaction
-from grpo_jax.rollout.draw import sample_token
+from grpo_jax.rollout._carry_over import CarryOver, carry_over
+from grpo_jax.rollout._ended import Told, draw_all, tell
+from grpo_jax.rollout._engine import Engine
+from grpo_jax.rollout.draw import draw
 from grpo_jax.rollout.encoding import bucket, pad
 from grpo_jax.rollout.sampler import Completions
-
-
-class _Loop(struct.PyTreeNode):
-    """State of the loop: the token at `step - 1` is the last one drawn.
-
-    All arrays but `step` are those of the M x W slots in use.
-    """
-
-    step: Int[Array, ""]
-    tokens: Int[Array, "M W T"]
-    logp: Float[Array, "M W T"]
-    lengths: Int[Array, "M W"]
-    finished: Bool[Array, "M W"]
-    keys: Key[Array, "M W"]
 
 
 def generate(
@@ -67,7 +56,7 @@ def generate(
       lora: adapters of the model, if it has any.
 
     Returns:
-      The completions. The loop stops as soon as all of them have ended.
+      The completions.
 
     Raises:
       ValueError: for shapes that do not belong together, a count below 1, more tokens
@@ -93,26 +82,37 @@ def generate(
     if prompt_ids is None:
         prompt_ids = jnp.arange(prompts.shape[0])
     variables = {"params": params} if lora is None else {"params": params, "lora": lora}
-    return _generate(
+    given = (variables, prompts, lengths, key, prompt_ids)
+    if not isinstance(model, SlotDecoder) or not _is_here(given):
+        return _generate(
+            model,
+            *given,
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_ids=stop_ids,
+        )
+    mesh = jax.sharding.get_mesh()
+    completions = _complete(
         model,
         variables,
-        prompts,
-        lengths,
-        key,
-        prompt_ids,
+        [row[:n] for row, n in zip(np.asarray(prompts), lengths, strict=True)],
+        numbers=np.asarray(prompt_ids),
+        key=key,
+        mesh=None if mesh.empty else mesh,
+        width=prompts.shape[1],
         group_size=group_size,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop_ids=stop_ids,
-        unrolled=_can_unroll(variables),
     )
+    return jax.tree.map(jnp.asarray, completions)
 
 
 class GroupSampler:
-    """Samples in batches on the learner's mesh; each returns when all have ended.
+    """Samples on the learner's mesh.
 
-    Prompts are padded to a bucket of the longest one, and the last batch is filled up
-    with copies of the first prompt, so that few shapes are compiled.
+    Prompts are padded to a bucket of the longest one, so that few shapes are compiled.
     """
 
     def __init__(
@@ -122,17 +122,55 @@ class GroupSampler:
         self._mesh = mesh
         self._max_prompt_tokens = max_prompt_tokens
         self._variables: PyTree | None = None
-        self._unrolled = False
+        self._version = 0
 
     def update(self, variables: PyTree, *, version: int) -> None:
         """Sample with these variables; all tokens of a call are of one version."""
-        del version
-        self._variables = variables
-        self._unrolled = _can_unroll(variables)
+        self._variables, self._version = variables, version
 
     def release(self) -> None:
         """Forget the weights."""
         self._variables = None
+
+    def _weights(self) -> tuple[PyTree, int]:
+        if self._variables is None:
+            raise RuntimeError("the sampler has no weights; call update() first.")
+        return self._variables, self._version
+
+    def stream(
+        self,
+        prompt_of: Callable[[int], Sequence[int]],
+        key: Key[Array, ""],
+        *,
+        longest: int,
+        prompts_per_step: int,
+        group_size: int,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        rollout: RolloutConfig,
+    ) -> CarryOver:
+        """Completions that continue from step to step; see `CarryingSampler`."""
+        return carry_over(
+            self._model,
+            self._mesh,
+            self._weights,
+            prompt_of,
+            key,
+            prompt_tokens=bucket(longest, limit=self._longest_prompt(max_new_tokens)),
+            prompts_per_step=prompts_per_step,
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_ids=_stop_ids(self._model, sampling),
+            rollout=rollout,
+        )
+
+    def _longest_prompt(self, max_new_tokens: int) -> int:
+        return longest_prompt(
+            self._max_prompt_tokens,
+            new_tokens=max_new_tokens,
+            context=self._model.config.max_position_embeddings,
+        )
 
     def sample(
         self,
@@ -144,62 +182,95 @@ class GroupSampler:
         max_new_tokens: int,
         sampling: SamplingConfig,
         batch_size: int | None = None,
+        ended: Told | None = None,
     ) -> Completions:
         """The completions of this process's share of the prompts; see `Sampler`."""
-        if self._variables is None:
-            raise RuntimeError("the sampler has no weights; call update() first.")
-        limit = longest_prompt(
-            self._max_prompt_tokens,
-            new_tokens=max_new_tokens,
-            context=self._model.config.max_position_embeddings,
-        )
-        stop_ids = _stop_ids(self._model, sampling)
-        # All processes pad alike, for their rows make one array.
-        length = bucket(max(map(len, prompts)), limit=limit)
+        variables, _ = self._weights()
+        limit = self._longest_prompt(max_new_tokens)
         own = meshes.own_share(len(prompts))
-        processes = jax.process_count()
-        most = math.ceil(len(prompts) / processes)
-        at_once = max((batch_size or len(prompts) * group_size) // group_size, 1)
-        # Rows of a batch on this process, as many on each of its devices.
-        devices = max(meshes.batch_shards(self._mesh) // processes, 1)
-        rows = math.ceil(min(at_once / processes, most) / devices) * devices
-        parts: list[Completions] = []
-        # As many batches on every process, also where its share is smaller by one.
-        for start in range(0, most, rows):
-            part = slice(own.start + start, min(own.start + start + rows, own.stop))
-            missing = rows - len(prompts[part])
-            batch = pad(
-                [*prompts[part], *[prompts[0]] * missing],
-                length=length,
-                pad_id=self._model.config.pad_token_id or 0,
-            )
-            ids = np.array([*numbers[part], *[numbers[0]] * missing], np.uint32)
-            placed, lengths, ids = meshes.to_mesh(self._mesh, (*batch, ids))
-            completions = _generate(
-                self._model,
-                self._variables,
-                placed,
-                lengths,
-                key,
-                ids,
-                group_size=group_size,
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                stop_ids=stop_ids,
-                unrolled=self._unrolled,
-            )
-            # Each process fetches the rows of its own prompts.
-            completions = jax.device_put(completions, lengths.sharding)
-            parts.append(meshes.to_host(completions))
+        completions = _complete(
+            self._model,
+            variables,
+            prompts[own],
+            numbers=np.array(numbers[own], np.uint32),
+            key=key,
+            mesh=self._mesh,
+            # All processes pad alike.
+            width=bucket(max(map(len, prompts)), limit=limit),
+            most=math.ceil(len(prompts) / jax.process_count()),
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_ids=_stop_ids(self._model, sampling),
+            batch_size=batch_size,
+            ended=ended,
+        )
         # The longest of all processes, each of which must go on with the same shapes.
-        longest = np.array([max(part.lengths.max() for part in parts)])
-        kept = bucket(int(meshes.gather_rows(longest).max()), limit=max_new_tokens)
-        parts = [
-            part.replace(tokens=part.tokens[..., :kept], logp=part.logp[..., :kept])
-            for part in parts
-        ]
-        count = own.stop - own.start  # behind them are copies of the first prompt
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+        longest = meshes.gather_rows(np.array([completions.lengths.max(initial=0)]))
+        kept = bucket(int(longest.max()), limit=max_new_tokens)
+        tokens, logp = (x[..., :kept] for x in (completions.tokens, completions.logp))
+        return completions.replace(tokens=tokens, logp=logp)
+
+
+def _complete(
+    model: LanguageModel,
+    variables: PyTree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    numbers: np.ndarray,
+    key: Key[Array, ""],
+    mesh: Mesh | None,
+    width: int,
+    group_size: int,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    stop_ids: tuple[int, ...],
+    most: int | None = None,
+    batch_size: int | None = None,
+    ended: Told | None = None,
+) -> Completions:
+    """Completions of this process's prompts; no process has more than `most`."""
+    processes = jax.process_count()
+    parts = max(1 if mesh is None else meshes.batch_shards(mesh) // processes, 1)
+    rows = math.ceil((len(prompts) if most is None else most) / parts)
+    at_once = rows * group_size
+    if batch_size is not None:
+        at_once = min(at_once, max(batch_size // (parts * processes), 1))
+    how = {
+        "group_size": group_size,
+        "max_new_tokens": max_new_tokens,
+        "sampling": sampling,
+        "stop_ids": stop_ids,
+    }
+    if isinstance(model, SlotDecoder):
+        engine = Engine(model, mesh=mesh, slots=at_once, prompt_tokens=width, **how)
+        engine.update(variables)
+        groups = engine.add(prompts, numbers.astype(np.uint32).tolist(), key)
+        draw_all(engine, groups, group_size=group_size, ended=ended)
+        return engine.completions(groups)[0]
+    tokens, lengths = pad(
+        [*prompts, *[[0]] * (parts * rows - len(prompts))], length=width, pad_id=0
+    )
+    places = np.zeros(parts * rows, np.uint32)
+    places[: len(prompts)] = numbers
+    own = [x.reshape(parts, rows, *x.shape[1:]) for x in (tokens, lengths, places)]
+    each = max(at_once // group_size, 1)
+    drawn = []
+    for first in range(0, rows, each):
+        of_all = [x[:, first : first + each] for x in own]
+        batch: Any = [x.reshape(-1, *x.shape[2:]) for x in of_all]
+        if mesh is not None:
+            batch = meshes.to_mesh(mesh, batch)
+        part = _generate(model, variables, *batch[:2], key, batch[2], **how)
+        if mesh is not None:
+            # Each process fetches the rows of its own prompts.
+            part = jax.device_put(part, batch[1].sharding)
+        by_part = lambda x: x.reshape(parts, -1, *x.shape[1:])  # noqa: E731
+        drawn.append(jax.tree.map(by_part, meshes.to_host(part)))
+        tell(drawn[-1], ended, first=first, rows=rows, count=len(prompts))
+    joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *drawn)
+    # Behind the prompts of this process are rows of filling.
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(prompts)], joined)
 
 
 def _stop_ids(model: LanguageModel, sampling: SamplingConfig) -> tuple[int, ...]:
@@ -210,26 +281,18 @@ def _stop_ids(model: LanguageModel, sampling: SamplingConfig) -> tuple[int, ...]
     return tuple(stop_ids)
 
 
-def _can_unroll(variables: PyTree) -> bool:
-    """Whether the loop over tokens may read layer by layer from separate arrays.
-
-    Where fsdp splits the parameters, layers stay stacked: the loop then gathers one
-    layer at a time. XLA would move the gathers of separate layers in front of the loop,
-    and all gathered layers would stay in memory.
-    """
-    return not split_over_fsdp(variables)
+def _is_here(arrays: PyTree) -> bool:
+    """Whether the values of arrays are known to this process: not within `jax.jit`."""
+    return all(
+        not isinstance(x, Tracer)
+        and (not isinstance(x, jax.Array) or x.is_fully_addressable)
+        for x in jax.tree.leaves(arrays)
+    )
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        "model",
-        "group_size",
-        "max_new_tokens",
-        "sampling",
-        "stop_ids",
-        "unrolled",
-    ),
+    static_argnames=("model", "group_size", "max_new_tokens", "sampling", "stop_ids"),
 )
 def _generate(
     model: LanguageModel,
@@ -243,146 +306,73 @@ def _generate(
     max_new_tokens: int,
     sampling: SamplingConfig,
     stop_ids: tuple[int, ...],
-    unrolled: bool,
 ) -> Completions:
-    # Cast here, once per rollout: in the loop it would be repeated at every token.
+    """All completions in one loop, for models whose sequences share one step."""
     variables = in_compute_dtype(variables, model.config.dtype)
-    # The loop carries the head as [V, D]: a tied embedding is stored like that, and a
-    # product with few hidden rows reads it row by row.
     head: Any = model.apply(variables, method=model.head).T
     last, prefix = model.apply(variables, prompts, lengths, method=model.prefill)
     shape = (prompts.shape[0], group_size)
     cache = model.init_cache(*shape, max_new_tokens)
-    regroup: Any = None
-    if unrolled and isinstance(model, UnrolledDecoder):
-        variables, prefix, cache = model.unroll(variables, prefix, cache)
-        regroup = model.regroup
-    pad_id = model.config.pad_token_id or 0
-    state = _blank(key, prompt_ids, (*shape, max_new_tokens), pad_id)
-    draw = functools.partial(
-        _draw, model, head, sampling=sampling, stop_ids=jnp.asarray(stop_ids, jnp.int32)
-    )
-
-    def unfinished(state: _Loop) -> Bool[Array, ""]:
-        return (state.step < max_new_tokens) & ~jnp.all(state.finished)
-
-    def advance(prefix: Any, carry: tuple[_Loop, Any]) -> tuple[_Loop, Any]:
-        state, cache = carry
-        token = lax.dynamic_index_in_dim(
-            state.tokens, state.step - 1, axis=-1, keepdims=False
-        )
-        hidden, cache = model.apply(
-            variables, token, state.step - 1, prefix, cache, method=model.decode
-        )
-        return draw(state, hidden), cache
-
-    # The hidden state behind the prompt gives the first token of the whole group.
-    state = draw(state, jnp.broadcast_to(last[:, None, :], (*shape, last.shape[-1])))
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else meshes.batch_shards(mesh)
-    layouts = _compaction.layouts(*shape, max_new_tokens=max_new_tokens, parts=parts)
-    slots = _compaction.first_assignment(layouts[0])
-    ended = state
-    # Without stop tokens all completions reach the limit together: nothing to compact.
-    for layout in layouts[1:] if regroup and stop_ids else ():
-        # Defaults bind the present values: a closure would see those of a later turn.
-        state, cache = lax.while_loop(
-            lambda carry, slots=slots, layout=layout: (
-                unfinished(carry[0])
-                & ~_compaction.fit(slots, carry[0].finished, layout)
-            ),
-            functools.partial(advance, prefix),
-            (state, cache),
-        )
-        ended = _put_back(ended, state, slots.index)
-        slots, sources = _compaction.compact(slots, state.finished, layout)
-        state = _take(ended, slots.index).replace(step=state.step)
-        prefix, cache = regroup(prefix, cache, *sources)
-    state, _ = lax.while_loop(
-        lambda carry: unfinished(carry[0]),
-        functools.partial(advance, prefix),
-        (state, cache),
-    )
-    ended = _put_back(ended, state, slots.index)
-    return Completions(ended.tokens, ended.lengths, ended.logp, ended.finished)
-
-
-def _blank(
-    key: Key[Array, ""],
-    prompt_ids: Int[Array, " N"],
-    shape: tuple[int, int, int],
-    pad_id: int,
-) -> _Loop:
-    """The state before the first token."""
-    # The order (prompt, then sample, then token in `_draw`) fixes all random numbers.
+    # The order (prompt, then sample, then token) fixes all random numbers.
     fold = jax.random.fold_in
     keys = jax.vmap(fold, (None, 0))(key, prompt_ids)
-    over_group = jax.vmap(fold, (None, 0))
-    return _Loop(
+    keys = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(keys, jnp.arange(group_size))
+    state = _Loop(
         step=jnp.int32(0),
-        tokens=jnp.full(shape, pad_id),
-        logp=jnp.zeros(shape),
-        lengths=jnp.zeros(shape[:2], jnp.int32),
-        finished=jnp.zeros(shape[:2], bool),
-        keys=jax.vmap(over_group, (0, None))(keys, jnp.arange(shape[1])),
+        tokens=jnp.full((*shape, max_new_tokens), model.config.pad_token_id or 0),
+        logp=jnp.zeros((*shape, max_new_tokens)),
+        lengths=jnp.zeros(shape, jnp.int32),
+        finished=jnp.zeros(shape, bool),
     )
 
-
-def _draw(
-    model: LanguageModel,
-    head: Float[Array, "V D"],
-    state: _Loop,
-    hidden: Float[Array, "M W D"],
-    *,
-    sampling: SamplingConfig,
-    stop_ids: Int[Array, " E"],
-) -> _Loop:
-    """The state with one more token for each completion that has not ended."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    logits = jnp.dot(rows, head.T, preferred_element_type=jnp.float32)
-    if (cap := model.config.logit_softcap) is not None:
-        logits = cap * jnp.tanh(logits / cap)
-    one_uniform = lambda key: jax.random.uniform(jax.random.fold_in(key, state.step))  # noqa: E731
-    # `uniform` can be 0, at which the first token would be drawn, however unlikely it
-    # is. Half a step of float32 is added, which is exact, and keeps numbers below 1.
-    uniform = jax.vmap(jax.vmap(one_uniform))(state.keys) + 2.0**-24
-    drawn = sample_token(
-        logits,
-        uniform.reshape(-1),
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-    )
-    token, logp = (values.reshape(hidden.shape[:-1]) for values in drawn)
-    alive = ~state.finished
-
-    # Written in place: `where` over the whole array would copy it at every token.
-    def put(values: Array, new: Array) -> Array:
-        old = lax.dynamic_index_in_dim(values, state.step, axis=-1, keepdims=False)
-        return lax.dynamic_update_index_in_dim(
-            values, jnp.where(alive, new, old), state.step, axis=-1
+    def drawn(state: _Loop, hidden: Float[Array, "N G D"]) -> _Loop:
+        step, alive = state.step, ~state.finished
+        token, logp = draw(
+            hidden,
+            head,
+            jax.vmap(jax.vmap(lambda key: fold(key, step)))(keys),
+            sampling=sampling,
+            softcap=model.config.logit_softcap,
         )
 
-    return state.replace(
-        step=state.step + 1,
-        tokens=put(state.tokens, token),
-        logp=put(state.logp, logp),
-        lengths=state.lengths + alive,
-        finished=state.finished | (alive & jnp.isin(token, stop_ids)),
-    )
+        # Written in place: `where` over the whole array would copy it at every token.
+        def put(values: Array, new: Array) -> Array:
+            old = lax.dynamic_index_in_dim(values, step, axis=-1, keepdims=False)
+            new = jnp.where(alive, new, old)
+            return lax.dynamic_update_index_in_dim(values, new, step, axis=-1)
+
+        ended = alive & jnp.isin(token, jnp.asarray(stop_ids, jnp.int32))
+        return state.replace(
+            step=step + 1,
+            tokens=put(state.tokens, token),
+            logp=put(state.logp, logp),
+            lengths=state.lengths + alive,
+            finished=state.finished | ended,
+        )
+
+    def unfinished(carry: tuple[_Loop, Any]) -> Bool[Array, ""]:
+        return (carry[0].step < max_new_tokens) & ~jnp.all(carry[0].finished)
+
+    def advance(carry: tuple[_Loop, Any]) -> tuple[_Loop, Any]:
+        state, cache = carry
+        at = state.step - 1
+        token = lax.dynamic_index_in_dim(state.tokens, at, axis=-1, keepdims=False)
+        hidden, cache = model.apply(
+            variables, token, at, prefix, cache, method=model.decode
+        )
+        return drawn(state, hidden), cache
+
+    # The hidden state behind the prompt gives the first token of the whole group.
+    state = drawn(state, jnp.broadcast_to(last[:, None], (*shape, last.shape[-1])))
+    state, _ = lax.while_loop(unfinished, advance, (state, cache))
+    return Completions(state.tokens, state.lengths, state.logp, state.finished)
 
 
-def _put_back(ended: _Loop, state: _Loop, index: Int[Array, "M W"]) -> _Loop:
-    """All N x G completions, updated by those that the slots hold."""
-    put = functools.partial(_compaction.put_back, index=index)
-    # None takes a field out of the map: the step is one for all, keys do not change.
-    both = (part.replace(step=None, keys=None) for part in (ended, state))
-    return jax.tree.map(put, *both).replace(step=ended.step, keys=ended.keys)
+class _Loop(struct.PyTreeNode):
+    """State of the loop: the token at `step - 1` is the last one drawn."""
 
-
-def _take(ended: _Loop, index: Int[Array, "M W"]) -> _Loop:
-    """The completions of the slots out of all N x G; an empty slot has finished."""
-    take = functools.partial(_compaction.take, index=index)
-    state = jax.tree.map(take, ended.replace(step=None))
-    return state.replace(finished=state.finished | (index >= ended.finished.size))
+    step: Int[Array, ""]
+    tokens: Int[Array, "N G T"]
+    logp: Float[Array, "N G T"]
+    lengths: Int[Array, "N G"]
+    finished: Bool[Array, "N G"]

@@ -20,6 +20,9 @@ class Rollout:
       tokens, logp: ``[N, G, T]`` as sampled, cut to the longest completion's bucket.
       lengths, finished: ``[N, G]``.
       mask: ``[N, G, T]`` True for the tokens that the policy drew.
+      staleness: ``[N, G, T]`` updates between the policy that drew a token and that of
+        the step; None without carry-over, where that of the step drew all.
+      began_before: ``[N]`` whether a group began in an earlier step; None alike.
       completions: the texts, a list of G per group.
       keep: ``[N]`` False for groups that the update leaves out.
       rewards: ``[N, G]`` weighted sums, NaN where a completion has none.
@@ -42,6 +45,8 @@ class Rollout:
     completions: Sequence[Sequence[str]]
     keep: Bool[np.ndarray, " N"]
     rewards: Float[np.ndarray, "N G"]
+    staleness: Int[np.ndarray, "N G T"] | None = None
+    began_before: Bool[np.ndarray, " N"] | None = None
     rewards_by_name: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     failures_by_name: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     extra: dict[str, list[list[Any]]] = dataclasses.field(default_factory=dict)

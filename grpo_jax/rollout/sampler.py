@@ -7,7 +7,7 @@ nothing else to give either. A rollout is a few megabytes, and the trip takes
 milliseconds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax.numpy as jnp
@@ -76,6 +76,7 @@ class Sampler(Protocol):
         max_new_tokens: int,
         sampling: SamplingConfig,
         batch_size: int | None = None,
+        ended: Callable[[int, list[list[int]]], None] | None = None,
     ) -> Completions:
         """A group of completions for each prompt, as NumPy arrays.
 
@@ -90,5 +91,8 @@ class Sampler(Protocol):
           sampling: how tokens are drawn, and the tokens that end a completion.
           batch_size: most completions at once, but at least those of one prompt; all by
             default. An engine with slots of its own may ignore it.
+          ended: called once for each group when all its completions have ended, or
+            later: with the prompt's number within this process's share, and the token
+            ids of the completions, stop tokens included.
         """
         ...

@@ -5,6 +5,7 @@ All are over all processes, and do not depend on how prompts were spread over th
 
 from collections.abc import Mapping
 
+import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.config import TrainConfig
@@ -46,6 +47,8 @@ class Measures:
         if self._refills:
             of_kept, learned = _described(kept)
             metrics |= {f"kept/{name}": value for name, value in of_kept.items()}
+        if sampled.staleness is not None:
+            metrics |= _staleness(sampled, sampled.staleness)
         tokens = float(lengths[1].sum())
         rewards, failures = meshes.gather_rows(
             (sampled.rewards_by_name, sampled.failures_by_name)
@@ -59,6 +62,23 @@ class Measures:
             names.TOKENS_PER_SECOND: tokens / seconds["time/step"],
             **self._compiles.metrics(),
         }
+
+
+def _staleness(rollout: Rollout, steps: np.ndarray) -> dict[str, float]:
+    """Steps between the policy that drew a token and the one that learns from it."""
+    stale, largest, tokens, carried = meshes.gather_rows(
+        (
+            np.sum(steps, axis=(1, 2)),
+            np.max(steps, axis=(1, 2)),
+            rollout.lengths.sum(axis=1),
+            np.asarray(rollout.began_before),
+        )
+    )
+    return {
+        "rollout/staleness": float(stale.sum() / tokens.sum()),
+        "rollout/staleness/max": float(largest.max()),
+        "rollout/carried": float(np.mean(carried)),
+    }
 
 
 def slowest(seconds: Mapping[str, float]) -> dict[str, float]:

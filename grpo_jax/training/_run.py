@@ -145,6 +145,7 @@ def _load(
     collector = Collector(
         sampler, model.config, tokenizer, task, runner, config, agreement=agreement
     )
+    stack.callback(collector.close)
     prompts = encode_held_out(policy, held_out)
     evaluate = make_evaluation(
         policy,

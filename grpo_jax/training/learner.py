@@ -183,11 +183,20 @@ class Learner:
             "advantages": np.zeros(rollout.lengths.shape, np.float32),
             "sampler_logp": rollout.logp,
         }
+        if rollout.began_before is not None:
+            # Of others the cache has keys and values of earlier policies, which count
+            # in what the present one draws.
+            fresh = rollout.mask & ~rollout.began_before[:, None, None]
+            arrays["fresh"] = fresh
         batch = Batch(**meshes.to_mesh(self._mesh, arrays))
         ref_logp = old_logp = None
         if self.has_reference:
             ref_logp = self._score(self.reference_on_devices(), batch)
-        if self._config.updates_per_step > 1:
+        if self._config.rollout.carry_over:
+            # The policies that drew the tokens are gone. So is the need for them: the
+            # ratio is taken against what each token was drawn with.
+            old_logp = batch.sampler_logp
+        elif self._config.updates_per_step > 1:
             old_logp = self._score(self.variables, batch)
         return batch.replace(ref_logp=ref_logp, old_logp=old_logp)
 
@@ -219,7 +228,12 @@ class Learner:
             name: float(np.mean([values[name] for values in fetched]))
             for name in fetched[0]
         }
-        if batch.old_logp is not None:
+        if batch.fresh is not None:
+            # Of the first update: later ones have moved away from the sampler.
+            metrics["sampler_logp_diff/max"] = float(
+                fetched[0]["sampler_logp_diff/max"]
+            )
+        elif batch.old_logp is not None:
             # Later updates differ from the sampler because they moved away from it, and
             # the first may see only a part, so the policy before all of them counts.
             largest = _largest_difference(

@@ -109,15 +109,22 @@ def train(
 def _resume(run: Run) -> Progress:
     """Where the run goes on: after its newest checkpoint, or at the beginning."""
     learner, tracker, console = run.learner, run.tracker, run.console
-    found = None
+    found, carry = None, run.collector.carry_over
     if run.checkpoints.steps():
-        found = run.checkpoints.restore(state_items(learner.release()))
+        found = run.checkpoints.restore(
+            state_items(learner.release()), more=None if carry is None else carry.like
+        )
     if found is None:
         tracker.truncate_after(-1)
         return Progress()
     step, items, meta = found
     learner.set_state(state_of(items))
     run.references.restore_at(step, learner)
+    if carry is not None and (again := carry.restore(items)):
+        console.warning(
+            f"the batch is split over other devices than before: {again} groups that "
+            "had begun are drawn anew"
+        )
     # A run that was stopped before its first step measures the policy again.
     tracker.truncate_after(step or -1)
     console.start_at(step)
@@ -269,6 +276,8 @@ def _save(run: Run, progress: Progress, metrics: Mapping[str, float]) -> None:
     run.tracker.flush()
     meta = {"progress": dataclasses.asdict(progress)}
     items = state_items(run.learner.state_on_devices())
+    if (carry := run.collector.carry_over) is not None:
+        items |= carry.state(version=progress.step)
     run.checkpoints.save(progress.step, items, meta, metrics=metrics)
 
 

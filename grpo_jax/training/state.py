@@ -60,6 +60,8 @@ class Batch(struct.PyTreeNode):
       mask: ``[N, G, T]`` True for the tokens that count.
       advantages: ``[N, G]``.
       sampler_logp: ``[N, G, T]`` what the sampler returned, nats.
+      fresh: ``[N, G, T]`` tokens that this version of the policy drew, from keys and
+        values of its own; None if all.
       old_logp: log-probs before the first update of this rollout; None when this is
         that update, whose ratio is 1.
       ref_logp: log-probs under the frozen reference; None without a KL penalty.
@@ -71,5 +73,6 @@ class Batch(struct.PyTreeNode):
     mask: Bool[Array, "N G T"]
     advantages: Float[Array, "N G"]
     sampler_logp: Float[Array, "N G T"]
+    fresh: Bool[Array, "N G T"] | None = None
     old_logp: Float[Array, "N G T"] | None = None
     ref_logp: Float[Array, "N G T"] | None = None

@@ -32,6 +32,7 @@ _PER_COMPLETION = (
     "mask",
     "advantages",
     "sampler_logp",
+    "fresh",
     "old_logp",
     "ref_logp",
 )
@@ -288,7 +289,9 @@ def _loss_totals(
         max_length=config.max_new_tokens,
     )
     difference = jnp.abs(lax.stop_gradient(scored.logp) - batch.sampler_logp)
-    largest = jnp.max(jnp.where(batch.mask, difference, 0.0))
+    # Other policies drew the other tokens.
+    fresh = batch.mask if batch.fresh is None else batch.mask & batch.fresh
+    largest = jnp.max(jnp.where(fresh, difference, 0.0))
     sums = {"loss": output.loss} | output.metrics
     return output.loss.total, (sums, {"sampler_logp_diff/max": largest})
 

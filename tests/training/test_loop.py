@@ -11,13 +11,14 @@ import re
 import resource
 import shutil
 import signal
+import threading
 
 import jax
 import numpy as np
 import pytest
 import yaml
 
-from grpo_jax import restore, train
+from grpo_jax import per_completion, restore, train
 from grpo_jax.checkpointing.checkpoints import Checkpoints
 from grpo_jax.checkpointing.checksum import params_sha256
 from grpo_jax.config import (
@@ -25,6 +26,7 @@ from grpo_jax.config import (
     ObjectiveConfig,
     OptimizerConfig,
     ReportConfig,
+    RolloutConfig,
     SamplingConfig,
     TrainConfig,
 )
@@ -292,6 +294,72 @@ def test_an_interrupted_run_ends_in_the_same_bits(how, step, undisturbed, tmp_pa
     # The stop saved step 0, which no reward has spoiled yet.
     best = 0 if how == "stopped" else 2
     assert saved_steps(path) == [best, STEPS - 1, STEPS]
+
+
+@pytest.fixture(scope="module")
+def carried(tiny_policy, tmp_path_factory):
+    """An undisturbed run whose completions continue in the next step."""
+    path = tmp_path_factory.mktemp("carried")
+    made = without_evaluation(config.__wrapped__(tiny_policy, path))
+    made = dataclasses.replace(
+        made,
+        rollout=RolloutConfig(carry_over=True, slots=16, max_staleness=2),
+        updates_per_rollout=2,
+    )
+    return made, run(made)
+
+
+@pytest.mark.parametrize(
+    ("how", "step"), [("stopped", 1), ("stopped", 3), ("crashed", 3)]
+)
+def test_a_run_with_carry_over_ends_in_the_same_bits(how, step, carried, tmp_path):
+    config, result = carried
+    config = elsewhere(config, tmp_path)
+    if how == "stopped":
+        assert run(config, at_step(step, stop)).summary["steps"] == step - 1
+    else:
+        with pytest.raises(RuntimeError, match="reward function 'share' failed"):
+            run(config, at_step(step, crash))
+    resumed = run(config)
+    assert resumed.summary["params_sha256"] == result.summary["params_sha256"]
+    assert comparable(resumed.history) == comparable(result.history)
+
+
+def test_carry_over_learns_from_stale_tokens_by_their_ratio(carried):
+    _, result = carried
+    assert result.history[0]["rollout/staleness"] == 0.0
+    assert 0.0 < result.history[-1]["rollout/staleness"] <= 2.0
+    assert result.history[-1]["rollout/staleness/max"] in (1.0, 2.0)
+    assert 0.0 < result.history[-1]["rollout/carried"] <= 1.0
+    for line in result.history:
+        # Of tokens of which all that counts is of the present policy.
+        assert line["sampler_logp_diff/max"] < 1e-4
+    assert result.history[-1]["importance_ratio/mean"] != 1.0
+
+
+def test_more_steps_with_carry_over_end_in_the_bits_of_a_longer_run(carried, tmp_path):
+    config, result = carried
+    config = elsewhere(config, tmp_path)
+    run(dataclasses.replace(config, steps=2))
+    longer = run(config)
+    assert longer.summary["params_sha256"] == result.summary["params_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout": {"max_staleness": 0}}, "max_staleness must be at least 1"),
+        ({"objective": {"resample_limit": 2}}, "resample_limit must be 0 with"),
+        ({"objective": {"sampler_correction_cap": 2.0}}, "must be null with rollout"),
+    ],
+)
+def test_carry_over_is_refused_beside_what_it_cannot_serve(changes, message, config):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(
+            config,
+            rollout=RolloutConfig(carry_over=True, **changes.get("rollout", {})),
+            objective=ObjectiveConfig(**changes.get("objective", {})),
+        )
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(undisturbed):
@@ -602,6 +670,49 @@ def test_rewards_of_a_wrong_length_are_refused_and_nothing_is_lost(
     assert [int(p.name) for p in (tmp_path / "other" / "checkpoints").iterdir()] != []
     resumed = run(config)
     assert resumed.summary["params_sha256"] == result.summary["params_sha256"]
+
+
+def test_a_reward_of_each_completion_changes_no_number_of_the_run(
+    undisturbed, tmp_path
+):
+    config, result = undisturbed
+    calls = []
+
+    def share_(completions, wanted):
+        calls.append(threading.current_thread().name)
+        return share(completions, wanted)
+
+    share_.__name__ = "share"
+    early = run(elsewhere(config, tmp_path), per_completion(share_))
+    # Groups in another thread; held-out rows, two times and before the first step.
+    assert calls.count("rewards") == STEPS * config.prompts_per_step
+    assert len(calls) > calls.count("rewards")
+    assert early.summary["params_sha256"] == result.summary["params_sha256"]
+    own = ("time/", "compile/", "tokens_per_second/", "mfu/")
+    for one, other in zip(early.history, result.history, strict=True):
+        assert one.keys() == other.keys()
+        for name in other.keys() - {k for k in other if k.startswith(own)}:
+            assert one[name] == other[name], name
+
+
+def test_a_failing_reward_of_each_completion_ends_the_run(undisturbed, tmp_path):
+    config, _ = undisturbed
+
+    def share_(completions, wanted, trainer_state):
+        if trainer_state.global_step == 3:
+            raise KeyError("no such answer")
+        return share(completions, wanted)
+
+    told = []
+    for mark in (lambda function: function, per_completion):
+        config = elsewhere(config, tmp_path / str(len(told)))
+        with pytest.raises(RuntimeError, match="'share_' failed: ") as raised:
+            run(config, mark(share_))
+        told.append(str(raised.value))
+        left = manifest(pathlib.Path(config.run_dir))
+        assert (left["status"], left["step"]) == ("failed", 3)
+        assert not [t for t in threading.enumerate() if t.name == "rewards"]
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("config", ["embedded", {"steps": 1}, {}, 3, TrainConfig])

@@ -131,6 +131,13 @@ def test_summary_export_and_checkpoint_hold_the_same_parameters(reports, folder)
     assert params_sha256(exported.params) == summary["params_sha256"]
 
 
+def test_groups_that_continue_do_so_on_both_processes(reports):
+    for report in reports:
+        assert report["carried_stopped"]["steps"] == 1
+        resumed, whole = report["carried_resumed"], report["carried"]
+        assert resumed["sha256"] == whole["sha256"] != report["whole"]["sha256"]
+
+
 def test_a_signal_to_one_stops_both_after_the_same_step(reports, folder):
     for report in reports:
         assert report["stopped"]["status"] == "preempted"

@@ -8,14 +8,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from torture import Torture  # noqa: E402
+from torture import CARRY_OVER, Torture  # noqa: E402
 
 
 @pytest.mark.slow
 def test_a_tortured_run_ends_in_the_bits_of_an_undisturbed_one(tiny_policy, tmp_path):
     cache = str(jax.config.jax_compilation_cache_dir)
     model = str(tiny_policy.folder)
-    torture = Torture(tmp_path, model=model, cache=cache, seed=0)
+    # With more state than a plain run has: completions that continue in the next step.
+    torture = Torture(tmp_path, model=model, cache=cache, seed=0, options=CARRY_OVER)
     torture.kill_at_the_start()
     torture.kill_in_a_step()
     torture.kill_in_a_save()

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpointing"))
@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "checkpointing"))
 from damages import DAMAGES  # noqa: E402
 
 STEPS = 40
+# Fewer slots than completions of a step, so that some always continue in the next.
+CARRY_OVER = ("--rollout.carry-over", "--rollout.slots", "3")
 _PATIENCE = 300.0  # seconds in which what is waited for must happen
 _FREE_METRICS = ("time/", "tokens_per_second/", "mfu/", "compile/")
 
@@ -65,8 +67,17 @@ class Torture:
     it is compared, and a new run takes its place.
     """
 
-    def __init__(self, folder: Path, *, model: str, cache: str, seed: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        model: str,
+        cache: str,
+        seed: int,
+        options: Sequence[str] = (),
+    ) -> None:
         self.tally = Tally()
+        self._options = options
         self._model = model
         self._cache = cache
         self._random = random.Random(seed)
@@ -137,7 +148,7 @@ class Torture:
         }
         with open(self._path / "output.txt", "ab") as output:
             return subprocess.Popen(
-                _command(self._model, self._path),
+                [*_command(self._model, self._path), *self._options],
                 env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -228,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--carry-over", action="store_true")
     arguments = parser.parse_args()
     chosen = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -236,6 +248,7 @@ def main() -> None:
             model="embedded",
             cache=str(Path(folder) / "cache"),
             seed=arguments.seed,
+            options=CARRY_OVER if arguments.carry_over else (),
         )
         accidents = (
             [torture.kill_in_a_step] * 5

@@ -21,6 +21,7 @@ from grpo_jax import (
     MeshConfig,
     OptimizerConfig,
     ReportConfig,
+    RolloutConfig,
     TrainConfig,
     train,
 )
@@ -101,10 +102,22 @@ def main(model, folder):
     terminate = in_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     uneven = dataclasses.replace(failed, prompts_per_step=6)
     wide = dataclasses.replace(failed, mesh=MeshConfig(fsdp=1, tensor=4))
+    carried, halted = (
+        dataclasses.replace(
+            made, rollout=RolloutConfig(carry_over=True, slots=20), eval_every=0
+        )
+        for made in (
+            make_config(model, f"{folder}/carried"),
+            make_config(model, f"{folder}/halted"),
+        )
+    )
     report = {
         "whole": seen(train(whole, rewards=letters, **data)),
         "stopped": seen(train(stopped, rewards=terminate, **data)),
         "resumed": seen(train(stopped, rewards=letters, **data)),
+        "carried": seen(train(carried, rewards=letters, **data)),
+        "carried_stopped": seen(train(halted, rewards=terminate, **data)),
+        "carried_resumed": seen(train(halted, rewards=letters, **data)),
         "uneven": refusal(uneven, rewards=letters, **data),
         "wide": refusal(wide, rewards=letters, **data),
         "other": refusal(dataclasses.replace(whole, seed=1), rewards=letters, **data),
