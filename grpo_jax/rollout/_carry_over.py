@@ -286,6 +286,7 @@ def carry_over(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop_ids=stop_ids,
+        streams=True,
     )
     return CarryOver(
         engine,

@@ -61,17 +61,20 @@ class Engine:
         max_new_tokens: int,
         sampling: SamplingConfig,
         stop_ids: tuple[int, ...],
+        streams: bool = False,
     ) -> None:
         """An engine without groups, and without weights until `update`.
 
         Args:
           slots: completions that decode together on each device of the batch.
           prompt_tokens: to how many tokens prompts are padded.
+          streams: whether groups are added again and again. It then keeps its slots,
+            and a turn never lasts until all have ended.
         """
         self._model, self._mesh = model, mesh
         self._sampling, self._stop_ids = sampling, stop_ids
         self._group_size, self._limit = group_size, max_new_tokens
-        self._width = prompt_tokens
+        self._width, self._streams = prompt_tokens, streams
         own = 1
         if mesh is not None:
             own = max(meshes.batch_shards(mesh) // jax.process_count(), 1)
@@ -237,7 +240,7 @@ class Engine:
             self._stored = self._empty(rows)
             return
         before = stored.last.shape[1]
-        slots = self._enough_slots(demand)
+        slots = plan.enough_slots(demand.alive) if self._shrinks(demand) else plan.slots
         if slots < plan.slots:
             rows = min(prompt_rows(demand.rows), before)
             order, old = plan.shrink(slots, rows)
@@ -258,14 +261,9 @@ class Engine:
             self._columns, self._column = columns, self._columns
         self._stored = stored
 
-    def _enough_slots(self, demand: Demand) -> int:
-        """How many slots are enough from now on, by halving."""
-        slots = self._plan.slots
-        if demand.waiting or demand.queue or self._limit <= _SHORT:
-            return slots
-        while slots > 1 and demand.alive <= -(-slots // 2):
-            slots = -(-slots // 2)
-        return slots
+    def _shrinks(self, demand: Demand) -> bool:
+        more = demand.waiting or demand.queue or self._streams
+        return not more and self._limit > _SHORT
 
     def _empty(self, rows: int) -> Stored:
         (parts, slots), config = self._plan.held.shape, self._model.config
@@ -335,11 +333,13 @@ class Engine:
             queue = self._held(waiting, np.zeros_like(waiting), forced)
         queued = np.array([len(numbers) for numbers in plan.queues], np.int32)
         # A part of which all have ended does not hold up the others.
-        floors = np.full(len(plan.held), -1, np.int32)
+        living, some = plan.alive.sum(axis=1), max(plan.slots // 16, 1)
+        floors = np.full(len(living), -1, np.int32)
         if plan.waiting:
-            floors[:] = plan.slots - max(plan.slots // 16, 1)
-        shrinks = not (demand.waiting or demand.queue or self._limit <= _SHORT)
-        fewer = -(-plan.slots // 2) if shrinks and plan.slots > 1 else 0
+            floors[:] = plan.slots - some
+        elif self._streams:
+            floors[:] = np.where(living > 0, np.maximum(living - some, 0), -1)
+        fewer = -(-plan.slots // 2) if self._shrinks(demand) and plan.slots > 1 else 0
         start: dict[str, Any] = {
             "held": self._held(plan.held, plan.index, forced),
             "fed": self.drawn.tokens_from(plan.held, plan.index - 1, 1)[..., 0],

@@ -195,6 +195,13 @@ class SlotPlan:
         for queue, count in zip(self.queues, taken, strict=True):
             del queue[:count]
 
+    def enough_slots(self, alive: int) -> int:
+        """How many slots are enough for `alive` completions, by halving."""
+        slots = self.slots
+        while slots > 1 and alive <= -(-slots // 2):
+            slots = -(-slots // 2)
+        return slots
+
     def shrink(self, slots: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Move the completions into fewer slots, and their prompts into fewer rows.
 

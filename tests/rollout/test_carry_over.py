@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.config import RolloutConfig, SamplingConfig
+from grpo_jax.rollout import _engine as engines
 from grpo_jax.rollout import generate as generating
 from grpo_jax.rollout._carry_over import CarryOver
 from grpo_jax.rollout._drawn import Drawn
@@ -150,6 +151,21 @@ def test_other_devices_draw_anew_what_had_begun(stream_of):
     assert again > 0
     seen = [*taken, *other_at(1).positions, *other_at(2).positions]
     assert sorted(seen) == list(range(3 * STEP))
+
+
+def test_a_stream_keeps_its_slots_and_waits_for_no_more_than_a_step(
+    stream_of, monkeypatch
+):
+    # A step of few groups, of which no more may begin: an engine that is not a stream
+    # would draw all of them to their ends, in fewer and fewer slots.
+    monkeypatch.setattr(engines, "_SHORT", 0)
+    stream, at = stream_of(slots=24, max_staleness=1)
+    under_way = []
+    for version in range(4):
+        at(version)
+        assert stream._engine._plan.slots == 24
+        under_way.append(int(stream._engine._plan.alive.sum()))
+    assert max(under_way) > 0
 
 
 def test_a_model_without_slots_is_refused(meshes_of, tiny_policy):
