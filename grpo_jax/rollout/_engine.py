@@ -324,7 +324,7 @@ class Engine:
         plan, stored = self._plan, self._stored
         turns, queue = min(self._limit, _MOST_TURNS), None
         forced = width(demand.given, turns=turns)
-        if demand.queue:
+        if demand.queue or self._streams:
             # Always of one size: what the queue is filled to, and a group more.
             size = max(plan.slots // 2 + self._group_size, demand.queue)
             waiting = np.full((len(plan.held), size), NONE)
@@ -361,7 +361,7 @@ class Engine:
             turns=turns,
             limit=self._limit,
             impl=self.drawn.impl,
-            aligned=not demand.scattered
+            aligned=not (demand.scattered or self._streams)
             and plan.slots == stored.last.shape[1] * self._group_size,
             sampling=self._sampling,
             stop_ids=self._stop_ids,
