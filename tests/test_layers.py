@@ -27,6 +27,7 @@ ROWS = {
     "tasks": 1,
     "models": 2,
     "weights": 3,
+    "environments": 3,
     "rewards": 3,
     "checkpointing": 3,
     "planning": 4,
@@ -50,7 +51,7 @@ OWNERS = {
     "wandb": "reporting.trackers",
     "tensorboardX": "reporting.trackers",
 }
-HOST_ONLY = ("tasks", "rewards")
+HOST_ONLY = ("environments", "tasks", "rewards")
 # What a GRPO step of a plain dense model passes through, from a row to an update: the
 # part of the package to read first. All else is a wing, which the spine does not need.
 # Behind `Sampler` there is the engine, a second part to read. `generate` has the same
@@ -84,6 +85,7 @@ SPINE = (
     "training.loop",
 )
 WINGS = ("weights", "planning", "reporting", "checkpointing", "rewards", "training")
+WINGS += ("environments",)
 # What the spine may import of the wings. `training.loop` wires the whole run together,
 # so it may import anything.
 OF_THE_WINGS = {

@@ -99,6 +99,21 @@ class RewardsConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EnvironmentsConfig(Section):
+    """How tools are called and environments are played."""
+
+    section: ClassVar[str] = "environments"
+    # Most turns of a completion that tools or an environment answer. None: as many as
+    # fit into max_new_tokens.
+    max_tool_calling_iterations: Count | None = None
+    tool_timeout_seconds: Positive | None = 60.0  # of one call of a tool, or one step
+    # Time limit of all calls of one episode together, its reset included.
+    episode_timeout_seconds: Positive | None = None
+    isolate: bool = False  # run environments and tools in separate processes
+    workers: Count = 32  # calls that run at once; async ones are not counted
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoraConfig(Section):
     """Low-rank adapters, Hu et al. 2021, https://arxiv.org/abs/2106.09685."""
 
@@ -220,6 +235,8 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = UNSET
     # How reward functions are called.
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    # How tools are called and environments are played.
+    environments: EnvironmentsConfig = field(default_factory=EnvironmentsConfig)
     # Low-rank adapters; off without a rank.
     lora: LoraConfig = field(default_factory=LoraConfig)
     # When the state is saved and what is kept.

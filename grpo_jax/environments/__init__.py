@@ -1,0 +1,1 @@
+"""Environments and tools: what a policy plays against, turn by turn."""
