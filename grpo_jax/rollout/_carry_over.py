@@ -19,7 +19,7 @@ from grpo_jax.models.protocol import LanguageModel, SlotDecoder
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout._engine import Engine
 from grpo_jax.rollout.encoding import bucket
-from grpo_jax.rollout.sampler import Completions, Sampler
+from grpo_jax.rollout.sampler import Completions, Sampler, cut
 
 # Items of a checkpoint.
 _HOST, _DEVICES = "carried", "carried_cache"
@@ -113,9 +113,7 @@ class CarryOver:
         # All processes go on with the same shapes.
         longest = meshes.gather_rows(np.array([completions.lengths.max(initial=1)]))
         kept = bucket(int(longest.max()), limit=versions.shape[-1])
-        completions = completions.replace(
-            tokens=completions.tokens[..., :kept], logp=completions.logp[..., :kept]
-        )
+        completions = cut(completions, kept)
         versions = versions[..., :kept]
         positions = [self._position(self._numbers[group]) for group in self._given]
         staleness = np.where(completions.mask, version - versions, 0)

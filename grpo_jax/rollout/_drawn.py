@@ -172,11 +172,13 @@ class Drawn:
         tokens, lengths = self.tokens[at], self.lengths[at]
         last = np.take_along_axis(tokens, lengths[..., None] - 1, axis=-1)[..., 0]
         mask = np.arange(tokens.shape[-1]) < lengths[..., None]
+        sampled = mask & self.sampled[at]
         arrays: Any = {
             "tokens": np.where(mask, tokens, pad_id).astype(np.int32),
             "lengths": lengths,
-            "logp": np.where(mask, self.logp[at], np.float32(0.0)),
+            "logp": np.where(sampled, self.logp[at], np.float32(0.0)),
             "finished": np.isin(last, stop_ids),
+            "sampled": sampled,
         }
         return Completions(**arrays), self.versions[at]
 

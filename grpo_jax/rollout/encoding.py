@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import logging
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,16 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Mapping]) -> list
 
     A plain string is then the message of a user.
     """
-    return tokenizer.encode_prompt(_as_messages(tokenizer, prompt))
+    return tokenizer.encode_prompt(as_messages(tokenizer, prompt))
+
+
+def as_messages(
+    tokenizer: Tokenizer, prompt: str | Sequence[Mapping]
+) -> str | Sequence[Mapping]:
+    """The prompt; with a chat template, a string becomes the message of a user."""
+    if isinstance(prompt, str) and tokenizer.has_chat_template:
+        return [{"role": "user", "content": prompt}]
+    return prompt
 
 
 def encode_rows(
@@ -32,8 +41,13 @@ def encode_rows(
     *,
     limit: int,
     vocab_size: int,
+    encode: Callable[[Mapping[str, Any]], list[int]] | None = None,
 ) -> list[list[int]]:
     """The token ids of the prompts of all rows.
+
+    Args:
+      limit: most tokens of a prompt.
+      encode: gives those of a row; by default its prompt through the chat template.
 
     If messages contain special tokens of the chat template as text, they become these
     tokens, as in transformers and TRL, and a warning is logged.
@@ -45,11 +59,11 @@ def encode_rows(
         was already applied is refused, too.
     """
     _check_templated_once(tokenizer, rows)
-    encoded = _encode(tokenizer, rows)
+    encoded = _encode(tokenizer, rows, encode)
     problems = [
         (number, problem)
         for number, ids in enumerate(encoded)
-        if (problem := _problem(ids, limit, vocab_size))
+        if (problem := prompt_problem(ids, limit=limit, vocab_size=vocab_size))
     ]
     if problems:
         number, problem = problems[0]
@@ -65,6 +79,24 @@ def encode_rows(
             _also(quoting),
         )
     return encoded
+
+
+def prompt_problem(ids: Sequence[int], *, limit: int, vocab_size: int) -> str | None:
+    """What is wrong with a prompt, as the end of a sentence; None for nothing."""
+    if not ids:
+        return "has no token"
+    if len(ids) > limit:
+        return (
+            f"has {len(ids)} tokens, more than the {limit} that max_prompt_tokens and "
+            "the model's context less max_new_tokens allow; raise max_prompt_tokens or "
+            "shorten the prompt"
+        )
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        return (
+            f"has a token id outside the model's vocabulary of {vocab_size}; does the "
+            "tokenizer belong to the model?"
+        )
+    return None
 
 
 def prompts_sha256(encoded: Sequence[Sequence[int]]) -> str:
@@ -104,24 +136,19 @@ def unpad(
     ]
 
 
-def _as_messages(
-    tokenizer: Tokenizer, prompt: str | Sequence[Mapping]
-) -> str | Sequence[Mapping]:
-    """The prompt; with a chat template, a string becomes the message of a user."""
-    if isinstance(prompt, str) and tokenizer.has_chat_template:
-        return [{"role": "user", "content": prompt}]
-    return prompt
-
-
-def _encode(tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    prompts = [_as_messages(tokenizer, row["prompt"]) for row in rows]
-    if all(isinstance(prompt, str) for prompt in prompts):
+def _encode(
+    tokenizer: Tokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    encode: Callable[[Mapping[str, Any]], list[int]] | None,
+) -> list[list[int]]:
+    prompts = [as_messages(tokenizer, row["prompt"]) for row in rows]
+    if encode is None and all(isinstance(prompt, str) for prompt in prompts):
         with contextlib.suppress(ValueError):  # reported below, with its row
             return tokenizer.encode_prompts(prompts)
     encoded = []
-    for number, prompt in enumerate(prompts):
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         try:
-            encoded.append(tokenizer.encode_prompt(prompt))
+            encoded.append(encode(row) if encode else tokenizer.encode_prompt(prompt))
         except ValueError as error:
             raise ValueError(f"the prompt of {_row(rows, number)}: {error}") from error
     return encoded
@@ -158,20 +185,3 @@ def _row(rows: Sequence[Mapping[str, Any]], number: int) -> str:
     """A row by its number from 0, and by its line where it comes from a file."""
     line = line_of(rows, number)
     return f"row {number}" if line is None else f"row {number} ({line})"
-
-
-def _problem(ids: Sequence[int], limit: int, vocab_size: int) -> str | None:
-    if not ids:
-        return "has no token"
-    if len(ids) > limit:
-        return (
-            f"has {len(ids)} tokens, more than the {limit} that max_prompt_tokens and "
-            "the model's context less max_new_tokens allow; raise max_prompt_tokens or "
-            "shorten the prompt"
-        )
-    if not 0 <= min(ids) <= max(ids) < vocab_size:
-        return (
-            f"has a token id outside the model's vocabulary of {vocab_size}; does the "
-            "tokenizer belong to the model?"
-        )
-    return None

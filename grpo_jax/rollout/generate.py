@@ -30,7 +30,7 @@ from grpo_jax.rollout._ended import Told, draw_all, tell
 from grpo_jax.rollout._engine import Engine
 from grpo_jax.rollout.draw import draw
 from grpo_jax.rollout.encoding import bucket, pad
-from grpo_jax.rollout.sampler import Completions
+from grpo_jax.rollout.sampler import Completions, Turns, cut
 
 
 def generate(
@@ -183,8 +183,13 @@ class GroupSampler:
         sampling: SamplingConfig,
         batch_size: int | None = None,
         ended: Told | None = None,
+        turns: Turns | None = None,
     ) -> Completions:
-        """The completions of this process's share of the prompts; see `Sampler`."""
+        """The completions of this process's share of the prompts; see `Sampler`.
+
+        Raises:
+          ValueError: for `turns` with a model whose sequences share one step.
+        """
         variables, _ = self._weights()
         limit = self._longest_prompt(max_new_tokens)
         own = meshes.own_share(len(prompts))
@@ -204,12 +209,12 @@ class GroupSampler:
             stop_ids=_stop_ids(self._model, sampling),
             batch_size=batch_size,
             ended=ended,
+            turns=turns,
         )
         # The longest of all processes, each of which must go on with the same shapes.
         longest = meshes.gather_rows(np.array([completions.lengths.max(initial=0)]))
         kept = bucket(int(longest.max()), limit=max_new_tokens)
-        tokens, logp = (x[..., :kept] for x in (completions.tokens, completions.logp))
-        return completions.replace(tokens=tokens, logp=logp)
+        return cut(completions, kept)
 
 
 def _complete(
@@ -228,6 +233,7 @@ def _complete(
     most: int | None = None,
     batch_size: int | None = None,
     ended: Told | None = None,
+    turns: Turns | None = None,
 ) -> Completions:
     """Completions of this process's prompts; no process has more than `most`."""
     processes = jax.process_count()
@@ -243,11 +249,25 @@ def _complete(
         "stop_ids": stop_ids,
     }
     if isinstance(model, SlotDecoder):
-        engine = Engine(model, mesh=mesh, slots=at_once, prompt_tokens=width, **how)
+        engine = Engine(
+            model,
+            mesh=mesh,
+            slots=at_once,
+            prompt_tokens=width,
+            # Completions that wait for an answer come back.
+            streams=turns is not None,
+            **how,
+        )
         engine.update(variables)
         groups = engine.add(prompts, numbers.astype(np.uint32).tolist(), key)
-        draw_all(engine, groups, group_size=group_size, ended=ended)
+        draw_all(engine, groups, group_size=group_size, ended=ended, turns=turns)
         return engine.completions(groups)[0]
+    if turns is not None:
+        raise ValueError(
+            "tools and environments need a model whose sequences can stand at "
+            f"different places, got {type(model).__name__}, which has no "
+            "`decode_slots`; give one that has (see models/protocol.py)."
+        )
     tokens, lengths = pad(
         [*prompts, *[[0]] * (parts * rows - len(prompts))], length=width, pad_id=0
     )

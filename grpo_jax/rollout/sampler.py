@@ -8,8 +8,9 @@ milliseconds.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
@@ -26,18 +27,57 @@ class Completions(struct.PyTreeNode):
       logp: ``[N, G, T]`` log-probability in nats of each token under the sampler, 0 in
         the padding.
       finished: ``[N, G]`` whether a stop token ended it, rather than the limit.
+      sampled: ``[N, G, T]`` which tokens the policy drew; the others of a completion
+        were given, and have a `logp` of 0. None where it drew all.
     """
 
     tokens: Int[Array, "N G T"]
     lengths: Int[Array, "N G"]
     logp: Float[Array, "N G T"]
     finished: Bool[Array, "N G"]
+    sampled: Bool[Array, "N G T"] | None = None
 
     @property
     def mask(self) -> Bool[Array, "N G T"]:
-        """True for the tokens of a completion, False for the padding."""
+        """True for the tokens that the policy drew, False for others and padding."""
         positions = jnp.arange(self.tokens.shape[-1])[None, None]
-        return positions < self.lengths[..., None]
+        mask = positions < self.lengths[..., None]
+        return mask if self.sampled is None else mask & self.sampled
+
+
+def cut(completions: Completions, length: int) -> Completions:
+    """The completions with arrays of `length` tokens; none may have more."""
+    return jax.tree.map(lambda x: x[..., :length] if x.ndim > 2 else x, completions)
+
+
+class Answer(NamedTuple):
+    """What follows a turn of a completion.
+
+    Attributes:
+      number: of its prompt within this process's share.
+      sample: its own number within the group.
+      tokens: what it is given before it goes on; None where it is over.
+    """
+
+    number: int
+    sample: int
+    tokens: Sequence[int] | None
+
+
+class Turns(Protocol):
+    """Answers completions that have ended a turn, while others are still drawn.
+
+    Each gets one answer for each of its turns. Which answers are there at which call
+    must not depend on the clock, for the numbers that are drawn could.
+    """
+
+    def ended(self, number: int, sample: int, ids: list[int]) -> None:
+        """Receive all tokens of a completion that has ended a turn; returns at once."""
+        ...
+
+    def answers(self, *, wait: bool) -> list[Answer]:
+        """Answers to some of those that have ended a turn; with `wait` to all."""
+        ...
 
 
 class Sampler(Protocol):
@@ -77,6 +117,7 @@ class Sampler(Protocol):
         sampling: SamplingConfig,
         batch_size: int | None = None,
         ended: Callable[[int, list[list[int]]], None] | None = None,
+        turns: Turns | None = None,
     ) -> Completions:
         """A group of completions for each prompt, as NumPy arrays.
 
@@ -94,5 +135,7 @@ class Sampler(Protocol):
           ended: called once for each group when all its completions have ended, or
             later: with the prompt's number within this process's share, and the token
             ids of the completions, stop tokens included.
+          turns: asked at the end of each completion whether it goes on. It is given
+            with tools and environments alone.
         """
         ...
