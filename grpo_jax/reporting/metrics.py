@@ -6,7 +6,7 @@ and a reward of NaN means that the completion has none.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -40,6 +40,8 @@ def completion_metrics(
 ) -> dict[str, float]:
     """Lengths of the completions, and of those that ended on their own ("terminated").
 
+    A length counts the tokens that the policy drew, and none that it was given.
+
     `completions/clipped_ratio` is the share cut at the token limit. When none ended,
     the three terminated lengths are 0, as in TRL.
     """
@@ -71,6 +73,30 @@ def reward_metrics(rewards: Float[np.ndarray, "N G"]) -> dict[str, float]:
         REWARD: _mean(np.concatenate(groups)),
         REWARD_STD: _mean(spreads),
         EQUAL_GROUPS: _mean(~has_signal(rewards)),
+    }
+
+
+def episode_metrics(played: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What tools and environments did in a step.
+
+    `tools/call_frequency` is the number of calls per completion, and
+    `tools/failure_frequency` the share of calls that failed, as in TRL.
+    `tools/latency_s` is the mean time of a call in seconds. `episodes/turns` is the
+    mean number of turns of the policy. `episodes/failed_rate` is the share of
+    completions without a reward because their environment failed, and
+    `episodes/dropped_rate` of those that ended because an answer did not fit.
+
+    Args:
+      played: ``[N, G]`` counts by name, as `Rollout.played`.
+    """
+    calls, count = float(played["calls"].sum()), played["calls"].size
+    return {
+        "tools/call_frequency": calls / count,
+        "tools/failure_frequency": float(played["failed_calls"].sum()) / max(calls, 1),
+        "tools/latency_s": float(played["tool_seconds"].sum()) / max(calls, 1),
+        "episodes/turns": float(played["turns"].mean()),
+        "episodes/failed_rate": float(played["failed"].mean()),
+        "episodes/dropped_rate": float(played["dropped_answers"].mean()),
     }
 
 

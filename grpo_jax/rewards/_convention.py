@@ -42,14 +42,15 @@ RESERVED_METRICS = frozenset(
         *("reward", "reward_std", "frac_reward_zero_std"),
         *("rewards/", "completions/", "kept/", "eval/", "clip_ratio/"),
         *("importance_ratio/", "sampler_logp_diff/", "time/", "tokens_per_second/"),
-        *("mfu/", "compile/"),
+        *("mfu/", "compile/", "rollout/", "tools/", "episodes/"),
     }
 )
 # Fields of a line in completions/step_*.jsonl.
 RECORD_FIELDS = frozenset(
     {
         *("step", "prompt", "completion", "rewards", "reward", "advantage"),
-        *("length", "finished"),
+        *("length", "finished", "turns", "calls", "failed_calls", "tool_seconds"),
+        *("failed", "dropped_answers"),
     }
 )
 

@@ -6,7 +6,8 @@ A rollout is on the host and holds this process's share of the global batch.
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from grpo_jax.rollout._carry_over import CarryOver, open_stream
 from grpo_jax.rollout._early import EarlyRewards
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.rollout.encoding import bucket, encode_rows, pad, prompts_sha256, unpad
+from grpo_jax.rollout.episodes import Episodes, Playing
 from grpo_jax.rollout.rollout import Rollout
 from grpo_jax.rollout.sampler import Completions, Sampler
 from grpo_jax.tasks.base import Row, Task
@@ -40,9 +42,16 @@ class Collector:
         runner: RewardRunner,
         config: TrainConfig,
         *,
+        episodes: Episodes | None = None,
         agreement: Agreement | None = None,
     ) -> None:
+        """What draws and judges the completions of a run.
+
+        Args:
+          episodes: play with the tools and environments of the run, if it has any.
+        """
         self._sampler = sampler
+        self._episodes = episodes
         self._tokenizer = tokenizer
         self._task = task
         self._runner = runner
@@ -56,7 +65,11 @@ class Collector:
             context=model.max_position_embeddings,
         )
         self._prompts = encode_rows(
-            tokenizer, task.train, limit=self._limit, vocab_size=model.vocab_size
+            tokenizer,
+            task.train,
+            limit=self._limit,
+            vocab_size=model.vocab_size,
+            encode=None if episodes is None else episodes.encode,
         )
         self._carry: CarryOver | None = None
         if config.rollout.carry_over:
@@ -87,23 +100,26 @@ class Collector:
         Every random number follows from (seed, step, position, sample, token).
         """
         start = time.perf_counter()
-        if self._carry is None:
-            chosen, rows, sampled = self._sample_step(step=step, position=position)
-            staleness = began_before = None
-        else:
+        staleness = began_before = playing = None
+        if self._carry is not None:
             carried = self._carry.sample()
             chosen = [self._rows(position, 1)[0] for position in carried.positions]
             rows = [self._task.train[row] for row in chosen]
+            prompts = [self._prompts[row] for row in chosen]
             sampled, staleness = carried.completions, carried.staleness
             began_before = carried.began_before
+        else:
+            numbers = range(position, position + self._config.prompts_per_step)
+            rows, prompts = self._of_step(position)
+            if self._episodes is not None:
+                playing = self._play(rows, numbers, step=step)
+                rows, prompts = playing.rows, playing.prompts
+            sampled = self._sample_step(rows, prompts, numbers, playing, step=step)
         seconds = time.perf_counter() - start
         sampled = jax.tree.map(np.asarray, sampled)
         tokens, lengths = sampled.tokens, sampled.lengths
         with self._agreement.phase("rollout"):
-            decode = self._tokenizer.decode
-            groups = unpad(tokens, lengths)
-            completions = [[decode(ids) for ids in group] for group in groups]
-        prompts = [self._prompts[row] for row in chosen]
+            completions = self._texts(unpad(tokens, lengths), playing)
         # All processes pad alike, for together their rows make one array.
         longest = meshes.gather_rows(np.array([max(map(len, prompts))])).max()
         padded, prompt_lengths = pad(
@@ -111,42 +127,73 @@ class Collector:
             length=bucket(int(longest), limit=self._limit),
             pad_id=self._tokenizer.pad_id,
         )
+        finished = np.asarray(sampled.finished)
         return Rollout(
             rows=rows,
             prompts=padded,
             prompt_lengths=prompt_lengths,
             tokens=tokens,
-            logp=np.asarray(sampled.logp),
+            logp=sampled.logp,
             lengths=lengths,
-            finished=np.asarray(sampled.finished),
-            mask=np.arange(tokens.shape[-1]) < lengths[..., None],
+            finished=finished if playing is None else finished & ~playing.is_cut(),
+            mask=np.asarray(sampled.mask),
             staleness=staleness,
             began_before=began_before,
             completions=completions,
             keep=np.ones(len(lengths), bool),
             rewards=np.full(lengths.shape, np.nan),
+            playing=playing,
             seconds={"time/rollout": seconds},
         )
 
+    def _of_step(self, position: int) -> tuple[Sequence[Row], list[list[int]]]:
+        """This process's rows of a step, and their prompts."""
+        count = self._config.prompts_per_step
+        own = self._rows(position, count)[meshes.own_share(count)]
+        return [self._task.train[n] for n in own], [self._prompts[n] for n in own]
+
+    def _play(self, rows: Sequence[Row], numbers: range, *, step: int) -> Playing:
+        assert self._episodes is not None
+        with self._agreement.phase("environments"):
+            return self._episodes.begin(
+                rows,
+                step=step,
+                numbers=numbers[meshes.own_share(len(numbers))],
+                members=self._config.group_size,
+            )
+
     def _sample_step(
-        self, *, step: int, position: int
-    ) -> tuple[list[int], list[Row], Completions]:
-        """This process's rows of a step, by number and as they are; completions."""
-        config, count = self._config, self._config.prompts_per_step
-        chosen = self._rows(position, count)
-        own = chosen[meshes.own_share(count)]
-        rows = [self._task.train[row] for row in own]
-        sampled = self._sampler.sample(
-            [self._prompts[row] for row in chosen],
-            numbers=range(position, position + count),
+        self,
+        rows: Sequence[Row],
+        prompts: list[list[int]],
+        numbers: range,
+        playing: Playing | None,
+        *,
+        step: int,
+    ) -> Completions:
+        config = self._config
+        options: dict[str, Any] = {"turns": playing}
+        if playing is None:
+            options = {"ended": self._early.begin(rows, step=step)}
+        return self._sampler.sample(
+            # Only the process of a prompt knows what its environment shows.
+            meshes.gather_lists(prompts),
+            numbers=numbers,
             key=jax.random.fold_in(jax.random.key(config.seed), step),
             group_size=config.group_size,
             max_new_tokens=config.max_new_tokens,
             sampling=self._sampling,
             batch_size=config.rollout.slots,
-            ended=self._early.begin(rows, step=step),
+            **options,
         )
-        return own, rows, sampled
+
+    def _texts(
+        self, groups: list[list[list[int]]], playing: Playing | None
+    ) -> Sequence[Sequence[Any]]:
+        if playing is not None:
+            return playing.completions(groups)
+        decode = self._tokenizer.decode
+        return [[decode(ids) for ids in group] for group in groups]
 
     def reward(self, rollout: Rollout, *, step: int) -> Rollout:
         """The rollout with its rewards.
@@ -156,7 +203,12 @@ class Collector:
         start = time.perf_counter()
         shape = size, group = rollout.lengths.shape
         ids = unpad(rollout.tokens, rollout.lengths)
-        scores = self._early.scores(rollout.rows, rollout.completions, ids, step=step)
+        played = None if rollout.playing is None else rollout.playing.finish()
+        scores = None
+        if played is None:
+            scores = self._early.scores(
+                rollout.rows, rollout.completions, ids, step=step
+            )
         if scores is None:
             scores = score_rows(
                 self._runner,
@@ -164,14 +216,19 @@ class Collector:
                 list(itertools.chain(*rollout.completions)),
                 list(itertools.chain(*ids)),
                 step=step,
+                more=None if played is None else played.columns,
             )
+        total = scores.total.reshape(shape)
+        if played is not None:
+            # A trajectory that failed has no reward, whatever functions say of it.
+            total = np.where(played.counts["failed"], np.nan, total)
         seconds = time.perf_counter() - start
         by_name = lambda values: dict(  # noqa: E731
             zip(scores.names, values.reshape(-1, *shape), strict=True)
         )
         return dataclasses.replace(
             rollout,
-            rewards=scores.total.reshape(shape),
+            rewards=total,
             rewards_by_name=by_name(scores.rewards),
             failures_by_name=by_name(scores.failures),
             extra={
@@ -179,6 +236,8 @@ class Collector:
                 for name, values in scores.extra.items()
             },
             logged=scores.logged,
+            played={} if played is None else played.counts,
+            playing=None,
             seconds=rollout.seconds | {"time/reward": seconds},
         )
 
@@ -190,17 +249,22 @@ class Collector:
 def score_rows(
     runner: RewardRunner,
     rows: Sequence[Row],
-    completions: Sequence[str],
+    completions: Sequence[Any],
     completion_ids: Sequence[Sequence[int]],
     *,
     step: int,
+    more: Mapping[str, Sequence[Any]] | None = None,
 ) -> Scores:
-    """The rewards of one completion per row."""
+    """The rewards of one completion per row.
+
+    Args:
+      more: further columns, which reward functions get by name.
+    """
     columns = [name for name in rows[0] if name != "prompt"]
     return runner.score(
         [row["prompt"] for row in rows],
         list(completions),
-        {name: [row[name] for row in rows] for name in columns},
+        {name: [row[name] for row in rows] for name in columns} | dict(more or {}),
         completion_ids=completion_ids,
         step=step,
     )

@@ -17,8 +17,8 @@ from grpo_jax.rewards.metrics import has_signal, merge_logged
 from grpo_jax.rollout.collect import Collector
 from grpo_jax.rollout.rollout import Rollout
 
-# Fields of a rollout that are not one value per group, and those of carry-over.
-_OF_ALL_GROUPS = ("logged", "seconds", "staleness", "began_before")
+# Fields of a rollout that are not one value per group, or are not there with it.
+_OF_ALL_GROUPS = ("logged", "seconds", "staleness", "began_before", "playing")
 
 
 def resample(

@@ -7,11 +7,13 @@ turns what the chat template puts there. Nothing that was drawn is tokenized aga
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from grpo_jax.environments.base import Message
-from grpo_jax.environments.host import Host, Play, Result
+from grpo_jax.environments.host import Host, Play
 from grpo_jax.rollout.encoding import as_messages
 from grpo_jax.rollout.sampler import Answer
 from grpo_jax.tasks.base import Row
@@ -243,7 +245,43 @@ class Playing:
     def _messages(self, number: int) -> list[list[Message]]:
         return [one.messages for one in self.trajectories[number]]
 
-    def results(self) -> list[list[Result]]:
-        """What the environments say of each completion, a list of G per group."""
-        of_all, size = self._play.results(), self._members
-        return [of_all[n * size : (n + 1) * size] for n in range(len(self.rows))]
+    def is_cut(self) -> Bool[np.ndarray, "N G"]:
+        """Which completions ended because an answer did not fit behind them."""
+        return np.array([[one.is_cut for one in g] for g in self.trajectories])
+
+    def finish(self) -> "Played":
+        """What reward functions are told of the episodes, and what is counted."""
+        results = self._play.results()
+        shape = len(self.rows), self._members
+        failed = [result.failure is not None for result in results]
+        for number in self._failed:
+            start = number * self._members
+            failed[start : start + self._members] = [True] * self._members
+        of_all: dict[str, list[Any]] = {
+            "turns": [one.turns for group in self.trajectories for one in group],
+            "calls": [result.calls for result in results],
+            "failed_calls": [result.failed_calls for result in results],
+            "tool_seconds": [result.seconds for result in results],
+            "failed": failed,
+        }
+        counts = {k: np.array(v).reshape(shape) for k, v in of_all.items()}
+        counts["dropped_answers"] = self.is_cut()
+        columns: dict[str, list[Any]] = {
+            "environment_rewards": [result.rewards for result in results]
+        }
+        if not self._play.is_isolated:
+            columns["environments"] = [result.environment for result in results]
+        return Played(columns=columns, counts=counts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Played:
+    """Episodes that are over.
+
+    Attributes:
+      columns: for reward functions, a value per completion.
+      counts: ``[N, G]`` by name; `failed` are those that have no reward.
+    """
+
+    columns: dict[str, list[Any]]
+    counts: dict[str, np.ndarray]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from grpo_jax.rollout.episodes import Playing
 from grpo_jax.tasks.base import Row
 
 
@@ -23,7 +24,8 @@ class Rollout:
       staleness: ``[N, G, T]`` updates between the policy that drew a token and that of
         the step; None without carry-over, where that of the step drew all.
       began_before: ``[N]`` whether a group began in an earlier step; None alike.
-      completions: the texts, a list of G per group.
+      completions: a list of G per group: the texts, or with environments and a prompt
+        of messages the messages that follow it.
       keep: ``[N]`` False for groups that the update leaves out.
       rewards: ``[N, G]`` weighted sums, NaN where a completion has none.
       rewards_by_name: the unweighted rewards of each function, ``[N, G]``.
@@ -31,6 +33,8 @@ class Rollout:
         `reward_metrics`.
       extra: columns that reward functions logged, a list of G values per group.
       logged: numbers that reward functions logged, a value per call.
+      played: what tools and environments did, ``[N, G]`` counts by name.
+      playing: the episodes, until they are rewarded.
       seconds: the time of each phase, by the name of its metric (``time/rollout``).
     """
 
@@ -42,7 +46,7 @@ class Rollout:
     lengths: Int[np.ndarray, "N G"]
     finished: Bool[np.ndarray, "N G"]
     mask: Bool[np.ndarray, "N G T"]
-    completions: Sequence[Sequence[str]]
+    completions: Sequence[Sequence[Any]]
     keep: Bool[np.ndarray, " N"]
     rewards: Float[np.ndarray, "N G"]
     staleness: Int[np.ndarray, "N G T"] | None = None
@@ -51,6 +55,8 @@ class Rollout:
     failures_by_name: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     extra: dict[str, list[list[Any]]] = dataclasses.field(default_factory=dict)
     logged: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    played: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    playing: Playing | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def records(self, step: int, advantages: np.ndarray) -> list[dict[str, Any]]:
@@ -65,8 +71,9 @@ class Rollout:
                 "rewards": {k: v[n, g] for k, v in self.rewards_by_name.items()},
                 "reward": self.rewards[n, g],
                 "advantage": advantages[n, g],
-                "length": self.lengths[n, g],
+                "length": int(self.mask[n, g].sum()),
                 "finished": self.finished[n, g],
+                **{name: values[n, g] for name, values in self.played.items()},
             }
             for n, g in np.ndindex(*self.lengths.shape)
         ]

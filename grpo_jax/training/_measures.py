@@ -49,6 +49,8 @@ class Measures:
             metrics |= {f"kept/{name}": value for name, value in of_kept.items()}
         if sampled.staleness is not None:
             metrics |= _staleness(sampled, sampled.staleness)
+        if sampled.played:
+            metrics |= names.episode_metrics(meshes.gather_rows(sampled.played))
         tokens = float(lengths[1].sum())
         rewards, failures = meshes.gather_rows(
             (sampled.rewards_by_name, sampled.failures_by_name)
@@ -88,10 +90,15 @@ def slowest(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def _described(rollout: Rollout) -> tuple[dict[str, float], Lengths]:
-    prompts, lengths, finished, rewards = meshes.gather_rows(
-        (rollout.prompt_lengths, rollout.lengths, rollout.finished, rollout.rewards)
+    drawn = rollout.mask.sum(axis=-1)
+    prompts, lengths, drawn, finished, rewards = meshes.gather_rows(
+        (
+            rollout.prompt_lengths,
+            rollout.lengths,
+            drawn,
+            rollout.finished,
+            rollout.rewards,
+        )
     )
-    metrics = names.completion_metrics(lengths, finished) | names.reward_metrics(
-        rewards
-    )
+    metrics = names.completion_metrics(drawn, finished) | names.reward_metrics(rewards)
     return metrics, (prompts, lengths)
