@@ -245,6 +245,16 @@ class Playing:
     def _messages(self, number: int) -> list[list[Message]]:
         return [one.messages for one in self.trajectories[number]]
 
+    def last_turns(self) -> list[list[str]]:
+        """The text of each completion's last turn of the policy."""
+        return [
+            [
+                next(m["content"] for m in reversed(one) if m["role"] == "assistant")
+                for one in self._messages(number)
+            ]
+            for number in range(len(self.rows))
+        ]
+
     def is_cut(self) -> Bool[np.ndarray, "N G"]:
         """Which completions ended because an answer did not fit behind them."""
         return np.array([[one.is_cut for one in g] for g in self.trajectories])

@@ -18,6 +18,7 @@ from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rollout.collect import score_rows
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.rollout.encoding import encode_rows, unpad
+from grpo_jax.rollout.episodes import Episodes, Playing
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.tasks.base import Row, Task, first_rows
 from grpo_jax.training._judge import Completed, has_ground_truth, judge
@@ -34,8 +35,10 @@ def held_out_rows(task: Task, config: TrainConfig) -> Sequence[Row]:
     return first_rows(task.test, config.eval_prompts if is_evaluated(config) else 0)
 
 
-def encode_held_out(policy: Policy, rows: Sequence[Row]) -> list[list[int]]:
-    """The token ids of held-out prompts.
+def encode_held_out(
+    policy: Policy, rows: Sequence[Row], episodes: Episodes | None = None
+) -> list[list[int]]:
+    """The token ids of held-out prompts, with the tools of `episodes`.
 
     Raises:
       ValueError: naming a row whose prompt the run has no room for, as `encode_rows`.
@@ -46,7 +49,13 @@ def encode_held_out(policy: Policy, rows: Sequence[Row]) -> list[list[int]]:
         new_tokens=config.max_new_tokens,
         context=model.max_position_embeddings,
     )
-    return encode_rows(policy.tokenizer, rows, limit=limit, vocab_size=model.vocab_size)
+    return encode_rows(
+        policy.tokenizer,
+        rows,
+        limit=limit,
+        vocab_size=model.vocab_size,
+        encode=None if episodes is None else episodes.encode,
+    )
 
 
 def make_evaluation(
@@ -58,6 +67,7 @@ def make_evaluation(
     mesh: Mesh,
     *,
     sampler: Sampler,
+    episodes: Episodes | None,
     agreement: Agreement,
     announce: Callable[[str], None],
 ) -> Callable[[], dict[str, float]]:
@@ -68,6 +78,8 @@ def make_evaluation(
 
     Args:
       prompts: the token ids of those rows.
+      episodes: play with tools and environments. The seed of a row's episode is the
+        same in all evaluations.
       announce: receives a line when an evaluation begins.
     """
     if not rows:
@@ -81,17 +93,25 @@ def make_evaluation(
     def evaluate() -> dict[str, float]:
         start = time.perf_counter()
         announce(f"compiling, then evaluating {len(rows):,} held-out prompts")
+        share = meshes.own_share(len(rows))
+        own_rows, asked, playing = rows[share], prompts, None
+        if episodes is not None:
+            with agreement.phase("environments"):
+                playing = episodes.begin(
+                    own_rows, step=0, numbers=range(len(rows))[share], members=1
+                )
+            own_rows, asked = playing.rows, meshes.gather_lists(playing.prompts)
         own = complete_share(
             sampler,
             policy.tokenizer,
-            prompts,
+            asked,
             max_new_tokens=config.max_new_tokens,
             sampling=sampling,
             batch_size=batch,
+            playing=playing,
         )
-        share = meshes.own_share(len(rows))
         with agreement.phase("evaluation"):
-            values = held_out_values(own, rows[share], task, runner, batch)
+            values = held_out_values(own, own_rows, task, runner, batch)
         values = np.array(meshes.gather_lists(values), np.float64)
         if has_ground_truth(task):
             result = Evaluation(correct=values[:, None] == 1.0, completions=())
@@ -125,13 +145,24 @@ def held_out_values(
     if has_ground_truth(task):
         judged = judge(completed, rows, task, lenient=False)
         return judged.correct[:, 0].astype(float).tolist()
-    texts = [group[0] for group in completed.texts]
+    seen = [group[0] for group in completed.completions or completed.texts]
     ids = [group[0] for group in completed.ids]
+    played = completed.played
     totals: list[float] = []
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)
-        scores = score_rows(runner, rows[part], texts[part], ids[part], step=0)
+        more = None if played is None else played.columns
+        scores = score_rows(
+            runner,
+            rows[part],
+            seen[part],
+            ids[part],
+            step=0,
+            more=more and {name: values[part] for name, values in more.items()},
+        )
         totals += scores.total.tolist()
+    if played is not None:
+        totals = np.where(played.counts["failed"][:, 0], math.nan, totals).tolist()
     return totals
 
 
@@ -145,8 +176,13 @@ def complete_share(
     samples: int = 1,
     seed: int = 0,
     batch_size: int = BATCH,
+    playing: Playing | None = None,
 ) -> Completed:
-    """The completions of this process's share of the prompts; all processes call it."""
+    """The completions of this process's share of the prompts; all processes call it.
+
+    Args:
+      playing: the episodes of this process's prompts, if there are any.
+    """
     sampled = sampler.sample(
         prompts,
         numbers=range(len(prompts)),
@@ -155,7 +191,15 @@ def complete_share(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         batch_size=batch_size,
+        **({} if playing is None else {"turns": playing}),
     )
     ids = unpad(np.asarray(sampled.tokens), np.asarray(sampled.lengths))
-    texts = [[tokenizer.decode(one) for one in group] for group in ids]
-    return Completed(texts=texts, ids=ids)
+    if playing is None:
+        texts = [[tokenizer.decode(one) for one in group] for group in ids]
+        return Completed(texts=texts, ids=ids)
+    return Completed(
+        texts=playing.last_turns(),
+        ids=ids,
+        completions=playing.completions(ids),
+        played=playing.finish(),
+    )

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -10,6 +11,7 @@ from jaxtyping import Bool
 from grpo_jax.config import RewardsConfig
 from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rollout.collect import score_rows
+from grpo_jax.rollout.episodes import Played
 from grpo_jax.tasks.base import AnswerReader, Row, Task
 from grpo_jax.training.scores import Evaluation
 
@@ -18,10 +20,18 @@ _BATCH = 64  # answers that a verdict is asked for at once
 
 @dataclass(frozen=True)
 class Completed:
-    """Texts and token ids, one list of samples per prompt."""
+    """Texts and token ids, one list of samples per prompt.
+
+    Attributes:
+      texts: what is judged: the completion, or with environments the policy's last turn.
+      completions: what reward functions see, where that differs from the texts.
+      played: what the environments did; None without them.
+    """
 
     texts: list[list[str]]
     ids: list[list[list[int]]]
+    completions: list[list[Any]] | None = None
+    played: Played | None = None
 
 
 def has_ground_truth(task: Task) -> bool:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.checkpointing.checkpoints import Checkpoints
 from grpo_jax.config import TrainConfig
+from grpo_jax.environments.host import Host
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.reporting.console import Console
@@ -22,9 +23,15 @@ from grpo_jax.rollout.collect import Collector
 from grpo_jax.rollout.encoding import prompts_sha256
 from grpo_jax.rollout.generate import GroupSampler
 from grpo_jax.rollout.sampler import Sampler
-from grpo_jax.tasks import choose_task
 from grpo_jax.tasks.base import RewardFunction, Row, Task
 from grpo_jax.training._announce import describe_run, warnings
+from grpo_jax.training._environments import (
+    EnvironmentFactory,
+    Tools,
+    choose_played_task,
+    make_episodes,
+    make_host,
+)
 from grpo_jax.training._fingerprint import describe_data
 from grpo_jax.training._held_out import encode_held_out, held_out_rows, make_evaluation
 from grpo_jax.training._manifest import Origin, Record
@@ -69,6 +76,8 @@ def open_run(
     dataset: Sequence[Row] | None,
     rewards: RewardFunction | Sequence[RewardFunction] | None,
     eval_dataset: Sequence[Row] | None,
+    tools: Tools | None,
+    environment_factory: EnvironmentFactory | None,
 ) -> Run:
     """Check all that can be checked, load the model, open what a run needs.
 
@@ -80,10 +89,12 @@ def open_run(
       ValueError: for bad input, and for a directory that holds another run.
     """
     with agreement.phase("start"):
-        task = choose_task(
-            config.task,
-            data=config.data,
-            seed=config.seed,
+        host = make_host(config, tools, environment_factory)
+        if host is not None:
+            stack.callback(host.close)
+        task = choose_played_task(
+            config,
+            host,
             dataset=dataset,
             rewards=rewards,
             eval_dataset=eval_dataset,
@@ -110,7 +121,15 @@ def open_run(
     origin = Origin.read(meshes.gather_lists([origin.plain()])[0])
     with agreement.phase("load"):
         run, checksums = _load(
-            config, task, held_out, mesh, path, origin, agreement=agreement, stack=stack
+            config,
+            task,
+            held_out,
+            mesh,
+            path,
+            origin,
+            host=host,
+            agreement=agreement,
+            stack=stack,
         )
     data |= checksums | run.policy.description()
     with agreement.phase("data"):
@@ -126,6 +145,7 @@ def _load(
     path: Path,
     origin: Origin,
     *,
+    host: Host | None,
     agreement: Agreement,
     stack: contextlib.ExitStack,
 ) -> tuple[Run, dict[str, str]]:
@@ -142,11 +162,19 @@ def _load(
     record = Record(path, config.seed, mesh, origin, enabled=first)
     model, tokenizer = policy.model, policy.tokenizer
     sampler = GroupSampler(model, mesh, max_prompt_tokens=config.max_prompt_tokens)
+    episodes = make_episodes(host, tokenizer, model.config, config)
     collector = Collector(
-        sampler, model.config, tokenizer, task, runner, config, agreement=agreement
+        sampler,
+        model.config,
+        tokenizer,
+        task,
+        runner,
+        config,
+        episodes=episodes,
+        agreement=agreement,
     )
     stack.callback(collector.close)
-    prompts = encode_held_out(policy, held_out)
+    prompts = encode_held_out(policy, held_out, episodes)
     evaluate = make_evaluation(
         policy,
         task,
@@ -155,6 +183,7 @@ def _load(
         runner,
         mesh,
         sampler=sampler,
+        episodes=episodes,
         agreement=agreement,
         announce=console.phase,
     )

@@ -26,6 +26,7 @@ from grpo_jax.rollout.dynamic_sampling import resample
 from grpo_jax.rollout.rollout import Rollout
 from grpo_jax.tasks.base import RewardFunction, Row
 from grpo_jax.training._announce import describe_resumed
+from grpo_jax.training._environments import EnvironmentFactory, Tools
 from grpo_jax.training._manifest import Status, read_data
 from grpo_jax.training._measures import slowest
 from grpo_jax.training._preemption import stop_requests
@@ -44,6 +45,8 @@ def train(
     dataset: Sequence[Row] | None = None,
     rewards: RewardFunction | Sequence[RewardFunction] | None = None,
     eval_dataset: Sequence[Row] | None = None,
+    tools: Tools | None = None,
+    environment_factory: EnvironmentFactory | None = None,
 ) -> TrainResult:
     """Train a model by GRPO, or resume the run in `config.run_dir`.
 
@@ -53,6 +56,11 @@ def train(
         further columns, instead of `config.task`; `rewards` is then needed.
       rewards: functions ``f(prompts, completions, **columns) -> list[float | None]``.
       eval_dataset: held-out rows, on which the mean reward is measured.
+      tools: functions that the policy may call, as in TRL: with type hints and a
+        docstring of Google's style, plain or `async`.
+      environment_factory: makes the environments that completions play in, or a dict of
+        factories, of which each row's "environment" column names one. See
+        docs/environments.md.
 
     Returns:
       What the run leaves, also in its directory.
@@ -81,6 +89,8 @@ def train(
             dataset=dataset,
             rewards=rewards,
             eval_dataset=eval_dataset,
+            tools=tools,
+            environment_factory=environment_factory,
         )
         progress, metrics = _resume(run), {}
         if jax.process_index() == 0 and progress.step < config.steps:

@@ -1,0 +1,113 @@
+"""The tools and environments of a run, and the rows and rewards that they bring."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from grpo_jax.config import TrainConfig
+from grpo_jax.environments.host import Host
+from grpo_jax.models.limits import longest_prompt
+from grpo_jax.models.protocol import LanguageModelConfig
+from grpo_jax.rollout.draw import policy_sampling
+from grpo_jax.rollout.encoding import prompt_problem
+from grpo_jax.rollout.episodes import Episodes
+from grpo_jax.tasks import choose_task
+from grpo_jax.tasks.base import RewardFunction, Row, Task, reward_functions
+from grpo_jax.weights.tokenizer import Tokenizer
+
+# What a tool is, and what makes environments.
+Tools = Sequence[Callable[..., Any]]
+EnvironmentFactory = Callable[[], Any] | Mapping[str, Callable[[], Any]]
+
+# The prompt of an environment that brings its own, as in TRL.
+_EMPTY: Row = {"prompt": [{"role": "user", "content": ""}]}
+
+
+def make_host(
+    config: TrainConfig,
+    tools: Tools | None,
+    environment_factory: EnvironmentFactory | None,
+) -> Host | None:
+    """What plays the episodes of a run; None without tools and environments.
+
+    Raises:
+      ValueError: for what is no tool or no environment, and for settings that cannot be
+        used with them.
+    """
+    if not tools and environment_factory is None:
+        return None
+    if config.rollout.carry_over:
+        raise ValueError(
+            "rollout.carry_over must be false with tools or environments: an episode "
+            "that continues in the next step would have to be saved with it."
+        )
+    return Host(tools or (), environment_factory, config.environments)
+
+
+def choose_played_task(
+    config: TrainConfig,
+    host: Host | None,
+    *,
+    dataset: Sequence[Row] | None,
+    rewards: RewardFunction | Sequence[RewardFunction] | None,
+    eval_dataset: Sequence[Row] | None,
+) -> Task:
+    """The task of a run, with the rewards of its environments behind its own.
+
+    Without rows and with an environment that brings its own prompt, the rows are empty
+    messages of a user.
+
+    Raises:
+      ValueError: as `choose_task`.
+    """
+    given = () if rewards is None else reward_functions(rewards)
+    played = () if host is None else host.reward_functions
+    if dataset is None and host is not None and host.has_environments:
+        # The default task has nothing to do with an environment.
+        if config.task == TrainConfig().task:
+            dataset = [_EMPTY] * config.prompts_per_step
+            if eval_dataset is None:
+                eval_dataset = [_EMPTY] * config.eval_prompts or None
+    if dataset is not None and (given or played):
+        rewards = (*given, *played)
+    task = choose_task(
+        config.task,
+        data=config.data,
+        seed=config.seed,
+        dataset=dataset,
+        rewards=rewards,
+        eval_dataset=eval_dataset,
+    )
+    if not played:
+        return task
+    own = task.rewards if dataset is None else given
+    weights = config.rewards.weights or task.reward_weights or (1.0,) * len(own)
+    if len(weights) == len(own):
+        weights = (*weights, *(1.0 for _ in played))
+    return dataclasses.replace(task, rewards=(*own, *played), reward_weights=weights)
+
+
+def make_episodes(
+    host: Host | None,
+    tokenizer: Tokenizer,
+    model: LanguageModelConfig,
+    config: TrainConfig,
+) -> Episodes | None:
+    """The episodes of a run; None without tools and environments."""
+    if host is None:
+        return None
+    limit = longest_prompt(
+        config.max_prompt_tokens,
+        new_tokens=config.max_new_tokens,
+        context=model.max_position_embeddings,
+    )
+    return Episodes(
+        host,
+        tokenizer,
+        seed=config.seed,
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=policy_sampling(model, tokenizer, config.sampling).stop_ids or (),
+        problem=lambda ids: prompt_problem(
+            ids, limit=limit, vocab_size=model.vocab_size
+        ),
+    )
