@@ -12,9 +12,10 @@ class Step(NamedTuple):
     """What a text environment answers to a turn.
 
     Attributes:
-      observation: what the policy reads next: the text of a user's message, or messages.
-      reward: for this turn; a trajectory's reward is the sum of those of its turns. None
-        for no reward: if no turn has one, neither has the trajectory.
+      observation: what the policy reads next: the text of a user's message, or
+        messages.
+      reward: for this turn; that of a trajectory is the sum over its turns. None for no
+        reward: if no turn has one, neither has the trajectory.
       done: whether the episode is over. The observation is then not shown.
     """
 
