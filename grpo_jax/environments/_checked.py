@@ -1,7 +1,8 @@
 """What environments return, checked, and as messages and numbers."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,18 +43,18 @@ def opening(row: Mapping[str, Any], observation: Any, *, may_replace: bool) -> l
         return messages
     if may_replace and not isinstance(observation, str):
         return checked_messages(observation, of="reset")
-    if is_blocks(observation):
-        observation = blocks_text(observation)
-    if not isinstance(observation, str):
+    text = blocks_text(observation) if is_blocks(observation) else observation
+    if not isinstance(text, str):
         raise NonsenseError(
             f"reset returned {observation!r:.80}; expected a text, or None to leave "
             "the prompt as it is."
         )
     last = messages[-1]
     content = last["content"]
-    text = isinstance(content, str)
-    added = observation if text else [{"type": "text", "text": observation}]
-    return [*messages[:-1], {**last, "content": content + added}]
+    if isinstance(content, str):
+        return [*messages[:-1], {**last, "content": content + text}]
+    blocks = [*content, {"type": "text", "text": text}]
+    return [*messages[:-1], {**last, "content": blocks}]
 
 
 def checked_step(step: Any) -> CheckedStep:
@@ -65,11 +66,10 @@ def checked_step(step: Any) -> CheckedStep:
     reward = checked_reward(step.reward, of="step")
     if step.done:
         return CheckedStep([], reward, True)
-    if isinstance(step.observation, str):
-        return CheckedStep(
-            [{"role": "user", "content": step.observation}], reward, False
-        )
-    return CheckedStep(checked_messages(step.observation, of="step"), reward, False)
+    text = step.observation
+    if isinstance(text, str):
+        return CheckedStep([{"role": "user", "content": text}], reward, False)
+    return CheckedStep(checked_messages(text, of="step"), reward, False)
 
 
 def checked_reward(reward: Any, *, of: str) -> float | None:
@@ -80,34 +80,35 @@ def checked_reward(reward: Any, *, of: str) -> float | None:
         f"{of} returned the reward {reward!r:.80}; expected a finite number, or None "
         "for no reward."
     )
-    if isinstance(reward, str | bytes) or np.ndim(reward) != 0:
-        raise problem
     try:
-        value = float(reward)
+        # A text is no number here, and neither is an array, even of one.
+        value = math.inf if isinstance(reward, str | bytes) else float(reward)
     except (TypeError, ValueError, OverflowError) as error:
         raise problem from error
-    if not abs(value) <= _LARGEST:  # NaN as well
+    if np.ndim(reward) != 0 or not abs(value) <= _LARGEST:  # NaN as well
         raise problem
     return value
 
 
 def checked_messages(messages: Any, *, of: str) -> list[Message]:
     """A copy of chat messages, at least one, which JSON can hold."""
-    found = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
-    is_chat = found and all(
-        isinstance(message, Mapping)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str | list | None)
-        for message in messages
-    )
-    if not is_chat or not messages:
+    found: list[Any] = list(messages) if isinstance(messages, list | tuple) else []
+    if not found or not all(map(_is_message, found)):
         raise NonsenseError(
             f"{of} returned {messages!r:.80}; expected a text, or a list of messages "
             'such as [{"role": "user", "content": "..."}].'
         )
     try:
-        return json.loads(json.dumps([dict(message) for message in messages]))
+        return json.loads(json.dumps([dict(message) for message in found]))
     except (TypeError, ValueError) as error:
         raise NonsenseError(
             f"{of} returned messages that JSON cannot hold: {error}"
         ) from error
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("role"), str)
+        and isinstance(value.get("content"), str | list | None)
+    )
