@@ -28,7 +28,9 @@ class NonsenseError(ValueError):
     """An environment returned something that breaks its contract."""
 
 
-def opening(row: Mapping[str, Any], observation: Any, *, may_replace: bool) -> list:
+def opening(
+    row: Mapping[str, Any], observation: Any, *, may_replace: bool
+) -> list[Any]:
     """The messages that an episode begins with; the row stays as it is.
 
     A text is appended to the last message. Messages take the place of the prompt where
@@ -38,7 +40,7 @@ def opening(row: Mapping[str, Any], observation: Any, *, may_replace: bool) -> l
     prompt = row.get("prompt", _EMPTY_PROMPT)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    messages = [dict(message) for message in prompt]
+    messages: list[dict[str, Any]] = [dict(message) for message in prompt]
     if observation is None:
         return messages
     if may_replace and not isinstance(observation, str):
@@ -82,10 +84,11 @@ def checked_reward(reward: Any, *, of: str) -> float | None:
     )
     try:
         # A text is no number here, and neither is an array, even of one.
-        value = math.inf if isinstance(reward, str | bytes) else float(reward)
+        is_one = not isinstance(reward, str | bytes) and np.ndim(reward) == 0
+        value = float(reward) if is_one else math.nan
     except (TypeError, ValueError, OverflowError) as error:
         raise problem from error
-    if np.ndim(reward) != 0 or not abs(value) <= _LARGEST:  # NaN as well
+    if not abs(value) <= _LARGEST:  # NaN as well
         raise problem
     return value
 
