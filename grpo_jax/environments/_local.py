@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo_jax.environments._event_loop import EventLoop
 from grpo_jax.environments._generators import seeded
 from grpo_jax.environments._seat import Act, Answer, Kit, Name, Seat, timed_out
 from grpo_jax.environments._steps import Steps
 from grpo_jax.environments.outcome import Failure
+from grpo_jax.workers.event_loop import EventLoop
 
 # Something to do: at which seat, what, in how many seconds.
 Request = tuple[Any, Act, float | None]
@@ -79,6 +79,9 @@ class LocalPlace:
             ):
                 answers[id(group)] = found
         return [answers[id(group)] for group in groups]
+
+    def rest(self, seat: Seat) -> None:
+        """Does nothing: an episode that is over leaves nothing behind."""
 
     def close(self) -> None:
         """Ends the threads and the event loop, as far as they can be ended."""

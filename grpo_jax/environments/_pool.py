@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from grpo_jax.config import EnvironmentsConfig
-from grpo_jax.environments._event_loop import EventLoop
 from grpo_jax.environments._seat import Act, Answer, Kind, Name
 from grpo_jax.environments.outcome import Failure
+from grpo_jax.workers.event_loop import EventLoop
 
 _logger = logging.getLogger(__name__)
 
@@ -35,6 +35,10 @@ class Place(Protocol):
         self, groups: Sequence[Sequence[tuple[Any, Act, float | None]]]
     ) -> list[list[Answer]]:
         """The answers of each group's resets, up to the first that failed."""
+        ...
+
+    def rest(self, seat: Any) -> None:
+        """The seat's episode is over."""
         ...
 
     def close(self) -> None:
@@ -70,6 +74,7 @@ class Pool:
 
     def give_back(self, name: Name, seat: Any) -> None:
         """A seat whose environment can be reset again."""
+        self.place.rest(seat)
         self._waiting.setdefault(name, []).append(seat)
 
     async def discard(self, name: Name, seat: Any) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.config import EnvironmentsConfig
+from grpo_jax.environments._isolated import IsolatedPlace
 from grpo_jax.environments._local import LocalPlace
 from grpo_jax.environments._pool import Pool
 from grpo_jax.environments._seat import Factory, Kind, Kit, Name
@@ -55,7 +56,8 @@ class Host:
             raise ValueError("give tools, an environment_factory, or both; got none.")
         self._by_column = isinstance(environment_factory, Mapping)
         self._is_isolated = config.isolate
-        place = LocalPlace(kit, config.workers)
+        make_place = IsolatedPlace if config.isolate else LocalPlace
+        place = make_place(kit, config.workers)
         self._pool = Pool(place, config)
         try:
             for name in factories or (None,):
