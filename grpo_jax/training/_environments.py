@@ -6,6 +6,7 @@ from typing import Any
 
 from grpo_jax.config import TrainConfig
 from grpo_jax.environments.host import Host
+from grpo_jax.environments.reward import EnvironmentReward
 from grpo_jax.models.limits import longest_prompt
 from grpo_jax.models.protocol import LanguageModelConfig
 from grpo_jax.rollout.draw import policy_sampling
@@ -61,7 +62,8 @@ def choose_played_task(
       ValueError: as `choose_task`.
     """
     given = () if rewards is None else reward_functions(rewards)
-    played = () if host is None else host.reward_functions
+    names = () if host is None else host.reward_names
+    played = tuple(EnvironmentReward(name) for name in names)
     if dataset is None and host is not None and host.has_environments:
         # The default task has nothing to do with an environment.
         if config.task == TrainConfig().task:
@@ -78,6 +80,8 @@ def choose_played_task(
         rewards=rewards,
         eval_dataset=eval_dataset,
     )
+    if host is not None:
+        host.check_rewards(given)
     if not played:
         return task
     own = task.rewards if dataset is None else given

@@ -115,7 +115,7 @@ def _complete_all(
     max_prompt_tokens: int,
     max_new_tokens: int,
     sampling: SamplingConfig,
-    **options: int,
+    **options: Any,
 ) -> Completed:
     """The completions of all rows, on every process."""
     sampling = policy_sampling(model.config, tokenizer, sampling)
