@@ -82,7 +82,7 @@ def choose_played_task(
     )
     if host is not None:
         host.check_rewards(given)
-    if not played:
+    if host is None:
         return task
     own = task.rewards if dataset is None else given
     weights = config.rewards.weights or task.reward_weights or (1.0,) * len(own)
