@@ -3,7 +3,7 @@
     python experiments/tool_start.py --out runs/tool-start
 
 Hardware: 2 CPU cores. Time: about a minute.
-Result: a model that calls a calculator in half of its answers and guesses in the others.
+Result: a model that calls a calculator in half of its answers, and else guesses.
 
 GRPO strengthens what a model samples at times, and this model has never seen a tool. A
 language model that was trained to call tools needs no such start.
@@ -30,7 +30,8 @@ from grpo_jax import (
 )
 
 # Calls as Qwen2.5 writes them. Each message ends with the model's end token.
-TEMPLATE = """{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] -%}
+TEMPLATE = """{% for m in messages %}{{ m.content }}
+{%- for call in m.tool_calls or [] -%}
 <tool_call>
 {{ call.function | tojson }}
 </tool_call>{% endfor %}<|end|>{% endfor %}"""
