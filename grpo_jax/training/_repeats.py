@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from grpo_jax.config.files import write_text
 from grpo_jax.parallel import mesh as meshes
 
 _FILE = "episodes.jsonl"
@@ -30,11 +31,12 @@ class Repeats:
         self._path, self._report, self._enabled = path / _FILE, report, enabled
         self._known: dict[int, str] = {}
         if enabled and self._path.is_file():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    break  # a line that a killed run left unfinished
+            # A killed run may have left its last line unfinished.
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            if len(whole) < len(lines):
+                write_text(self._path, "".join(whole))
+            for entry in map(json.loads, whole):
                 self._known[entry["step"]] = entry["sha256"]
 
     def check(self, step: int, digest: str) -> None:
