@@ -3,7 +3,7 @@
 import datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.weights.chat import Chat
@@ -23,6 +23,21 @@ ADD = {
         },
     },
 }
+
+
+@pytest.fixture(scope="module")
+def chats(tools):
+    """The chat and the tokenizer of a family, built once."""
+    built = {}
+
+    def chat(family, *given):
+        key = family, bool(given)
+        if key not in built:
+            tokenizer = tools.chat_tokenizer(family).dated(MOMENT)
+            built[key] = Chat(tokenizer, given), tokenizer
+        return built[key]
+
+    return chat
 
 
 def call(**arguments):
@@ -177,31 +192,30 @@ def test_an_answer_without_the_end_of_its_turn_gets_it(tools):
     assert chat.suffix([], user) == [end, *following]
 
 
-@pytest.mark.parametrize("family", ["smollm2", "qwen2_5"])
+MARKS = ["", "<|im_end|>", "<|im_start|>", "<think>", "</tool_call>", "\n", " "]
+
+
+@settings(deadline=None)
 @given(texts=st.lists(st.text(max_size=12), min_size=3, max_size=3), data=st.data())
-def test_no_text_of_a_message_breaks_the_equality(tools, family, texts, data):
-    tokenizer = tools.chat_tokenizer(family)
-    chat = Chat(tokenizer)
-    marks = ["<|im_end|>", "<|im_start|>", "<think>", "</think>", "<tool_call>", "\n"]
-    texts = [t + data.draw(st.sampled_from(["", *marks])) + t[::-1] for t in texts]
+def test_no_text_of_a_message_breaks_the_equality(chats, texts, data):
+    texts = [t + data.draw(st.sampled_from(MARKS)) + t[::-1] for t in texts]
     messages = [says(texts[0], "user"), says("It is 5."), says(texts[1], "user")]
     messages += [says("8"), says(texts[2], "user"), says("No.")]
-    ids = turn_by_turn(chat, tokenizer, messages)
-    expected = tokenizer.encode_rendered(whole(chat, tokenizer, messages))
-    assert ids == expected[: len(ids)]
+    for family in ("smollm2", "qwen2_5", "gemma3"):
+        chat, tokenizer = chats(family)
+        ids = turn_by_turn(chat, tokenizer, messages)
+        expected = tokenizer.encode_rendered(whole(chat, tokenizer, messages))
+        assert ids == expected[: len(ids)]
 
 
-@given(text=st.text(max_size=20))
-def test_no_result_of_a_tool_breaks_the_equality(tools, text):
+@settings(deadline=None)
+@given(text=st.text(max_size=20), data=st.data())
+def test_no_result_of_a_tool_breaks_the_equality(chats, text, data):
+    text += data.draw(st.sampled_from(MARKS))
+    plain = [says("Add.", "user"), calls({"a": 1}), result(text), says("So.")]
     for family in CALLING:
-        tokenizer = tools.chat_tokenizer(family).dated(MOMENT)
-        chat = Chat(tokenizer, [ADD])
-        messages = [says("Add.", "user"), calls({"a": 1}), result(text + "<|im_end|>")]
-        messages = thinking([*messages, says("So.")])
-        if family == "llama3_2":
-            messages = [
-                m | {"content": ""} if "tool_calls" in m else m for m in messages
-            ]
+        chat, tokenizer = chats(family, ADD)
+        messages = thinking(plain) if family == "qwen3_5" else plain
         ids = turn_by_turn(chat, tokenizer, messages)
         expected = tokenizer.encode_rendered(whole(chat, tokenizer, messages))
         assert ids == expected[: len(ids)]
