@@ -235,6 +235,8 @@ def test_prompts_are_those_of_the_tokenizer(tools):
     chat, called = Chat(tokenizer), Chat(tokenizer, [ADD])
     for prompt in ["Two", QUESTIONS[:1], QUESTIONS[:2], QUESTIONS[:3]]:
         assert chat.prompt(prompt) == tokenizer.encode_prompt(prompt)
+    gemma = tools.chat_tokenizer("gemma3")
+    assert Chat(gemma).prompt(QUESTIONS[:2]) == gemma.encode_prompt(QUESTIONS[:2])
     text = tokenizer.decode(called.prompt(QUESTIONS[:1]))
     assert '"description": "Adds two numbers."' in text
     assert called.prompt("Two") == tokenizer.encode_prompt("Two")

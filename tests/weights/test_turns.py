@@ -7,6 +7,8 @@ import pytest
 from grpo_jax.weights.chat import Chat
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+RESULT = [{"role": "tool", "name": "add", "content": "3"}]
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 USER = [{"role": "user", "content": "Hi"}]
 
 
@@ -62,7 +64,7 @@ def test_thoughts_that_are_lost_between_questions_may_stay_between_calls(changed
         ("'</think>' in content", "content.count('</think>')"),
     )
     chat = Chat(tokenizer, [TOOL])
-    assert chat.suffix([], [{"role": "tool", "name": "add", "content": "3"}])
+    assert chat.suffix([], RESULT)
     with pytest.raises(ValueError, match="the chat template of mine drops what"):
         chat.suffix([], USER)
     with pytest.raises(ValueError, match="the chat template of mine drops what"):
@@ -125,7 +127,8 @@ def test_a_prompt_that_changes_what_follows_is_refused(changed):
 
 def test_a_turn_ends_at_the_first_stop_token(changed):
     """As Phi-3's, which writes the end of a text when no answer is to follow."""
-    closing = "{%- if not add_generation_prompt -%}<|endoftext|>{%- endif -%}"
+    over = "<|endoftext|><|im_end|>"
+    closing = "{%- if not add_generation_prompt -%}" + over + "{%- endif -%}"
     tokenizer = changed("smollm2", ("{%- if add_gen", closing + "{%- if add_gen"))
     chat = Chat(tokenizer)
     end, text = tokenizer.encode_rendered("<|im_end|>"), "\n<|im_start|>user\nHi"
@@ -147,6 +150,58 @@ def test_an_end_that_belongs_to_the_next_message_is_written_once(changed):
     assert chat.suffix(drawn[:-1], USER) == tokenizer.encode_rendered(
         "<|endoftext|>" + text
     )
+
+
+def test_what_follows_a_cut_answer_is_written_although_it_ends_alike(changed):
+    tokenizer = changed(
+        "smollm2",
+        ("'<|im_start|>' + m.role", "'#' + m.role"),
+        ("+ m.content + '<|im_end|>\\n'", "+ m.content"),
+        ("{{- '<|im_start|>assistant\\n'", "{{- '#assistant\\n'"),
+    )
+    suffix = Chat(tokenizer).suffix(tokenizer.encode_rendered("#"), USER)
+    assert tokenizer.decode(suffix) == "#user\nHi#assistant\n"
+
+
+def test_a_call_may_end_without_a_stop_token(changed):
+    """As GLM's, where the policy stops by drawing what begins the result of a tool."""
+    tokenizer = changed(
+        "qwen2_5",
+        (
+            "{{- called(m.tool_calls) -}}{{- '<|im_end|>\\n' -}}",
+            "{{- called(m.tool_calls) -}}",
+        ),
+        ("'<|im_start|>user' -}}{%- endif", "'<|endoftext|>user' -}}{%- endif"),
+    )
+    chat = Chat(tokenizer, [TOOL])
+    drawn = tokenizer.encode_rendered(CALL + "<|endoftext|>")
+    assert chat.message(drawn)["tool_calls"]
+    text = tokenizer.decode(chat.suffix(drawn, RESULT))
+    assert text.startswith("user\n<tool_response>\n3\n</tool_response>")
+    text = tokenizer.decode(chat.suffix(drawn[:-1], RESULT), keep=tokenizer.stop_ids)
+    assert text.startswith("<|endoftext|>user\n<tool_response>")
+
+
+def test_what_is_written_may_depend_on_the_tools_and_on_the_call(changed):
+    """As gpt-oss's, which names the tool before its result."""
+    wrote = "loop.previtem.tool_calls[0].function.name + (' of many' if tools else '')"
+    tokenizer = changed(
+        "qwen2_5", ("'\\n<tool_response>\\n'", f"{wrote} + '\\n<tool_response>\\n'")
+    )
+    text = tokenizer.decode(Chat(tokenizer, [TOOL]).suffix([], RESULT))
+    assert "useradd of many\n<tool_response>\n3" in text
+
+
+def test_a_message_that_makes_a_template_rewrite_is_refused_when_it_comes(changed):
+    tokenizer = changed(
+        "smollm2",
+        ("m.role + '\\n' + m.content", "m.role + '\\n' + (said or m.content)"),
+        ("{%- for", "{%- set said = 'x' if messages[-1].content == 'x' -%}{%- for"),
+    )
+    chat = Chat(tokenizer)
+    assert chat.suffix([], USER)
+    with pytest.raises(ValueError, match="mine rewrites earlier turns"):
+        chat.suffix([], [{"role": "user", "content": "x"}])
 
 
 def test_an_end_that_takes_the_space_behind_it_is_tokenized_with_it(tools):
