@@ -261,3 +261,25 @@ def test_calls_in_an_unknown_format_are_refused_by_name(tools):
     Chat(tokenizer)
     with pytest.raises(ValueError, match="no known format reads it back.*response_tem"):
         Chat(tokenizer, [ADD])
+
+
+def test_a_call_that_is_not_closed_is_none_in_any_format(tools):
+    # This parser takes what it finds, to the end of the text.
+    calls = {
+        "open_pattern": r'<tool_call>\s*{"name": "(?P<name>\w+)"',
+        "close": "</tool_call>",
+        "repeats": True,
+        "content": "xml-inline",
+        "content_args": {"tag_pattern": r'"(?P<key>\w+)": "(?P<value>\w*)"'},
+        "transform": {
+            "type": "function",
+            "function": {"name": "{name}", "arguments": "{content}"},
+        },
+    }
+    fields = {"tool_calls": calls, "content": {"close": "<|im_end|>"}}
+    own = {"start_anchor": "<|im_start|>assistant\n", "fields": fields}
+    tokenizer = tools.chat_tokenizer("qwen2_5", response_template=own)
+    chat, text = Chat(tokenizer, [ADD]), QWEN % '{"b": "x"}' + "<|im_end|>"
+    assert chat.message(tokenizer.encode_rendered(text))["tool_calls"] == [call(b="x")]
+    text = text.replace("</tool_call>", "")
+    assert chat.message(tokenizer.encode_rendered(text))["malformed"]
