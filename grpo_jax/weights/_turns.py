@@ -4,7 +4,6 @@ A template is a program, so little can be read off its text. Conversations of kn
 words are rendered. What follows a turn is what one rendering has beyond another.
 """
 
-import functools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,17 +64,36 @@ class Turns:
         Raises:
             ValueError: the template refuses the messages, or rewrites the answer.
         """
-        names = [m.get("name") or _TOOL for m in messages if m["role"] == "tool"]
-        tool = str(names[0]) if names else None
-        if len(names) < len(messages) and self._user_problem:
+        if self._user_problem and any(m["role"] != "tool" for m in messages):
             raise ValueError(self._user_problem)
-        start = _start(tool)
-        closed = self._closed(tool)
-        text = self.render([*start, *messages], opens=True)
+        end, text = self._suffix_text(messages)
+        # The end is tokenized with them: some ends take the space behind them along.
+        return self._tokenizer.encode_rendered(end + text)
+
+    def check_prompt(self, messages: Sequence[Message]) -> None:
+        """Checks that behind these messages, suffixes are what they are behind others.
+
+        Some templates move the system's message, or take from it how turns begin.
+
+        Raises:
+            ValueError: they are not, or the template refuses the messages.
+        """
+        tool = _TOOL if self._tools else None
+        given = [*messages, *_start(tool)[1:]]
+        expected = self._trim(given) + self._suffix_text([_answer_to(tool)])[1]
+        found = self.render([*given, _answer_to(tool)], opens=True)
+        if found != expected:
+            raise ValueError(self._blame(_difference(expected, found)))
+
+    def _suffix_text(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """The end of an answer, and what follows it."""
+        names = [m.get("name") or _TOOL for m in messages if m["role"] == "tool"]
+        start = _start(str(names[0]) if names else None)
+        closed, text = self._trim(start), self.render([*start, *messages], opens=True)
         if not text.startswith(closed):
             raise ValueError(self._blame(_difference(closed, text)))
         end = next((e for e in self._ends if closed.endswith(e)), "")
-        return self._tokenizer.encode_rendered(end + text[len(closed) :])
+        return end, text[len(closed) :]
 
     def render(self, messages: Sequence[Message], *, opens: bool = False) -> str:
         """The text of messages; `opens` adds the beginning of the policy's turn."""
@@ -92,7 +110,7 @@ class Turns:
     def example(self) -> tuple[str, dict[str, Any]]:
         """The text of an answer that calls a tool, up to its end, and the call."""
         opened = self.render([_user()], opens=True)
-        text = self._closed(_TOOL)
+        text = self._trim(_start(_TOOL))
         return text[len(os.path.commonprefix([opened, text])) :], _call(_TOOL)
 
     def _choose(self) -> None:
@@ -138,10 +156,6 @@ class Turns:
         except ValueError as error:
             return f"cannot write several turns ({error})"
         return None if opens else "opens an answer otherwise than it writes one"
-
-    @functools.lru_cache(maxsize=256)  # noqa: B019
-    def _closed(self, tool: str | None) -> str:
-        return self._trim(_start(tool))
 
     def _trim(self, messages: Sequence[Message]) -> str:
         """The text of messages up to the end of the last, which is an answer."""

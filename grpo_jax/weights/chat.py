@@ -24,7 +24,8 @@ class Chat:
 
     Attributes:
         tools: JSON schemas of the tools that the policy may call.
-        is_variant: whether the template had to be changed.
+        template: the text of the template in use; None if there is none.
+        is_variant: whether the template is not the model's own, but a variant.
     """
 
     def __init__(self, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]] = ()):
@@ -52,6 +53,7 @@ class Chat:
                 "cannot be told of tools; take an instruction-tuned model, or an "
                 "environment that reads the policy's text"
             )
+        self.template: str | None = self._turns and self._turns.template
         self.is_variant: bool = self._turns is not None and self._turns.is_variant
 
     def prompt(self, messages: str | Sequence[Message]) -> list[int]:
@@ -61,15 +63,19 @@ class Chat:
         joined by newlines.
 
         Raises:
-            ValueError: as `Tokenizer.encode_prompt`.
+            ValueError: as `Tokenizer.encode_prompt`; or the template would write
+                another suffix behind these messages than behind others.
         """
         if isinstance(messages, str):
             return self._tokenizer.encode_prompt(messages)
         if self._turns is None:
             return self._tokenizer.encode_prompt(self._plain_text(messages))
-        return self._tokenizer.encode_messages(
+        ids = self._tokenizer.encode_messages(
             messages, template=self._turns.template, tools=self.tools
         )
+        continued = messages[-1]["role"] == "assistant"
+        self._turns.check_prompt(messages[:-1] if continued else messages)
+        return ids
 
     def suffix(
         self, answer_ids: Sequence[int], messages: Sequence[Message]

@@ -1,5 +1,7 @@
 """Tiny models, a tiny tokenizer, GGUF files, and the references of transformers."""
 
+import copy
+import functools
 import json
 import pathlib
 import string
@@ -193,6 +195,75 @@ def write_reference(folder, family):
 
 def edit_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# Templates with the structure of published ones, and each model's special tokens.
+TEMPLATES = pathlib.Path(__file__).parent / "templates"
+CHAT_TOKENS = {
+    "<|im_start|>": "smollm2 qwen2_5 qwen3 qwen3_5",
+    "<|begin_of_text|> <|eot_id|> <|eom_id|> <|start_header_id|> <|end_header_id|> "
+    "<|python_tag|>": "llama3_2",
+    "<bos> <end_of_turn> <start_of_turn>": "gemma3",
+    "<｜begin▁of▁sentence｜> <｜end▁of▁sentence｜> <｜User｜> <｜Assistant｜>": (
+        "deepseek_r1"
+    ),
+}
+LEARNED = """<think>
+I add the numbers.
+
+</think>
+
+{"name": "add", "arguments": {"a": 12, "b": -3}}<tool_call>
+It is 9.\n\n\nThe sum of the numbers is 9, and 9 is what the tool said: "done".
+"""
+
+
+@functools.cache
+def chat_fast(family):
+    """A tokenizer with merges, over line ends as well, and the template of a family."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+
+    (special,) = (t.split() for t, names in CHAT_TOKENS.items() if family in names)
+    stops = ["<|im_end|>", "<|endoftext|>"] if len(special) == 1 else special[1:2]
+    bos = special[0] if len(special) > 1 else None
+    backend = Backend(models.BPE())
+    # Line ends stay together whatever follows them, as Llama 3 and Qwen split text.
+    words = r"\s*[\r\n]+| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator([LEARNED] * 3, trainer)
+    tags = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    backend.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
+    ends = dict.fromkeys([*special, *stops])
+    backend.add_special_tokens([AddedToken(t, special=True) for t in ends])
+    return import_fast_tokenizer()(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=stops[0],
+        chat_template=(TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8"),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def chat_tokenizer(family, **changes):
+    """The tokenizer of a family; changes are attributes of what it wraps."""
+    fast = copy.deepcopy(chat_fast(family))
+    for old, new in changes.items():
+        setattr(fast, old, new)
+    vocabulary = fast.get_vocab()
+    stops = [vocabulary.get(t) for t in ("<|endoftext|>", "<|eom_id|>")]
+    return Tokenizer(fast, stop_ids=[fast.eos_token_id, *stops])
 
 
 @pytest.fixture(scope="session")
