@@ -25,6 +25,7 @@ ROWS = {
     "objective": 1,
     "parallel": 1,
     "tasks": 1,
+    "workers": 1,
     "models": 2,
     "weights": 3,
     "environments": 3,
@@ -54,7 +55,7 @@ OWNERS = {
     "wandb": "reporting.trackers",
     "tensorboardX": "reporting.trackers",
 }
-HOST_ONLY = ("environments", "tasks", "rewards")
+HOST_ONLY = ("environments", "tasks", "rewards", "workers")
 # What a GRPO step of a plain dense model passes through, from a row to an update: the
 # part of the package to read first. All else is a wing, which the spine does not need.
 # Behind `Sampler` there is the engine, a second part to read. `generate` has the same

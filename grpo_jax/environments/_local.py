@@ -83,6 +83,10 @@ class LocalPlace:
     def rest(self, seat: Seat) -> None:
         """Does nothing: an episode that is over leaves nothing behind."""
 
+    def is_sound(self, seat: Seat) -> bool:
+        """True: an environment in this process dies with it only."""
+        return True
+
     def close(self) -> None:
         """Ends the threads and the event loop, as far as they can be ended."""
         for thread in self._idle:

@@ -27,6 +27,9 @@ Factory = Callable[[], Any]
 # The name of a factory; None where there is one for all rows.
 Name = str | None
 
+# Time in which an environment must be made. It may start a server or load a file.
+OPEN_SECONDS = 600.0
+
 _NOT_TOOLS = ("reset", "get_reward")
 
 
@@ -65,7 +68,6 @@ class Kind:
       schemas: of the tools, in that order.
       columns: that `reset` takes; None for any.
       required: columns that `reset` needs.
-      takes_seed: whether `reset` names a parameter `seed`.
     """
 
     class_name: str = ""
@@ -77,7 +79,6 @@ class Kind:
     schemas: tuple[dict[str, Any], ...] = ()
     columns: frozenset[str] | None = None
     required: frozenset[str] = frozenset()
-    takes_seed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +149,8 @@ class Seat:
                 return self._kind()
             case "tool" if function is None:
                 raise UnknownToolError(f"Tool {act.name} not found.")
+            case "reset" | "step" if self._factory is not None and function is None:
+                raise NonsenseError("the environment could not be made")
             case _ if function is None:  # no environment, or it has no such method
                 return None
             case "tool":
@@ -236,7 +239,6 @@ class Seat:
             has_reward=is_text or "get_reward" in _methods(environment),
             columns=None if takes_any else frozenset(p.name for p in named),
             required=frozenset(required - {"seed"}),
-            takes_seed=any(p.name == "seed" for p in named),
             **shared,
         )
 
@@ -244,9 +246,10 @@ class Seat:
         columns = dict(act.arguments)
         if None not in self._kit.factories:  # it chose the factory
             columns.pop("environment", None)
+        is_text = isinstance(self.environment, TextEnvironment)
         parameters = inspect.signature(self.environment.reset).parameters
         # A seed in the row is the task's own: the same for the whole group.
-        if "seed" in parameters:
+        if is_text or "seed" in parameters:
             columns.setdefault("seed", act.seed)
         return columns
 

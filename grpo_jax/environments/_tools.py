@@ -93,7 +93,7 @@ def calls_of(message: Message) -> list[Call]:
             calls.append(Call(name, {}, f"Unsupported tool call type: {kind}"))
             continue
         function = written["function"]
-        calls.append(Call(function["name"], function.get("arguments", {})))
+        calls.append(Call(str(function["name"]), function.get("arguments", {})))
     return calls
 
 
