@@ -5,6 +5,7 @@ Whatever user code does, a call gives an answer; only Ctrl-C passes.
 """
 
 import inspect
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from grpo_jax.environments._checked import (
     opening,
 )
 from grpo_jax.environments._generators import Draws, Stepped
-from grpo_jax.environments._tools import Tool, by_name, json_schema, result_text
+from grpo_jax.environments._tools import Tool, by_name, json_schema, result_content
 from grpo_jax.environments.base import TextEnvironment
 from grpo_jax.environments.outcome import Failure
 
@@ -30,6 +31,11 @@ Name = str | None
 # Time in which an environment must be made. It may start a server or load a file.
 OPEN_SECONDS = 600.0
 
+# TRL calls plain functions on the main thread.
+_THREAD_HINT = (
+    "\nIt ran in a thread. What needs the main thread, such as `signal.alarm`, works "
+    "with environments.isolate, which gives it a process of its own."
+)
 _NOT_TOOLS = ("reset", "get_reward")
 
 
@@ -166,7 +172,7 @@ class Seat:
         """The value of a function, checked, and such that it can be sent."""
         match act.kind:
             case "tool":
-                return result_text(value)
+                return result_content(value)
             case "reset":
                 is_text = isinstance(self.environment, TextEnvironment)
                 return opening(act.arguments, value, may_replace=is_text)
@@ -282,6 +288,9 @@ def _failed(error: BaseException, seconds: float) -> Answer:
     invalid = isinstance(error, NonsenseError)
     is_ours = invalid or isinstance(error, UnknownToolError)
     details = message if is_ours else "".join(traceback.format_exception(error))
+    on_main = threading.current_thread() is threading.main_thread()
+    if not (is_ours or on_main) and "main thread" in message:
+        details += _THREAD_HINT
     failure = Failure(
         kind="invalid" if invalid else "error",
         cause=type(error).__name__,

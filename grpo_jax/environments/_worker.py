@@ -12,6 +12,7 @@ from typing import Any
 from grpo_jax.environments._generators import seeded
 from grpo_jax.environments._seat import Act, Answer, Kit, Name, Seat
 from grpo_jax.environments._steps import Steps
+from grpo_jax.environments.outcome import Failure
 from grpo_jax.workers.process import settle_in
 
 # The parent's: number of the call, of the seat, its factory, what to do, seconds.
@@ -71,7 +72,7 @@ class _Desk:
                 answer = seat.run(act)
         else:
             answer = seat.run(act)
-        self._connection.send((number, answer))
+        self._send(number, answer)
         if act.kind == "close":
             del self._seats[order[1]]
 
@@ -92,8 +93,18 @@ class _Desk:
     async def _await(self, order: Order) -> None:
         number, _, _, act, limit = order
         coroutine = self._seat(order).run_async(act)
-        answer = await self._steps.run(number, coroutine, limit)
-        self._connection.send((number, answer))
+        self._send(number, await self._steps.run(number, coroutine, limit))
+
+    def _send(self, number: int, answer: Answer) -> None:
+        try:
+            report = pickle.dumps((number, answer))
+        except Exception as error:  # of an object in a list that a tool returned
+            details = f"The answer cannot be sent from its process: {error}"
+            failure = Failure(
+                kind="invalid", cause="pickle", message=details, details=details
+            )
+            report = pickle.dumps((number, Answer(failure=failure)))
+        self._connection.send_bytes(report)
 
     def _seat(self, order: Order) -> Seat:
         _, number, name, _, _ = order
