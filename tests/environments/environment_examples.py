@@ -194,3 +194,29 @@ class Echo(TextEnvironment):
 
     def close(self):
         type(self).closed += 1
+
+
+def locks() -> list:
+    """Give what stays in its process."""
+    return [threading.Lock()]
+
+
+def stop() -> str:
+    """Stop."""
+    raise KeyboardInterrupt
+
+
+class Doomed:
+    """Its process ends while none of its code runs."""
+
+    def reset(self, **row):
+        pass
+
+    async def wait(self) -> str:
+        """Wait for ever."""
+        asyncio.get_running_loop().call_later(0.01, os._exit, 3)
+        await asyncio.Event().wait()
+        return ""
+
+    def get_reward(self) -> float:
+        return 1.0
