@@ -6,6 +6,7 @@ https://huggingface.co/docs/trl/grpo_trainer#agent-training. And `TextEnvironmen
 which answers texts.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -75,6 +76,11 @@ class Host:
         names = (name for kind in self._kinds.values() for name in kind.tools)
         return tuple(dict.fromkeys(names))
 
+    @property
+    def has_environments(self) -> bool:
+        """Whether results hold the environments, for reward functions to look at."""
+        return not self._is_isolated and any(k.class_name for k in self._kinds.values())
+
     def schemas(self, row: Row) -> list[dict[str, Any]]:
         """The JSON schemas of the tools of a row; empty if it has none.
 
@@ -111,7 +117,10 @@ class Host:
     def check_rewards(self, functions: Iterable[Callable[..., Any]]) -> None:
         """Raises `ValueError` if one asks for `environments` in other processes."""
         for function in functions if self._is_isolated else ():
-            if "environments" in inspect.signature(function).parameters:
+            parameters: Iterable[str] = ()
+            with contextlib.suppress(ValueError):  # some built-in functions have none
+                parameters = inspect.signature(function).parameters
+            if "environments" in parameters:
                 raise ValueError(
                     f"reward function {function!r:.80} takes `environments`, which "
                     "live in other processes. Set environments.isolate to False, or "

@@ -233,6 +233,7 @@ class Play:
 
     async def _close(self) -> None:
         seats, self._seats = self._seats, []
+        self._lost |= {n for n, turn in self._turns.items() if not turn.done()}
         for number, seat in enumerate(seats):
             name = self._name(number)
             if number in self._lost:
