@@ -5,6 +5,7 @@ import gc
 import logging
 import math
 import random
+import sqlite3
 import sys
 import threading
 from pathlib import Path
@@ -653,3 +654,43 @@ def test_messages_of_a_reset_take_the_place_of_the_prompt():
                 "go",
             ]
             assert results(turn(play, 0, says("x"))) == ["x"]
+
+
+def test_all_calls_of_an_environment_run_in_its_own_thread_which_ends_with_it():
+    class Store:
+        """SQLite refuses a connection that another thread made."""
+
+        def __init__(self):
+            self.base = sqlite3.connect(":memory:")
+
+        def reset(self, **row):
+            self.base.execute("create table if not exists numbers (n)")
+
+        def put(self, n: int) -> str:
+            """Store a number.
+
+            Args:
+                n: It.
+            """
+            self.base.execute("insert into numbers values (?)", (n,))
+            return threading.current_thread().name
+
+        def get_reward(self):
+            return float(self.base.execute("select sum(n) from numbers").fetchone()[0])
+
+    def threads():
+        return [t for t in threading.enumerate() if t.name == "environment"]
+
+    before = len(threads())
+    with host_of(factory=Store, workers=2) as host:
+        with host.play([{}], seeds=[0], members=4) as play:
+            for _ in range(5):
+                for n in range(4):
+                    play.send(n, says("", call("put", n=n)))
+                replies = play.wait(range(4)).values()
+                assert [results(reply) for reply in replies] == [["environment"]] * 4
+            rewards = [result.rewards["Store"] for result in play.results()]
+        assert rewards == [0.0, 5.0, 10.0, 15.0]
+    del host, play, replies
+    while len(threads()) > before:
+        gc.collect()
