@@ -543,6 +543,19 @@ def test_a_reset_that_fails_costs_its_group(what):
     assert random.getstate() == before
 
 
+def test_a_group_does_not_go_on_after_a_failed_reset():
+    tried = []
+
+    class Broken:
+        def reset(self, n, **row):
+            tried.append(n)
+            raise OSError
+
+    with host_of(factory=Broken) as host:
+        host.play([{"n": 1}, {"n": 2}], seeds=[0, 1], members=3).close()
+    assert tried == [1, 2]
+
+
 def test_an_environment_that_cannot_be_made_costs_its_group():
     made = []
 
