@@ -21,6 +21,13 @@ from grpo_jax.workers.process import pickle_for_process
 # A process that dies so often in a row, while no code of a seat runs, is given up.
 _MOST_DEATHS = 3
 _SETTING = "environments.isolate"
+_UNREPEATABLE = Failure(
+    kind="crash",
+    cause="lost",
+    message="The process was lost, after a call that was too late.",
+    details="The process was lost by another episode. This one cannot be played again, "
+    "because one of its calls was too late.",
+)
 
 
 class RemoteSeat:
@@ -37,6 +44,8 @@ class RemoteSeat:
         self.is_open = False
         self.log: list[tuple[Act, float | None, str]] = []
         self.failure: Failure | None = None
+        # Where code that was too late may still run, which cannot be done again.
+        self.only_in: Channel | None = None
 
     def note(self, act: Act, limit: float | None, answer: Answer) -> None:
         """Remembers an act, so that it can be done again elsewhere."""
@@ -131,6 +140,8 @@ class _Worker:
             channel = await self._alive()
             if seat.failure is not None:
                 return self._lost(seat, seat.failure)
+            if seat.only_in not in (None, channel):
+                return self._lost(seat, _UNREPEATABLE)
             try:
                 answer = await channel.call(seat.number, seat.name, act, limit)
             except LostProcessError as lost:
@@ -140,7 +151,9 @@ class _Worker:
                     return self._lost(seat, lost.failure)
                 continue  # once more, in the next process
             seat.note(act, limit, answer)
-            if act.kind == "close" or answer.lost:
+            if answer.lost and seat.has_environment:
+                seat.only_in = channel
+            if act.kind == "close" or seat.only_in is not None:
                 self.seats.pop(seat.number, None)
             return answer
 

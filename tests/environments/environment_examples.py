@@ -153,6 +153,11 @@ class Door:
         """
         return trouble(what)
 
+    async def dream(self) -> str:
+        """Wait for ever."""
+        await asyncio.Event().wait()
+        return ""
+
     @property
     def seen(self):
         raise AssertionError("a property was evaluated")

@@ -25,11 +25,11 @@ def test_each_row_has_the_tools_of_its_environment_and_those_of_the_run():
             for name in ("count", "echo")
         }
         of["door"] = names(host.schemas({"environment": "door", "word": "w"}))
-        assert host.tools == ("product", "add", "say", "trouble")
+        assert host.tools == ("product", "add", "dream", "say", "trouble")
         assert host.reward_names == ("Count", "Echo")
     assert of == {
         "count": ["product", "add"],
-        "door": ["product", "say", "trouble"],
+        "door": ["product", "dream", "say", "trouble"],
         "echo": ["product"],  # `step` and `close` of a text environment are none
     }
 

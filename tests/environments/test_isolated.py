@@ -143,6 +143,23 @@ def test_async_tools_of_an_environment_survive_the_loss_by_another():
             assert kinds(play.results()) == ["crash", None, None]
 
 
+def test_a_call_that_was_too_late_cannot_be_repeated_elsewhere():
+    def check(limit):
+        with host_of(factory=examples.Door, tool_timeout_seconds=limit) as host:
+            with host.play([{"word": "w"}], seeds=[0], members=3) as play:
+                late = results(turn(play, 0, says("", call("dream"))))
+                assert late == [f"{{'error': 'No result within {limit:.3g} s.'}}"]
+                say = says("", call("say", word="w"))
+                assert [results(turn(play, n, say)) for n in range(2)] == [["open"]] * 2
+                turn(play, 2, says("", call("trouble", what="die")))
+                assert turn(play, 0, say) == Reply(done=True)
+                assert results(turn(play, 1, say)) == ["open"]
+                found = play.results()
+        assert kinds(found) == ["crash", None, "crash"]
+
+    at_some_limit(check, 1.0)
+
+
 def test_an_environment_that_answers_otherwise_when_replayed_fails_alone(caplog):
     with host_of(factory=examples.Echo) as host:
         with host.play([{}], seeds=[5], members=4) as play:
