@@ -9,14 +9,13 @@ import asyncio
 import hashlib
 import itertools
 import os
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
 from grpo_jax.environments._channel import Channel, LostProcessError
 from grpo_jax.environments._seat import OPEN_SECONDS, Act, Answer, Kit, Name
 from grpo_jax.environments.outcome import Failure
-from grpo_jax.workers.process import pickle_for_process
+from grpo_jax.workers.process import packed, pickle_for_process
 
 # A process that dies so often in a row, while no code of a seat runs, is given up.
 _MOST_DEATHS = 3
@@ -71,7 +70,7 @@ class IsolatedPlace:
             pickle_for_process(factory, what=what, setting=_SETTING)
         self._has_environments = bool(kit.factories)
         count = min(workers, os.cpu_count() or 1)
-        self._workers = [_Worker(pickle.dumps(kit)) for _ in range(count)]
+        self._workers = [_Worker(packed(kit)) for _ in range(count)]
         self._numbers = itertools.count()
 
     def seat(self, name: Name) -> RemoteSeat:

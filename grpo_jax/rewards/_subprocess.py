@@ -6,11 +6,17 @@ blow-ups.
 
 import asyncio
 import dataclasses
-import pickle
 from typing import Any
 
 from grpo_jax.rewards._convention import Failure, Outcome, RewardCall, RewardInputs
-from grpo_jax.workers.process import Process, pickle_for_process, settle_in, spawn
+from grpo_jax.workers.process import (
+    Process,
+    packed,
+    pickle_for_process,
+    settle_in,
+    spawn,
+    unpacked,
+)
 
 # Time in which a new process must import the reward functions' modules.
 _START_SECONDS = 120.0
@@ -27,7 +33,7 @@ class Worker:
         for call in calls:
             what = f"reward function {call.name!r}"
             pickle_for_process(call, what=what, setting="rewards.isolate")
-        self._pickled = pickle.dumps(calls)
+        self._pickled = packed(calls)
         self._count = len(calls)
         self._process: Process | None = None
         self.start()
@@ -104,7 +110,7 @@ def _serve(connection: Any, pickled: bytes) -> None:
     """The worker's main: answers (index, inputs) with an Outcome or a Failure."""
     settle_in()
     try:
-        calls: tuple[RewardCall, ...] = pickle.loads(pickled)
+        calls: tuple[RewardCall, ...] = unpacked(pickled)
     except Exception as error:
         details = f"{type(error).__name__}: {error}"
         connection.send(Failure(kind="error", cause="import", details=details))

@@ -57,6 +57,16 @@ def pickle_for_process(thing: Any, *, what: str, setting: str) -> bytes:
         ) from error
 
 
+def packed(thing: Any) -> bytes:
+    """An object as bytes for a process; raises what its pickling raises."""
+    return pickle.dumps(thing)
+
+
+def unpacked(data: bytes) -> Any:
+    """The object of `packed`. The bytes must come from the parent or a child."""
+    return pickle.loads(data)
+
+
 def spawn(main: Callable[..., None], *arguments: Any) -> Process:
     """Starts a process that runs `main(connection, *arguments)`.
 

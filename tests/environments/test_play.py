@@ -8,6 +8,7 @@ import random
 import sqlite3
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -667,6 +668,44 @@ def test_messages_of_a_reset_take_the_place_of_the_prompt():
                 "go",
             ]
             assert results(turn(play, 0, says("x"))) == ["x"]
+
+
+def test_tools_alone_share_threads():
+    def thread() -> int:
+        """Tell the thread."""
+        return threading.get_ident()
+
+    with host_of(thread) as host:
+        with host.play([{"prompt": "p"}], seeds=[0], members=5) as play:
+            say = says("", call("thread"), call("thread"))
+            found = [result for n in range(5) for result in results(turn(play, n, say))]
+    assert len(set(found)) == 1
+
+
+def test_time_in_which_others_hold_the_loop_does_not_count():
+    def check(limit):
+        begun, ended = [], asyncio.Event()
+
+        async def hold() -> str:
+            """Hold the event loop for most of the time that a call has."""
+            begun.append(1)
+            time.sleep(0.6 * limit)
+            if len(begun) == 4:
+                ended.set()
+            return "held"
+
+        async def wait() -> str:
+            """Wait for the last of them."""
+            await ended.wait()
+            return "waited"
+
+        with host_of(hold, wait, tool_timeout_seconds=limit) as host:
+            with host.play([{"prompt": "p"}], seeds=[0], members=1) as play:
+                calls = [call("wait"), *[call("hold")] * 4]
+                found = results(turn(play, 0, says("", *calls)))
+        assert found == ["waited"] + ["held"] * 4
+
+    at_some_limit(check)
 
 
 def test_all_calls_of_an_environment_run_in_its_own_thread_which_ends_with_it():
