@@ -25,6 +25,7 @@ ROWS = {
     "objective": 1,
     "parallel": 1,
     "tasks": 1,
+    "workers": 1,
     "models": 2,
     "weights": 3,
     "environments": 3,
@@ -54,7 +55,7 @@ OWNERS = {
     "wandb": "reporting.trackers",
     "tensorboardX": "reporting.trackers",
 }
-HOST_ONLY = ("environments", "tasks", "rewards")
+HOST_ONLY = ("environments", "tasks", "rewards", "workers")
 # What a GRPO step of a plain dense model passes through, from a row to an update: the
 # part of the package to read first. All else is a wing, which the spine does not need.
 # Behind `Sampler` there is the engine, a second part to read. `generate` has the same
@@ -102,6 +103,15 @@ OF_THE_WINGS = {
 TESTED_IN = {
     "config.objective": "config/test_run.py",
     "config.trl_names": "test_flags.py",
+    "environments.base": "environments/test_play.py",
+    "environments.outcome": "environments/test_play.py",
+    "environments._channel": "environments/test_isolated.py",
+    "environments._episode": "environments/test_play.py",
+    "environments._local": "environments/test_play.py",
+    "environments._pool": "environments/test_host.py",
+    "environments._seat": "environments/test_play.py",
+    "environments._steps": "environments/test_play.py",
+    "environments._worker": "environments/test_isolated.py",
     "models._block": "models/test_decoder.py",
     "models.cache": "models/test_attention.py",
     "models._hf_config": "models/test_config.py",
@@ -129,6 +139,8 @@ TESTED_IN = {
     "training._reference": "training/test_lora.py",
     "training._run": "training/test_loop.py",
     "training.state": "training/test_step.py",
+    "workers.event_loop": "rewards/test_in_process.py",
+    "workers.process": "rewards/test_subprocess.py",
 }
 # Deprecated, private, or not to be mixed with Linen.
 BANNED = (

@@ -110,7 +110,9 @@ class EnvironmentsConfig(Section):
     # Time limit of all calls of one episode together, its reset included.
     episode_timeout_seconds: Positive | None = None
     isolate: bool = False  # run environments and tools in separate processes
-    workers: Count = 32  # calls that run at once; async ones are not counted
+    # Calls that run at once; async ones are not counted. With isolate, the processes,
+    # of which there are no more than CPU cores.
+    workers: Count = 32
 
 
 @dataclass(frozen=True, kw_only=True)

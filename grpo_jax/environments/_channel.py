@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import pickle
 import queue
 import threading
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 from grpo_jax.environments import _worker
 from grpo_jax.environments._seat import Act, Answer, Name, timed_out
 from grpo_jax.environments.outcome import Failure
-from grpo_jax.workers.process import Process, spawn
+from grpo_jax.workers.process import Process, packed, spawn
 
 # Time in which a new process must import what it is to run.
 _START_SECONDS = 120.0
@@ -75,7 +74,7 @@ class Channel:
         self._numbers += 1
         number, call = self._numbers, _Call(seat, limit, self._loop.create_future())
         try:
-            order = pickle.dumps((number, seat, name, act, limit))
+            order = packed((number, seat, name, act, limit))
         except Exception as error:  # of an object in the row
             details = f"{act.kind} cannot be sent to another process: {error}"
             failure = Failure(
@@ -100,7 +99,7 @@ class Channel:
         try:
             while True:
                 self._post(self._take, self._process.connection.recv())
-        except (EOFError, OSError, TypeError, pickle.UnpicklingError):
+        except Exception:  # the end of the pipe, or what cannot be read from it
             self._post(self._died)
 
     def _post(self, function: Callable[..., None], *arguments: Any) -> None:

@@ -110,8 +110,7 @@ def checked_messages(messages: Any, *, of: str) -> list[Message]:
 
 
 def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and isinstance(value.get("role"), str)
-        and isinstance(value.get("content"), str | list | None)
-    )
+    if not (isinstance(value, Mapping) and isinstance(value.get("role"), str)):
+        return False
+    # A turn of calls alone has no content.
+    return isinstance(value.get("content"), str | list) or "tool_calls" in value

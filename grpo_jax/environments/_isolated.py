@@ -9,18 +9,24 @@ import asyncio
 import hashlib
 import itertools
 import os
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
 from grpo_jax.environments._channel import Channel, LostProcessError
-from grpo_jax.environments._seat import Act, Answer, Kit, Name
+from grpo_jax.environments._seat import OPEN_SECONDS, Act, Answer, Kit, Name
 from grpo_jax.environments.outcome import Failure
-from grpo_jax.workers.process import pickled
+from grpo_jax.workers.process import packed, pickle_for_process
 
 # A process that dies so often in a row, while no code of a seat runs, is given up.
 _MOST_DEATHS = 3
 _SETTING = "environments.isolate"
+_UNREPEATABLE = Failure(
+    kind="crash",
+    cause="lost",
+    message="The process was lost, after a call that was too late.",
+    details="The process was lost by another episode. This one cannot be played again, "
+    "because one of its calls was too late.",
+)
 
 
 class RemoteSeat:
@@ -37,6 +43,8 @@ class RemoteSeat:
         self.is_open = False
         self.log: list[tuple[Act, float | None, str]] = []
         self.failure: Failure | None = None
+        # Where code that was too late may still run, which cannot be done again.
+        self.only_in: Channel | None = None
 
     def note(self, act: Act, limit: float | None, answer: Answer) -> None:
         """Remembers an act, so that it can be done again elsewhere."""
@@ -56,13 +64,13 @@ class IsolatedPlace:
 
     def __init__(self, kit: Kit, workers: int) -> None:
         for tool in kit.tools:
-            pickled(tool, what=f"tool {tool!r:.80}", setting=_SETTING)
+            pickle_for_process(tool, what=f"tool {tool!r:.80}", setting=_SETTING)
         for name, factory in kit.factories.items():
             what = "environment_factory" if name is None else f"environment {name!r}"
-            pickled(factory, what=what, setting=_SETTING)
+            pickle_for_process(factory, what=what, setting=_SETTING)
         self._has_environments = bool(kit.factories)
         count = min(workers, os.cpu_count() or 1)
-        self._workers = [_Worker(pickle.dumps(kit)) for _ in range(count)]
+        self._workers = [_Worker(packed(kit)) for _ in range(count)]
         self._numbers = itertools.count()
 
     def seat(self, name: Name) -> RemoteSeat:
@@ -92,6 +100,10 @@ class IsolatedPlace:
         """The seat's episode is over, and need not be played again."""
         seat.log.clear()
 
+    def is_sound(self, seat: RemoteSeat) -> bool:
+        """Whether its environment could be made anew whenever its process was lost."""
+        return seat.failure is None
+
     def close(self) -> None:
         """Ends the processes."""
         for worker in self._workers:
@@ -118,25 +130,34 @@ class _Worker:
         self._kit = pickled_kit
         self._channel: Channel | None = None
         self._replacing = asyncio.Lock()
+        self._is_closed = False
         self.seats: dict[int, RemoteSeat] = {}
 
     async def act(self, seat: RemoteSeat, act: Act, limit: float | None) -> Answer:
+        deaths = 0
         while True:
             channel = await self._alive()
             if seat.failure is not None:
                 return self._lost(seat, seat.failure)
+            if seat.only_in not in (None, channel):
+                return self._lost(seat, _UNREPEATABLE)
             try:
                 answer = await channel.call(seat.number, seat.name, act, limit)
             except LostProcessError as lost:
-                if lost.seat == seat.number:
+                deaths += lost.seat is None
+                mine = lost.seat == seat.number or deaths >= _MOST_DEATHS
+                if mine or self._is_closed:
                     return self._lost(seat, lost.failure)
                 continue  # once more, in the next process
             seat.note(act, limit, answer)
-            if act.kind == "close" or answer.lost:
-                del self.seats[seat.number]
+            if answer.lost and seat.has_environment:
+                seat.only_in = channel
+            if act.kind == "close" or seat.only_in is not None:
+                self.seats.pop(seat.number, None)
             return answer
 
     def close(self) -> None:
+        self._is_closed = True
         if self._channel is not None:
             self._channel.kill()
             self._channel = None
@@ -154,8 +175,7 @@ class _Worker:
                 if self._channel is not None and (lost := self._channel.lost):
                     deaths += lost.seat is None
                     for seat in self._blamed(lost.seat, deaths >= _MOST_DEATHS):
-                        seat.failure = lost.failure
-                        del self.seats[seat.number]
+                        self._give_up(seat, lost.failure)
                 self._channel = await Channel.opened(self._kit)
                 try:
                     for seat in [*self.seats.values()]:
@@ -173,7 +193,10 @@ class _Worker:
     async def _replay(self, channel: Channel, seat: RemoteSeat) -> None:
         if not seat.is_open:
             return
-        await channel.call(seat.number, seat.name, Act("open"), None)
+        opened = await channel.call(seat.number, seat.name, Act("open"), OPEN_SECONDS)
+        if opened.failure is not None:
+            self._give_up(seat, opened.failure)
+            return
         for act, limit, digest in seat.log:
             answer = await channel.call(seat.number, seat.name, act, limit)
             if _digest(answer) != digest:
@@ -182,14 +205,18 @@ class _Worker:
                     "played again, after another one had ended their process. Let the "
                     "environment draw all that is random from the seed of its reset."
                 )
-                seat.failure = Failure(
+                failure = Failure(
                     kind="invalid",
                     cause="not deterministic",
                     message=details,
                     details=details,
                 )
-                del self.seats[seat.number]
+                self._give_up(seat, failure)
                 return
+
+    def _give_up(self, seat: RemoteSeat, failure: Failure) -> None:
+        seat.failure = failure
+        self.seats.pop(seat.number, None)
 
 
 def _digest(answer: Answer) -> str:

@@ -10,6 +10,7 @@ import itertools
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,18 @@ from grpo_jax.workers.event_loop import EventLoop
 
 # Something to do: at which seat, what, in how many seconds.
 Request = tuple[Any, Act, float | None]
+
+
+class LocalSeat(Seat):
+    """A seat in this process.
+
+    Attributes:
+      threads: that run its acts when they are free, at most one.
+    """
+
+    def __init__(self, kit: Kit, name: Name) -> None:
+        super().__init__(kit, name)
+        self.threads: list[_Thread] = []
 
 
 class LocalPlace:
@@ -38,27 +51,29 @@ class LocalPlace:
         # The global generators belong to one reset at a time, or to async ones.
         self._resets = asyncio.Lock()
 
-    def seat(self, name: Name) -> Seat:
+    def seat(self, name: Name) -> LocalSeat:
         """A new seat for the environments of a factory, which is not yet open."""
-        return Seat(self._kit, name)
+        return LocalSeat(self._kit, name)
 
-    def environment(self, seat: Seat) -> Any:
+    def environment(self, seat: LocalSeat) -> Any:
         """The environment at a seat."""
         return seat.environment
 
-    async def act(self, seat: Seat, act: Act, limit: float | None) -> Answer:
+    async def act(self, seat: LocalSeat, act: Act, limit: float | None) -> Answer:
         """The answer of an act, within `limit` seconds from its beginning."""
         if seat.is_async(act):
             return await self._await(seat, act, limit)
         async with self._turns:
-            thread = self._idle.pop() if self._idle else _Thread()
+            # All acts of an environment run in one thread, which some objects demand,
+            # such as connections to SQLite. Tools alone share threads.
+            threads = seat.threads if self._kit.factories else self._idle
+            thread = threads.pop() if threads else _Thread()
             running = thread.start(functools.partial(seat.run, act))
             ended, _ = await asyncio.wait({asyncio.wrap_future(running)}, timeout=limit)
             if ended:
-                self._idle.append(thread)
+                threads.append(thread)
                 return ended.pop().result()
         assert limit is not None
-        thread.stop()
         return Answer(failure=timed_out(limit), seconds=limit, lost=True)
 
     async def resets(self, groups: Sequence[Sequence[Request]]) -> list[list[Answer]]:
@@ -80,13 +95,15 @@ class LocalPlace:
                 answers[id(group)] = found
         return [answers[id(group)] for group in groups]
 
-    def rest(self, seat: Seat) -> None:
+    def rest(self, seat: LocalSeat) -> None:
         """Does nothing: an episode that is over leaves nothing behind."""
+
+    def is_sound(self, seat: LocalSeat) -> bool:
+        """True: an environment in this process dies with it only."""
+        return True
 
     def close(self) -> None:
         """Ends the threads and the event loop, as far as they can be ended."""
-        for thread in self._idle:
-            thread.stop()
         self._idle.clear()
         if self._coroutines is not None:
             self._coroutines.close()
@@ -106,7 +123,7 @@ class LocalPlace:
     async def _gather(self, group: Sequence[Request]) -> list[Answer]:
         return list(await asyncio.gather(*(self.act(*request) for request in group)))
 
-    async def _await(self, seat: Seat, act: Act, limit: float | None) -> Answer:
+    async def _await(self, seat: LocalSeat, act: Act, limit: float | None) -> Answer:
         while True:
             if self._coroutines is None or self._coroutines.given_up:
                 self._coroutines = _Coroutines()
@@ -165,7 +182,12 @@ class _Coroutines:
                 call.answer.set_result(answer)
 
     async def _begin(
-        self, number: int, call: "_Call", seat: Seat, act: Act, limit: float | None
+        self,
+        number: int,
+        call: "_Call",
+        seat: Seat,
+        act: Act,
+        limit: float | None,
     ) -> Answer | None:
         if not call.ticket.acquire(blocking=False):
             return None  # it runs on another loop
@@ -195,11 +217,19 @@ class _Call:
 
 
 class _Thread:
-    """A daemon thread, which keeps no process from ending."""
+    """A daemon thread, which keeps no process from ending.
+
+    It ends when nobody holds this object any more, after what it runs by then, should
+    that ever end.
+    """
 
     def __init__(self) -> None:
-        self._work: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="environment", daemon=True).start()
+        work: queue.SimpleQueue = queue.SimpleQueue()
+        self._work = work
+        threading.Thread(
+            target=_serve, args=(work,), name="environment", daemon=True
+        ).start()
+        weakref.finalize(self, work.put, None)
 
     def start(self, function: Callable[[], Answer]) -> concurrent.futures.Future:
         future: concurrent.futures.Future = concurrent.futures.Future()
@@ -207,11 +237,9 @@ class _Thread:
         self._work.put((function, future))
         return future
 
-    def stop(self) -> None:
-        """It ends after what it runs, should that ever end."""
-        self._work.put(None)
 
-    def _serve(self) -> None:
-        while (work := self._work.get()) is not None:
-            function, future = work
-            future.set_result(function())
+def _serve(work: queue.SimpleQueue) -> None:
+    while (task := work.get()) is not None:
+        function, future = task
+        future.set_result(function())
+        del task, function, future  # they hold the seat, and so this thread

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from grpo_jax.config import EnvironmentsConfig
-from grpo_jax.environments._seat import Act, Answer, Kind, Name
+from grpo_jax.environments._seat import OPEN_SECONDS, Act, Answer, Kind, Name
 from grpo_jax.environments.outcome import Failure
 from grpo_jax.workers.event_loop import EventLoop
 
 _logger = logging.getLogger(__name__)
 
-# Time in which an environment must be made. It may start a server or load a file.
-_OPEN_SECONDS = 600.0
+# Time in which all environments must close at the end of the run.
+_CLOSE_SECONDS = 60.0
 
 
 class Place(Protocol):
@@ -41,6 +41,10 @@ class Place(Protocol):
         """The seat's episode is over."""
         ...
 
+    def is_sound(self, seat: Any) -> bool:
+        """Whether the environment at a seat can still be reset."""
+        ...
+
     def close(self) -> None:
         """Ends threads and processes."""
         ...
@@ -58,6 +62,8 @@ class Pool:
         self.config = config
         self.loop = EventLoop("environments")
         self._waiting: dict[Name, list[Any]] = {}
+        # All that are open, by their ids.
+        self._all: dict[int, tuple[Name, Any]] = {}
         self._logged: set[tuple[str, str]] = set()
 
     def probe(self, name: Name) -> Answer:
@@ -67,41 +73,55 @@ class Pool:
     async def take(self, name: Name) -> tuple[Any, Answer]:
         """A seat with an environment, made anew if none waits."""
         waiting = self._waiting.setdefault(name, [])
-        if waiting:
-            return waiting.pop(), Answer()
-        seat = self.place.seat(name)
-        return seat, await self.place.act(seat, Act("open"), _OPEN_SECONDS)
+        while waiting:
+            seat = waiting.pop()
+            if self.place.is_sound(seat):
+                return seat, Answer()
+        return await self._open(name, OPEN_SECONDS)
 
     def give_back(self, name: Name, seat: Any) -> None:
         """A seat whose environment can be reset again."""
         self.place.rest(seat)
         self._waiting.setdefault(name, []).append(seat)
 
-    async def discard(self, name: Name, seat: Any) -> None:
-        """Closes an environment that is not used again, if it is not a tool."""
-        answer = await self.place.act(seat, Act("close"), self.limit)
-        self.log(name, Act("close"), answer.failure)
+    def lose(self, seat: Any) -> None:
+        """A seat where code may still run: it is left alone."""
+        self._all.pop(id(seat), None)
+
+    async def discard(self, seat: Any) -> None:
+        """Closes an environment that is not used again, if `close` is not a tool."""
+        if entry := self._all.pop(id(seat), None):
+            name, _ = entry
+            answer = await self.place.act(seat, Act("close"), self.limit)
+            self.log(name, Act("close"), answer.failure)
 
     def close(self) -> None:
-        """Closes the environments that wait, and ends threads and processes."""
+        """Closes all environments, and ends threads and processes."""
         self.loop.start(self._close()).result()
         self.loop.stop()
 
-    async def _probe(self, name: Name) -> Answer:
+    async def _open(self, name: Name, limit: float | None) -> tuple[Any, Answer]:
         seat = self.place.seat(name)
-        opened = await self.place.act(seat, Act("open"), None)
+        answer = await self.place.act(seat, Act("open"), limit)
+        if answer.failure is None:
+            self._all[id(seat)] = (name, seat)
+        return seat, answer
+
+    async def _probe(self, name: Name) -> Answer:
+        seat, opened = await self._open(name, None)
         if opened.failure is not None or opened.interrupted:
             return opened
         described = await self.place.act(seat, Act("describe"), None)
-        if described.failure is None:
+        if described.failure is None and not described.interrupted:
             self.kinds[name] = described.value
             self.give_back(name, seat)
         return described
 
     async def _close(self) -> None:
-        waiting = [(name, s) for name, seats in self._waiting.items() for s in seats]
-        self._waiting = {}
-        await asyncio.gather(*(self.discard(name, seat) for name, seat in waiting))
+        seats = [seat for _, seat in self._all.values()]
+        closing = [asyncio.create_task(self.discard(seat)) for seat in seats]
+        if closing:
+            await asyncio.wait(closing, timeout=_CLOSE_SECONDS)
         self.place.close()
 
     @property
@@ -113,7 +133,8 @@ class Pool:
         """Reports a failure, the first of its kind in full and the others not."""
         if failure is None:
             return
-        what = f"{self.kinds[name].class_name}.{act.kind}"
+        kind = self.kinds.get(name)
+        what = f"{kind.class_name if kind else name}.{act.kind}"
         then = "such episodes have no reward"
         if act.kind == "tool":
             what = act.name

@@ -5,6 +5,7 @@ Whatever user code does, a call gives an answer; only Ctrl-C passes.
 """
 
 import inspect
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from grpo_jax.environments._checked import (
     opening,
 )
 from grpo_jax.environments._generators import Draws, Stepped
-from grpo_jax.environments._tools import Tool, by_name, json_schema, result_text
+from grpo_jax.environments._tools import Tool, by_name, json_schema, result_content
 from grpo_jax.environments.base import TextEnvironment
 from grpo_jax.environments.outcome import Failure
 
@@ -27,6 +28,14 @@ Factory = Callable[[], Any]
 # The name of a factory; None where there is one for all rows.
 Name = str | None
 
+# Time in which an environment must be made. It may start a server or load a file.
+OPEN_SECONDS = 600.0
+
+# TRL calls plain functions on the main thread.
+_THREAD_HINT = (
+    "\nIt ran in a thread. What needs the main thread, such as `signal.alarm`, works "
+    "with environments.isolate, which gives it a process of its own."
+)
 _NOT_TOOLS = ("reset", "get_reward")
 
 
@@ -65,7 +74,6 @@ class Kind:
       schemas: of the tools, in that order.
       columns: that `reset` takes; None for any.
       required: columns that `reset` needs.
-      takes_seed: whether `reset` names a parameter `seed`.
     """
 
     class_name: str = ""
@@ -77,7 +85,6 @@ class Kind:
     schemas: tuple[dict[str, Any], ...] = ()
     columns: frozenset[str] | None = None
     required: frozenset[str] = frozenset()
-    takes_seed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +155,8 @@ class Seat:
                 return self._kind()
             case "tool" if function is None:
                 raise UnknownToolError(f"Tool {act.name} not found.")
+            case "reset" | "step" if self._factory is not None and function is None:
+                raise NonsenseError("the environment could not be made")
             case _ if function is None:  # no environment, or it has no such method
                 return None
             case "tool":
@@ -163,7 +172,7 @@ class Seat:
         """The value of a function, checked, and such that it can be sent."""
         match act.kind:
             case "tool":
-                return result_text(value)
+                return result_content(value)
             case "reset":
                 is_text = isinstance(self.environment, TextEnvironment)
                 return opening(act.arguments, value, may_replace=is_text)
@@ -236,7 +245,6 @@ class Seat:
             has_reward=is_text or "get_reward" in _methods(environment),
             columns=None if takes_any else frozenset(p.name for p in named),
             required=frozenset(required - {"seed"}),
-            takes_seed=any(p.name == "seed" for p in named),
             **shared,
         )
 
@@ -244,9 +252,10 @@ class Seat:
         columns = dict(act.arguments)
         if None not in self._kit.factories:  # it chose the factory
             columns.pop("environment", None)
+        is_text = isinstance(self.environment, TextEnvironment)
         parameters = inspect.signature(self.environment.reset).parameters
         # A seed in the row is the task's own: the same for the whole group.
-        if "seed" in parameters:
+        if is_text or "seed" in parameters:
             columns.setdefault("seed", act.seed)
         return columns
 
@@ -279,6 +288,9 @@ def _failed(error: BaseException, seconds: float) -> Answer:
     invalid = isinstance(error, NonsenseError)
     is_ours = invalid or isinstance(error, UnknownToolError)
     details = message if is_ours else "".join(traceback.format_exception(error))
+    on_main = threading.current_thread() is threading.main_thread()
+    if not (is_ours or on_main) and "main thread" in message:
+        details += _THREAD_HINT
     failure = Failure(
         kind="invalid" if invalid else "error",
         cause=type(error).__name__,

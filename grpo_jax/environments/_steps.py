@@ -1,9 +1,8 @@
 """Coroutines of users on one event loop: time limits, and whose code runs."""
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from grpo_jax.environments._generators import Stepped
@@ -19,32 +18,18 @@ class Steps:
 
     def __init__(self, report: Callable[[int | None], None]) -> None:
         """Reports the number of a call at each of its steps, and None after each."""
-        self._report = report
-        self._held = 0.0  # seconds in which some call held the loop
+        self.report = report
+        self.held = 0.0  # seconds in which some call held the loop
 
     async def run(
         self, number: int, coroutine: Coroutine[Any, Any, Answer], limit: float | None
     ) -> Answer:
         """The answer of a call, within `limit` seconds of its own."""
-        own = 0.0
-
-        @contextlib.contextmanager
-        def step() -> Iterator[None]:
-            nonlocal own
-            self._report(number)
-            start = time.monotonic()
-            try:
-                yield
-            finally:
-                spent = time.monotonic() - start
-                own += spent
-                self._held += spent
-                self._report(None)
-
-        task = asyncio.ensure_future(Stepped(coroutine, step))
-        start, before = time.monotonic(), self._held
+        meter = _Meter(self, number)
+        task = asyncio.ensure_future(Stepped(coroutine, lambda: meter))
+        start, before = time.monotonic(), self.held
         while True:
-            others = self._held - before - own
+            others = self.held - before - meter.own
             used = time.monotonic() - start - others
             left = None if limit is None else limit - used
             if left is not None and left <= 0.0:
@@ -54,3 +39,23 @@ class Steps:
         assert limit is not None
         task.cancel()  # which it may ignore: it is not waited for
         return Answer(failure=timed_out(limit), seconds=limit, lost=True)
+
+
+class _Meter:
+    """A context for each step of one call, which tells its time and whose it is."""
+
+    def __init__(self, steps: Steps, number: int) -> None:
+        self._steps = steps
+        self._number = number
+        self._start = 0.0
+        self.own = 0.0  # seconds in which the call held the loop
+
+    def __enter__(self) -> None:
+        self._steps.report(self._number)
+        self._start = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.monotonic() - self._start
+        self.own += spent
+        self._steps.held += spent
+        self._steps.report(None)

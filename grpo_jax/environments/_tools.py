@@ -93,12 +93,12 @@ def calls_of(message: Message) -> list[Call]:
             calls.append(Call(name, {}, f"Unsupported tool call type: {kind}"))
             continue
         function = written["function"]
-        calls.append(Call(function["name"], function.get("arguments", {})))
+        calls.append(Call(str(function["name"]), function.get("arguments", {})))
     return calls
 
 
-def result_text(value: Any) -> str:
-    """What the policy reads of a tool's result: `str` of it, as in TRL.
+def result_content(value: Any) -> str | list[Any]:
+    """The content of a tool's result: `str` of it, or the list that it is, as in TRL.
 
     Content blocks give their texts.
 
@@ -107,7 +107,7 @@ def result_text(value: Any) -> str:
     """
     if is_blocks(value):
         return blocks_text(value)
-    return str(value)
+    return value if isinstance(value, list) else str(value)
 
 
 def error_text(message: str) -> str:

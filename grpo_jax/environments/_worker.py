@@ -6,13 +6,13 @@ rests while a plain act runs.
 """
 
 import asyncio
-import pickle
 from typing import Any
 
 from grpo_jax.environments._generators import seeded
 from grpo_jax.environments._seat import Act, Answer, Kit, Name, Seat
 from grpo_jax.environments._steps import Steps
-from grpo_jax.workers.process import settle_in
+from grpo_jax.environments.outcome import Failure
+from grpo_jax.workers.process import packed, settle_in, unpacked
 
 # The parent's: number of the call, of the seat, its factory, what to do, seconds.
 Order = tuple[int, int, Name, Act, float | None]
@@ -25,7 +25,7 @@ def serve(connection: Any, pickled: bytes) -> None:
     """Does orders until the pipe ends."""
     settle_in()
     try:
-        kit: Kit = pickle.loads(pickled)
+        kit: Kit = unpacked(pickled)
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
         return
@@ -71,7 +71,7 @@ class _Desk:
                 answer = seat.run(act)
         else:
             answer = seat.run(act)
-        self._connection.send((number, answer))
+        self._send(number, answer)
         if act.kind == "close":
             del self._seats[order[1]]
 
@@ -92,8 +92,18 @@ class _Desk:
     async def _await(self, order: Order) -> None:
         number, _, _, act, limit = order
         coroutine = self._seat(order).run_async(act)
-        answer = await self._steps.run(number, coroutine, limit)
-        self._connection.send((number, answer))
+        self._send(number, await self._steps.run(number, coroutine, limit))
+
+    def _send(self, number: int, answer: Answer) -> None:
+        try:
+            report = packed((number, answer))
+        except Exception as error:  # of an object in a list that a tool returned
+            details = f"The answer cannot be sent from its process: {error}"
+            failure = Failure(
+                kind="invalid", cause="pickle", message=details, details=details
+            )
+            report = packed((number, Answer(failure=failure)))
+        self._connection.send_bytes(report)
 
     def _seat(self, order: Order) -> Seat:
         _, number, name, _, _ = order

@@ -6,6 +6,7 @@ https://huggingface.co/docs/trl/grpo_trainer#agent-training. And `TextEnvironmen
 which answers texts.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -122,7 +123,10 @@ class Host:
     def check_rewards(self, functions: Iterable[Callable[..., Any]]) -> None:
         """Raises `ValueError` if one asks for `environments` in other processes."""
         for function in functions if self._is_isolated else ():
-            if "environments" in inspect.signature(function).parameters:
+            parameters: Iterable[str] = ()
+            with contextlib.suppress(ValueError):  # some built-in functions have none
+                parameters = inspect.signature(function).parameters
+            if "environments" in parameters:
                 raise ValueError(
                     f"reward function {function!r:.80} takes `environments`, which "
                     "live in other processes. Set environments.isolate to False, or "

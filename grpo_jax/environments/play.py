@@ -60,7 +60,11 @@ class Play:
         self._turns: dict[int, concurrent.futures.Future[Reply]] = {}
         self._rewards: dict[int, asyncio.Task[float]] = {}
         self._episodes = [self._episode(i) for i in range(len(rows) * members)]
-        self.openings = self._run(self._begin(seeds))
+        try:
+            self.openings = self._run(self._begin(seeds))
+        except BaseException:
+            self.close()
+            raise
 
     def __len__(self) -> int:
         return len(self._episodes)
@@ -229,14 +233,15 @@ class Play:
 
     async def _close(self) -> None:
         seats, self._seats = self._seats, []
+        self._lost |= {n for n, turn in self._turns.items() if not turn.done()}
         for number, seat in enumerate(seats):
             name = self._name(number)
             if number in self._lost:
-                continue  # its code may still run
-            if self._episodes[number].failure is None:
+                self._pool.lose(seat)
+            elif self._episodes[number].failure is None:
                 self._pool.give_back(name, seat)
             else:
-                await self._pool.discard(name, seat)
+                await self._pool.discard(seat)
 
 
 def _result(future: concurrent.futures.Future) -> Any:

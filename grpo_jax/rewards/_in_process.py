@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 
 from grpo_jax.rewards._convention import Failure, Outcome, RewardCall, RewardInputs
+from grpo_jax.workers.event_loop import EventLoop
 
 # A coroutine is cancelled at its time limit. If it has not ended this many seconds
 # later, it blocks the loop.
@@ -21,7 +22,7 @@ class LocalCalls:
 
     def __init__(self, calls: tuple[RewardCall, ...]) -> None:
         self._calls = calls
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: EventLoop | None = None
 
     def start(self) -> None:
         """Does nothing: the loop starts when it is needed."""
@@ -62,7 +63,7 @@ class LocalCalls:
     def stop(self) -> None:
         """Ends the event loop and its thread."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop.stop()
             self._loop = None
 
     def _submit(
@@ -73,14 +74,9 @@ class LocalCalls:
         # calls stay bound to a live loop.
         loop = self._loop
         if loop is None:
-            loop = self._loop = asyncio.new_event_loop()
-            threading.Thread(
-                target=_serve, args=(loop,), name="async-rewards", daemon=True
-            ).start()
+            loop = self._loop = EventLoop("async-rewards")
         return {
-            index: asyncio.run_coroutine_threadsafe(
-                _within(self._calls[index], inputs, timeout), loop
-            )
+            index: loop.start(_within(self._calls[index], inputs, timeout))
             for index in indices
         }
 
@@ -106,18 +102,6 @@ async def _within(
     end = limit.when()
     late = end is not None and asyncio.get_running_loop().time() >= end
     return _timed_out(timeout) if late else answer
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    async def cancel_others() -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    loop.run_forever()
-    loop.run_until_complete(cancel_others())
-    loop.close()
 
 
 def _run_plain(

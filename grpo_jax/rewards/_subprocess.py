@@ -1,26 +1,23 @@
 """A persistent process that calls reward functions, so that the run survives them.
 
-The process is spawned, never forked (the parent is multithreaded). It runs on the CPU
-with bounded memory, and is killed and replaced when it hangs. This contains hangs,
-crashes and memory blow-ups. It is no security boundary against hostile code.
+It is killed and replaced when it hangs. This contains hangs, crashes and memory
+blow-ups.
 """
 
 import asyncio
-import contextlib
 import dataclasses
-import multiprocessing
-import multiprocessing.connection
-import os
-import pickle
-import resource
-import signal
-import threading
 from typing import Any
 
 from grpo_jax.rewards._convention import Failure, Outcome, RewardCall, RewardInputs
+from grpo_jax.workers.process import (
+    Process,
+    packed,
+    pickle_for_process,
+    settle_in,
+    spawn,
+    unpacked,
+)
 
-# Address space of the worker; an allocation beyond it raises MemoryError there.
-_MEMORY_LIMIT_BYTES = 4 * 2**30
 # Time in which a new process must import the reward functions' modules.
 _START_SECONDS = 120.0
 
@@ -34,42 +31,19 @@ class Worker:
 
     def __init__(self, calls: tuple[RewardCall, ...]) -> None:
         for call in calls:
-            try:
-                pickle.dumps(call)
-            except (pickle.PicklingError, AttributeError, TypeError) as error:
-                raise ValueError(
-                    f"reward function {call.name!r} cannot be isolated: {error}. "
-                    "Define it at the top level of a module, or set rewards.isolate to "
-                    "False."
-                ) from error
-        self._pickled = pickle.dumps(calls)
+            what = f"reward function {call.name!r}"
+            pickle_for_process(call, what=what, setting="rewards.isolate")
+        self._pickled = packed(calls)
         self._count = len(calls)
-        self._process: Any = None
-        self._connection: Any = None
+        self._process: Process | None = None
         self.start()
 
-    def start(self) -> None:
+    def start(self) -> Process:
         """Starts the process unless it runs, and waits until it is ready."""
         if self._process is not None:
-            return
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, self._pickled), daemon=True
-        )
-        # The child must not take the accelerator. It inherits the environment, and may
-        # import JAX with the user's script, before any code of ours could set this.
-        platforms = os.environ.get("JAX_PLATFORMS")
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        try:
-            self._process.start()
-        finally:
-            del os.environ["JAX_PLATFORMS"]
-            if platforms is not None:
-                os.environ["JAX_PLATFORMS"] = platforms
-        # Only the child has this end open from now on, so that its death ends the pipe.
-        theirs.close()
-        problem = self._receive(_START_SECONDS)
+            return self._process
+        self._process = process = spawn(_serve, self._pickled)
+        problem = self._receive(process, _START_SECONDS)
         if problem is not None:
             self.stop()
             raise ValueError(
@@ -77,6 +51,7 @@ class Worker:
                 "be importable by name, and a script that defines them must start its "
                 f"run under `if __name__ == '__main__':`. {problem.details}"
             )
+        return process
 
     def run_all(
         self, inputs: RewardInputs, *, timeout: float | None
@@ -92,12 +67,12 @@ class Worker:
         A process that hung or died is replaced by the next call; its start does not
         count against the time.
         """
-        self.start()
+        process = self.start()
         try:
-            self._connection.send((index, inputs))
+            process.connection.send((index, inputs))
         except OSError:  # it died since the last call
-            return self._died()
-        return self._receive(timeout)
+            return self._died(process)
+        return self._receive(process, timeout)
 
     def stop(self) -> None:
         """Kills the process; `start` makes another."""
@@ -105,17 +80,14 @@ class Worker:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.join()
-            process.close()
-            self._connection.close()
 
-    def _receive(self, timeout: float | None) -> Any:
+    def _receive(self, process: Process, timeout: float | None) -> Any:
         """The next message of the process, or a failure if none comes."""
         try:
-            if self._connection.poll(timeout):
-                return self._connection.recv()
+            if process.connection.poll(timeout):
+                return process.connection.recv()
         except (EOFError, OSError):
-            return self._died()
+            return self._died(process)
         except BaseException:
             self.stop()  # else the next call would read this late answer
             raise
@@ -126,9 +98,8 @@ class Worker:
             details=f"No answer within {timeout:.3g} s; the worker was killed.",
         )
 
-    def _died(self) -> Failure:
-        self._process.join(1.0)
-        code = self._process.exitcode
+    def _died(self, process: Process) -> Failure:
+        code = process.exit_code()
         self.stop()
         return Failure(
             kind="crash", cause="crash", details=f"The worker died, exit code {code}."
@@ -137,17 +108,9 @@ class Worker:
 
 def _serve(connection: Any, pickled: bytes) -> None:
     """The worker's main: answers (index, inputs) with an Outcome or a Failure."""
-    # Ctrl-C reaches every process of the terminal; the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    unlimited = hard == resource.RLIM_INFINITY
-    limit = _MEMORY_LIMIT_BYTES if unlimited else min(_MEMORY_LIMIT_BYTES, hard)
-    # Not every system can limit the address space; there the worker has no limit.
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    settle_in()
     try:
-        calls: tuple[RewardCall, ...] = pickle.loads(pickled)
+        calls: tuple[RewardCall, ...] = unpacked(pickled)
     except Exception as error:
         details = f"{type(error).__name__}: {error}"
         connection.send(Failure(kind="error", cause="import", details=details))
@@ -174,11 +137,3 @@ def _serve(connection: Any, pickled: bytes) -> None:
             except Exception as error:  # the function logged values that do not pickle
                 details = f"{call.name}: cannot send what it logged: {error}"
                 connection.send(Failure(kind="invalid", cause="value", details=details))
-
-
-def _exit_with_parent() -> None:
-    """Ends this process when its parent is gone, even in the middle of a function."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)

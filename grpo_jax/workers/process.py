@@ -28,11 +28,9 @@ class Process(NamedTuple):
     connection: Any
 
     def kill(self) -> None:
-        """Ends it at once, whatever it does."""
+        """Ends it at once, whatever it does. The pipe stays, and has an end."""
         self.process.kill()
         self.process.join()
-        self.process.close()
-        self.connection.close()
 
     def exit_code(self) -> int | None:
         """Of one that died; None if it lives."""
@@ -40,7 +38,7 @@ class Process(NamedTuple):
         return self.process.exitcode
 
 
-def pickled(thing: Any, *, what: str, setting: str) -> bytes:
+def pickle_for_process(thing: Any, *, what: str, setting: str) -> bytes:
     """A user's object as bytes for a process.
 
     Args:
@@ -59,6 +57,16 @@ def pickled(thing: Any, *, what: str, setting: str) -> bytes:
         ) from error
 
 
+def packed(thing: Any) -> bytes:
+    """An object as bytes for a process; raises what its pickling raises."""
+    return pickle.dumps(thing)
+
+
+def unpacked(data: bytes) -> Any:
+    """The object of `packed`. The bytes must come from the parent or a child."""
+    return pickle.loads(data)
+
+
 def spawn(main: Callable[..., None], *arguments: Any) -> Process:
     """Starts a process that runs `main(connection, *arguments)`.
 
@@ -75,7 +83,7 @@ def spawn(main: Callable[..., None], *arguments: Any) -> Process:
 
 
 def settle_in() -> None:
-    """What such a process does first: it ends with its parent, and bounds its memory."""
+    """What such a process does first: bound its memory, and end with its parent."""
     # Ctrl-C reaches every process of the terminal; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
