@@ -46,7 +46,7 @@ OWNERS = {
     "huggingface_hub": "weights.pretrained",
     "gguf": "weights._gguf",
     "datasets": "tasks.gsm8k",
-    "reasoning_gym": "tasks._reasoning_gym",
+    "reasoning_gym": "tasks.reasoning_gym",
     "matplotlib": "reporting._figure",
     "wandb": "reporting.trackers",
     "tensorboardX": "reporting.trackers",

@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo_jax.tasks._reasoning_gym import reasoning_gym_task
+from grpo_jax.tasks.reasoning_gym import reasoning_gym_task
 from grpo_jax.tasks.arithmetic import arithmetic_task
 from grpo_jax.tasks.base import (
     RewardFunction,
