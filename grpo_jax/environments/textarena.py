@@ -16,9 +16,8 @@ import numpy as np
 
 from grpo_jax.environments.base import Step, TextEnvironment
 
-# The library's own value of a game that ends by an invalid move. Some of its games give
-# the reason in place of it.
-_INVALID_MOVE = -1.0
+# What the library puts before the reason of an invalid move that ends a game.
+_INVALID_MOVE = "Invalid Move: "
 # Games draw from the random numbers of the process: one game is moved at a time.
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -55,7 +54,7 @@ def textarena_environment(
     registry = _library().envs.registration.ENV_REGISTRY
     if name not in registry:
         near = difflib.get_close_matches(name, registry, n=3)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"textarena has no game {name!r} among {len(registry)}.{hint}")
     players = _players(name, options)
     if players == 2 and opponent is None:
@@ -120,17 +119,21 @@ class TextArena(TextEnvironment):
         """What the policy has not read yet, without its own moves."""
         with self._randomness.of_the_process():
             _, messages = _unwrapped(self._game).get_observation()
-        own = (self._player, "PLAYER_ACTION")
+        move = _library().ObservationType.PLAYER_ACTION
         return "\n".join(
             message.strip()
             for sender, message, kind in messages
-            if (sender, kind.name) != own
+            # Countdown and others give sender, message and kind in another order.
+            if sender is not move and (sender, kind) != (self._player, move)
         )
 
     def _reward(self) -> float:
-        rewards, _ = self._game.close()
+        rewards, info = self._game.close()
         reward = rewards[self._player]
-        return _INVALID_MOVE if isinstance(reward, str) else float(reward)
+        if isinstance(reward, str):
+            # The same games exchange the reward of an invalid move and its reason.
+            reward = info[self._player]["reason"].removeprefix(_INVALID_MOVE)
+        return float(reward)
 
 
 class _Randomness:
