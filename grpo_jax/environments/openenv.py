@@ -16,7 +16,7 @@ from grpo_jax.environments.base import Step, TextEnvironment
 _COMMON = {"done", "reward", "metadata"}
 
 
-class Environment(Protocol):
+class _Environment(Protocol):
     """What is used of `openenv.core.env_server.interfaces.Environment`."""
 
     def reset(self, *, seed: int, **columns: Any) -> Any:
@@ -27,9 +27,13 @@ class Environment(Protocol):
         """The observation after an action, with reward and done."""
         ...
 
+    def close(self) -> Any:
+        """Free what it holds."""
+        ...
+
 
 def openenv_environment(
-    make: Callable[[], Environment],
+    make: Callable[[], _Environment],
     *,
     action: type[Any] | None = None,
     to_action: Callable[[str], Any] | None = None,
@@ -71,7 +75,7 @@ class OpenEnv(TextEnvironment):
 
     def __init__(
         self,
-        make: Callable[[], Environment],
+        make: Callable[[], _Environment],
         to_action: Callable[[str], Any],
         to_text: Callable[[Any], str],
         columns: Sequence[str] = (),
@@ -104,6 +108,10 @@ class OpenEnv(TextEnvironment):
             None if reward is None else float(reward),
             bool(observation.done),
         )
+
+    def close(self) -> None:
+        """Close the environment; nothing can be played with this one any more."""
+        self._environment.close()
 
 
 def _action_of(kind: type[Any], text: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from grpo_jax.environments.base import Message, Step, TextEnvironment
 
 
-class BaseTextEnv(Protocol):
+class _BaseTextEnv(Protocol):
     """What is used of `skyrl_gym.envs.base_text_env.BaseTextEnv`."""
 
     def init(self, prompt: Any) -> tuple[Any, Any]:
@@ -28,7 +28,7 @@ class BaseTextEnv(Protocol):
 
 
 def skyrl_gym_environment(
-    make: str | Callable[..., BaseTextEnv],
+    make: str | Callable[..., _BaseTextEnv],
     *,
     env_config: Any = None,
     max_turns: int | None = None,
@@ -70,13 +70,13 @@ def skyrl_gym_environment(
 class SkyRLGym(TextEnvironment):
     """One episode after the other; made by `skyrl_gym_environment`."""
 
-    def __init__(self, make: Callable[..., BaseTextEnv]) -> None:
+    def __init__(self, make: Callable[..., _BaseTextEnv]) -> None:
         self._make = make
-        self._environment: BaseTextEnv | None = None
+        self._environment: _BaseTextEnv | None = None
 
     def reset(self, *, seed: int, **row: Any) -> Sequence[Message] | None:
         """Begin an episode; returns None where the environment keeps the prompt."""
-        self._close()
+        self.close()
         prompt = row["prompt"]
         messages = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, str):
@@ -93,13 +93,13 @@ class SkyRLGym(TextEnvironment):
         answer = self._environment.step(text)
         done = bool(answer["done"])
         if done:
-            self._close()
+            self.close()
         observations = copy.deepcopy(list(answer["observations"]))
         reward = answer["reward"]
         return Step(observations, None if reward is None else float(reward), done)
 
-    def _close(self) -> None:
-        # Also of an episode that was cut off.
+    def close(self) -> None:
+        """Close the environment of an episode that was cut off, if there is one."""
         environment, self._environment = self._environment, None
         if environment is not None:
             environment.close()
@@ -112,7 +112,7 @@ def _registered(
     *,
     seed: int,
     **row: Mapping[str, Any],
-) -> BaseTextEnv:
+) -> _BaseTextEnv:
     extras = copy.deepcopy(row)
     if max_turns is not None:
         extras["max_turns"] = max_turns

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from grpo_jax.environments.base import Message, Step, TextEnvironment
 
 
-class MessageStepResult(Protocol):
+class _MessageStepResult(Protocol):
     """What is used of `tinker_cookbook.rl.message_env.MessageStepResult`."""
 
     @property
@@ -32,14 +32,14 @@ class MessageStepResult(Protocol):
         ...
 
 
-class MessageEnv(Protocol):
+class _MessageEnv(Protocol):
     """What is used of `tinker_cookbook.rl.message_env.MessageEnv`."""
 
     async def initial_observation(self) -> Sequence[Any]:
         """The messages that the policy reads first."""
         ...
 
-    async def step(self, message: Any) -> MessageStepResult:
+    async def step(self, message: Any) -> _MessageStepResult:
         """Answer the policy's message."""
         ...
 
@@ -66,13 +66,13 @@ class Tinker(TextEnvironment):
 
     def __init__(self, make: Callable[..., Any]) -> None:
         self._make = make
-        self._environment: MessageEnv | None = None
+        self._environment: _MessageEnv | None = None
         self._conversation: list[Any] = []
 
     async def reset(self, *, seed: int, **row: Any) -> Sequence[Message]:
         """Begin an episode with a new environment; returns its first messages."""
         made = self._make(seed=seed, **row)
-        environment: MessageEnv = await made if inspect.isawaitable(made) else made
+        environment: _MessageEnv = await made if inspect.isawaitable(made) else made
         self._environment = environment
         # Copied: an environment may return the list that it goes on to append to.
         first = await environment.initial_observation()

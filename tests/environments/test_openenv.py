@@ -42,6 +42,9 @@ class Hotter(Environment):
         found = action.message == str(self.number)
         return Said(text="no", done=found, reward=found or None)
 
+    def close(self):
+        self.number = "closed"
+
     @property
     def state(self):
         return State()
@@ -81,6 +84,8 @@ def test_the_seed_and_the_chosen_columns_reach_reset():
     assert len(set(numbers)) > 4
     with pytest.raises(KeyError, match="largest"):
         used.reset(seed=0)
+    used.close()
+    assert not used.step("1").done and used.step("closed").done
 
 
 def test_actions_of_several_fields_are_json():

@@ -95,7 +95,10 @@ def test_every_environment_is_closed_once():
         environment.reset(seed=0, prompt="?", factor=2)
         for _ in range(3 * ended):
             environment.step("")
-    assert Doubling.closed == 4
+    environment.reset(seed=0, prompt="?", factor=2)
+    environment.close()
+    environment.close()
+    assert Doubling.closed == 5
 
 
 def test_names_and_settings_are_checked():
