@@ -1,20 +1,23 @@
 """What an environment is, and what one answers to a turn of the policy."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # A chat message: "role", "content", and where there are any "tool_calls" or "name".
 Message = Mapping[str, Any]
+# What the policy reads first.
+Opening = str | Sequence[Message] | None
 
 
 class Step(NamedTuple):
     """What a text environment answers to a turn.
 
     Attributes:
-      observation: what the policy reads next: the text of a user's message, or messages.
-      reward: for this turn; a trajectory's reward is the sum of those of its turns. None
-        for no reward: if no turn has one, neither has the trajectory.
+      observation: what the policy reads next: the text of a user's message, or
+        messages.
+      reward: for this turn; a trajectory's reward is the sum of those of its turns.
+        None for no reward: if no turn has one, neither has the trajectory.
       done: whether the episode is over. The observation is then not shown.
     """
 
@@ -31,7 +34,7 @@ class TextEnvironment(abc.ABC):
     """
 
     @abc.abstractmethod
-    def reset(self, *, seed: int, **row: Any) -> str | Sequence[Message] | None:
+    def reset(self, *, seed: int, **row: Any) -> Opening | Awaitable[Opening]:
         """Begin an episode; all members of a group begin with the same seed and row.
 
         Args:
@@ -44,5 +47,5 @@ class TextEnvironment(abc.ABC):
         """
 
     @abc.abstractmethod
-    def step(self, text: str) -> Step:
+    def step(self, text: str) -> Step | Awaitable[Step]:
         """Answer a turn of the policy, its text without special tokens."""

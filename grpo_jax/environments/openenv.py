@@ -60,13 +60,13 @@ def openenv_environment(
     Raises:
       ValueError: unless exactly one of `action` and `to_action` is given.
     """
-    if (action is None) == (to_action is None):
+    if action is not None and to_action is None:
+        to_action = functools.partial(_action_of, action)
+    elif action is not None or to_action is None:
         raise ValueError(
             "give either the class of the actions, action=..., or a function from the "
             "policy's text to an action, to_action=..."
         )
-    if action is not None:
-        to_action = functools.partial(_action_of, action)
     return functools.partial(OpenEnv, make, to_action, to_text or _text_of, columns)
 
 

@@ -5,7 +5,7 @@ The registered ones need the extra `environments`.
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from grpo_jax.environments.base import Message, Step, TextEnvironment
@@ -111,7 +111,7 @@ def _registered(
     max_turns: int | None,
     *,
     seed: int,
-    **row: Mapping[str, Any],
+    **row: Any,
 ) -> _BaseTextEnv:
     extras = copy.deepcopy(row)
     if max_turns is not None:

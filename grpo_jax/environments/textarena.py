@@ -30,9 +30,9 @@ def textarena_environment(
 ) -> Callable[[], TextEnvironment]:
     """Returns a factory of environments that play the game of that name.
 
-    The policy reads what the game tells it, each message once, and its text is its move.
-    The return is the game's own, between -1 and 1; a game that is cut off has 0. Rows
-    need no columns: a row's prompt is what stands before the rules of the game.
+    The policy reads what the game tells it, each message once. Its text is its move.
+    The return is the game's own, mostly between -1 and 1; a game that is cut off has 0.
+    Rows need no columns: a row's prompt is what stands before the rules of the game.
 
     Games are deterministic given their seed, also where several are played at once:
     the library draws from the random numbers of the process, and each game here has
@@ -40,8 +40,8 @@ def textarena_environment(
     One that hangs stops all others in its process: `environments.isolate` helps.
 
     Args:
-      name: such as "GuessTheNumber-v0". The wrappers of the library that choose what is
-        observed ("-train", "-raw") make no difference.
+      name: such as "GuessTheNumber-v0". What it says about observations ("-train",
+        "-raw") makes no difference for the policy.
       opponent: of a game for two: gets all that it has observed so far, and returns its
         move, which must follow from that text. An agent of the library is one. The
         policy's side is drawn from the seed.
@@ -103,7 +103,7 @@ class TextArena(TextEnvironment):
         return bool(done)
 
     def _opponent_moves(self) -> bool:
-        """Lets the opponent move until it is the policy's turn; whether that ends it."""
+        """Lets the opponent move, if it is its turn; whether that ends the game."""
         while self._opponent is not None and self._to_move() != self._player:
             with self._randomness.of_the_process():
                 _, observed = self._game.get_observation()

@@ -1,4 +1,4 @@
-"""Problems in several tries: what a wrong answer is told, and what a right one earns."""
+"""Problems in several tries: what a wrong answer is told, what a right one earns."""
 
 import concurrent.futures
 import multiprocessing

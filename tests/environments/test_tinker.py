@@ -65,7 +65,7 @@ def test_each_message_is_read_once_and_follows_from_the_seed(make):
     numbers = [int(message["content"]) for message in read[1:]]
     assert numbers == list(range(numbers[0], 1, -2))
     assert rewards == [1.0] * len(numbers)
-    assert asyncio.run(play(used, 4)) != (read, rewards)
+    assert asyncio.run(play(used, 5)) != (read, rewards)
     assert asyncio.run(play(used, 3)) == (read, rewards)
     assert asyncio.run(play(factory(), 3)) == (read, rewards)
 
