@@ -29,6 +29,7 @@ class Doubling(BaseTextEnv):
         return {"role": "user", "content": f"{self.factor} times {self.number}?"}
 
     def init(self, prompt):
+        prompt[0]["content"] += " Think."
         prompt.append(self.ask())
         return prompt, {}
 
@@ -71,7 +72,7 @@ def test_an_environment_of_the_caller_follows_seed_and_row():
 
     def play(environment, seed, factor):
         opening = environment.reset(seed=seed, prompt=PROMPT, factor=factor)
-        assert opening[0] == PROMPT[0] and len(opening) == 2
+        assert opening[0]["content"] == "6 * 7? Think." and len(opening) == 2
         seen, done = [opening[-1]["content"]], False
         while not done:
             answer = factor * int(seen[-1].split()[-1][:-1])
