@@ -67,6 +67,8 @@ $(VENV)/.test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@$(BIN)/python -m pip install --quiet --editable '.[tasks]' >/dev/null 2>&1 \
 		|| echo "reasoning-gym could not be installed (pycosat needs a C compiler); its tests are skipped"
+	@$(BIN)/python -m pip install --quiet --editable '.[environments]' >/dev/null 2>&1 \
+		|| echo "textarena and skyrl-gym could not be installed; their tests are skipped"
 	touch $@ $(VENV)/.train
 
 $(VENV)/.docs: $(BIN)/python pyproject.toml

@@ -5,6 +5,8 @@ import dataclasses
 import gc
 import os
 import pathlib
+import random
+import re
 import sys
 import tempfile
 import threading
@@ -29,6 +31,7 @@ import jax
 import numpy as np
 import pytest
 
+from grpo_jax.environments.base import Step, TextEnvironment
 from grpo_jax.parallel import mesh as meshes
 
 # Time is not what these tests are about, and a run that failed must fail again.
@@ -277,6 +280,30 @@ class ScriptedSampler:
             finished=last == self.stop,
             sampled=sampled > 0,
         )
+
+
+class GuessNumber(TextEnvironment):
+    """A number from 1 to 16, which halving finds in five guesses at most."""
+
+    def reset(self, *, seed, **row):
+        self.number, self.left = random.Random(seed).randint(1, 16), 5
+        return "Guess my number from 1 to 16."
+
+    def step(self, text):
+        self.left -= 1
+        guesses = re.findall(r"\d+", text)
+        found = bool(guesses) and int(guesses[-1]) == self.number
+        if found or not self.left:
+            return Step(reward=float(found), done=True)
+        if not guesses:
+            return Step("Give a number.", 0.0)
+        lower = int(guesses[-1]) > self.number
+        return Step("It is lower." if lower else "It is higher.", 0.0)
+
+
+@pytest.fixture(scope="session")
+def guess_number():
+    return GuessNumber
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,13 @@
 """What an environment is, and what one answers to a turn of the policy."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # A chat message: "role", "content", and where there are any "tool_calls" or "name".
 Message = Mapping[str, Any]
+# What the policy reads first.
+Opening = str | Sequence[Message] | None
 
 
 class Step(NamedTuple):
@@ -32,7 +34,7 @@ class TextEnvironment(abc.ABC):
     """
 
     @abc.abstractmethod
-    def reset(self, *, seed: int, **row: Any) -> str | Sequence[Message] | None:
+    def reset(self, *, seed: int, **row: Any) -> Opening | Awaitable[Opening]:
         """Begin an episode; all members of a group begin with the same seed and row.
 
         Args:
@@ -45,7 +47,7 @@ class TextEnvironment(abc.ABC):
         """
 
     @abc.abstractmethod
-    def step(self, text: str) -> Step:
+    def step(self, text: str) -> Step | Awaitable[Step]:
         """Answer a turn of the policy, its text without special tokens."""
 
     def close(self) -> Any:  # noqa: B027 - most have nothing to give back

@@ -5,7 +5,6 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo_jax.tasks._reasoning_gym import reasoning_gym_task
 from grpo_jax.tasks.arithmetic import arithmetic_task
 from grpo_jax.tasks.base import (
     RewardFunction,
@@ -16,6 +15,7 @@ from grpo_jax.tasks.base import (
 )
 from grpo_jax.tasks.gsm8k import gsm8k_task
 from grpo_jax.tasks.jsonl import jsonl_task
+from grpo_jax.tasks.reasoning_gym import reasoning_gym_task
 
 __all__ = ["RewardFunction", "Task", "load_task", "task_from_rows"]
 

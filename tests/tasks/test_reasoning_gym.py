@@ -8,7 +8,7 @@ import pytest
 from grpo_jax.config import RewardsConfig
 from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.tasks import load_task
-from grpo_jax.tasks._reasoning_gym import TEST_ROWS, TRAIN_ROWS, answer_score
+from grpo_jax.tasks.reasoning_gym import TEST_ROWS, TRAIN_ROWS, answer_score
 
 pytest.importorskip("reasoning_gym")
 
@@ -68,14 +68,14 @@ def test_only_a_full_score_in_tags_earns_the_reward_in_the_worker():
 
 
 def test_a_scorer_that_raises_means_a_wrong_answer(monkeypatch):
-    from grpo_jax.tasks import _reasoning_gym
+    from grpo_jax.tasks import reasoning_gym as problems
 
     class Broken:
         def score_answer(self, answer, entry):
             raise SyntaxError(answer)
 
-    monkeypatch.setattr(_reasoning_gym, "_dataset", lambda name, seed: Broken())
-    monkeypatch.setattr(_reasoning_gym, "_entry", lambda name, seed, index: {})
+    monkeypatch.setattr(problems, "_dataset", lambda name, seed: Broken())
+    monkeypatch.setattr(problems, "_entry", lambda name, seed, index: {})
     texts = ["<answer>(</answer>"]
     assert answer_score([], texts, dataset=["x"], dataset_seed=[0], index=[0]) == [0.0]
 
@@ -136,10 +136,10 @@ def test_what_the_library_prints_does_not_reach_the_output_of_a_command(capsys):
 def test_a_scorer_that_does_not_tell_right_from_wrong_is_refused(
     monkeypatch, score, problem
 ):
-    from grpo_jax.tasks import _reasoning_gym
+    from grpo_jax.tasks import reasoning_gym as problems
 
     scorer = types.SimpleNamespace(score_answer=score)
-    monkeypatch.setattr(_reasoning_gym, "_dataset", lambda name, seed: scorer)
-    monkeypatch.setattr(_reasoning_gym, "_entry", lambda *_: {"answer": "7"})
+    monkeypatch.setattr(problems, "_dataset", lambda name, seed: scorer)
+    monkeypatch.setattr(problems, "_entry", lambda *_: {"answer": "7"})
     with pytest.raises(ValueError, match=problem):
         load_task("reasoning_gym:chain_sum")

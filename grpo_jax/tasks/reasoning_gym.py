@@ -103,6 +103,18 @@ def answer_verdict(
     return _scores(answers, dataset, dataset_seed, index)
 
 
+def library_score(
+    answer: str | None, *, dataset: str, dataset_seed: int, index: int
+) -> float:
+    """The library's score of an answer to one of its problems, from 0.0 to 1.0.
+
+    The score of no answer is 0.0, and so is that of one on which the scorer raises.
+    Scores within rounding of 1.0 are 1.0. Run it where a scorer may hang.
+    """
+    scorer = _dataset(dataset, dataset_seed)
+    return _score(scorer, answer, _entry(dataset, dataset_seed, index))
+
+
 def _scores(
     answers: Sequence[str | None],
     datasets: Sequence[str],
@@ -119,14 +131,21 @@ def _scores(
 
 
 def _is_right(scorer: Any, answer: str, entry: Mapping[str, Any]) -> bool:
+    return _score(scorer, answer, entry) == 1.0
+
+
+def _score(scorer: Any, answer: str | None, entry: Mapping[str, Any]) -> float:
+    if answer is None:
+        return 0.0
     try:
-        return scorer.score_answer(answer, entry) >= _FULL_SCORE
+        score = float(scorer.score_answer(answer, entry))
     except MemoryError:
         raise
     except Exception:
         # The library's scorers parse what the model wrote, and some raise, with any
         # exception, on text they cannot parse: such an answer is wrong.
-        return False
+        return 0.0
+    return 1.0 if score >= _FULL_SCORE else max(score, 0.0)
 
 
 def _probe(dataset: str, seed: int) -> None:
