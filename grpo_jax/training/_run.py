@@ -18,6 +18,7 @@ from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.reporting.console import Console
 from grpo_jax.reporting.equal_groups import EqualGroups
 from grpo_jax.reporting.metrics import CompileCounter
+from grpo_jax.reporting.tool_calls import ToolCalls
 from grpo_jax.reporting.trackers import Tracker, make_tracker
 from grpo_jax.rollout.collect import Collector
 from grpo_jax.rollout.encoding import prompts_sha256
@@ -216,6 +217,10 @@ def _load(
         tracker=tracker,
         console=console,
         measures=Measures(model.config, config, mesh, compiles),
-        checks=(grace.check, EqualGroups(report=warn).check),
+        checks=(
+            grace.check,
+            EqualGroups(report=warn).check,
+            ToolCalls(report=warn).check,
+        ),
     )
     return run, checksums
