@@ -12,9 +12,10 @@ class Step(NamedTuple):
     """What a text environment answers to a turn.
 
     Attributes:
-      observation: what the policy reads next: the text of a user's message, or messages.
-      reward: for this turn; a trajectory's reward is the sum of those of its turns. None
-        for no reward: if no turn has one, neither has the trajectory.
+      observation: what the policy reads next: the text of a user's message, or
+        messages.
+      reward: for this turn; a trajectory's reward is the sum of those of its turns.
+        None for no reward: if no turn has one, neither has the trajectory.
       done: whether the episode is over. The observation is then not shown.
     """
 
@@ -27,7 +28,7 @@ class TextEnvironment(abc.ABC):
     """An environment that reads and writes text, such as a game.
 
     The policy's turn is its text. An instance plays one episode after the other, each
-    from its own `reset`. Both methods may be `async`.
+    from its own `reset`. All methods may be `async`.
     """
 
     @abc.abstractmethod
@@ -46,3 +47,6 @@ class TextEnvironment(abc.ABC):
     @abc.abstractmethod
     def step(self, text: str) -> Step:
         """Answer a turn of the policy, its text without special tokens."""
+
+    def close(self) -> Any:  # noqa: B027 - most have nothing to give back
+        """Gives back what the environment holds, at the end of the run."""

@@ -23,7 +23,7 @@ class Completed:
     """Texts and token ids, one list of samples per prompt.
 
     Attributes:
-      texts: what is judged: the completion, or with environments the policy's last turn.
+      texts: what is judged: the completion; of an episode the policy's last turn.
       completions: what reward functions see, where that differs from the texts.
       played: what the environments did; None without them.
     """

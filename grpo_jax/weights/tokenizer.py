@@ -44,7 +44,7 @@ class Tokenizer:
         pads = (fast.pad_token_id, fast.eos_token_id, *self.stop_ids, 0)
         self.pad_id: int = next(index for index in pads if index is not None)
         self.has_chat_template: bool = bool(fast.chat_template)
-        self._template: str | None = None  # instead of the tokenizer's own
+        self._moment: datetime.datetime | None = None
 
     @classmethod
     def from_folder(cls, folder: pathlib.Path, config: ModelConfig) -> "Tokenizer":
@@ -80,8 +80,30 @@ class Tokenizer:
         if not self.has_chat_template:
             return self
         copied = copy.copy(self)
-        copied._template = with_date(self._fast.get_chat_template(), moment)
+        copied._moment = moment
         return copied
+
+    @property
+    def name(self) -> str:
+        """Where the tokenizer is from, for messages; "the model" if nothing says so."""
+        return self._fast.name_or_path or "the model"
+
+    @property
+    def response_template(self) -> dict[str, Any] | None:
+        """How transformers reads an answer back, where the tokenizer says so."""
+        return self._fast.response_template
+
+    def chat_template(self, *, with_tools: bool = False) -> str:
+        """The text of the chat template, with the date of `dated`.
+
+        Some tokenizers have a template of its own for conversations with tools.
+
+        Raises:
+            ValueError: the tokenizer has no chat template.
+        """
+        tools = [{}] if with_tools else None
+        template = self._fast.get_chat_template(tools=tools)
+        return with_date(template, self._moment) if self._moment else template
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
         """The token ids of a prompt, which a completion continues.
@@ -100,7 +122,7 @@ class Tokenizer:
         """
         if isinstance(prompt, str):
             return self.encode_prompts([prompt])[0]
-        return self._encode_messages(prompt)
+        return self.encode_messages(prompt)
 
     def encode_prompts(
         self, prompts: Sequence[str | Sequence[Message]]
@@ -168,18 +190,53 @@ class Tokenizer:
         """The special tokens around a message, without the one that begins any text."""
         message = {"role": "user", "content": "-"}
         try:
-            rendered = self._render([message], tokenize=False)
+            rendered = self.render([message], opens=True)
         except ValueError:
             return []  # the template refuses such a message
-        added = self._fast.added_tokens_decoder.values()
-        special = [token.content for token in added if token.special]
+        special = self.special_tokens.values()
         return [t for t in special if t in rendered and t != self._fast.bos_token]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, without special tokens."""
+    def decode(self, ids: Iterable[int], *, keep: Iterable[int] = ()) -> str:
+        """The text of token ids, without special tokens except those in `keep`."""
+        left_out = self.special_tokens.keys() - set(keep)
         return self._fast.decode(
-            [int(index) for index in ids], skip_special_tokens=True
+            [i for i in map(int, ids) if i not in left_out], skip_special_tokens=False
         )
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """The special tokens, which no text has: id -> how it is written."""
+        added = self._fast.added_tokens_decoder.items()
+        return {index: token.content for index, token in added if token.special}
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        opens: bool = False,
+    ) -> str:
+        """The text that the chat template makes of messages.
+
+        Args:
+            messages: of a conversation, at least one.
+            template: a chat template instead of the tokenizer's.
+            tools: JSON schemas of the tools that the policy may call.
+            opens: whether the text ends with the beginning of the assistant's turn.
+
+        Raises:
+            ValueError: the template refuses the messages.
+        """
+        options = {"template": template, "tools": tools, "opens": opens}
+        return self._apply_template(messages, tokenize=False, **options)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The token ids of a rendered text; a special token in it becomes that token.
+
+        No special token is added, for the chat template writes its own.
+        """
+        return self._fast(text, add_special_tokens=False)["input_ids"]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the tokenizer and its chat template in Hugging Face format."""
@@ -191,12 +248,33 @@ class Tokenizer:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
-    def _encode_messages(self, messages: Sequence[Message]) -> list[int]:
+    def encode_messages(
+        self,
+        messages: Sequence[Message],
+        *,
+        template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
+        """The token ids of messages, as `encode_prompt`; arguments as in `render`."""
         if not self.has_chat_template:
             raise ValueError(
                 "prompt is a list of messages, but the tokenizer has no chat template; "
                 "give prompts as strings, or an instruction-tuned model (--model)"
             )
+        self.check_messages(messages)
+        continued = messages[-1]["role"] == "assistant"
+        options = {"template": template, "tools": tools, "opens": not continued}
+        return self._apply_template(
+            messages, tokenize=True, continues=continued, **options
+        )
+
+    def check_messages(self, messages: Sequence[Message]) -> None:
+        """Checks that messages have a role and a content that can be written.
+
+        Raises:
+            ValueError: there are none, or one has no role or content, or its text has
+                characters without tokens.
+        """
         if not messages:
             raise ValueError("prompt is an empty list of messages; add one")
         for message in messages:
@@ -209,17 +287,25 @@ class Tokenizer:
                 )
             if isinstance(message["content"], str):
                 self._check_text(message["content"])
-        return self._render(messages, tokenize=True)
 
-    def _render(self, messages: Sequence[Message], *, tokenize: bool) -> Any:
-        continued = messages[-1]["role"] == "assistant"
+    def _apply_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tokenize: bool,
+        template: str | None,
+        tools: Sequence[Mapping[str, Any]],
+        opens: bool,
+        continues: bool = False,
+    ) -> Any:
         try:
             return self._fast.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=tokenize,
-                chat_template=self._template,
-                add_generation_prompt=not continued,
-                continue_final_message=continued,
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=template or self.chat_template(with_tools=bool(tools)),
+                add_generation_prompt=opens,
+                continue_final_message=continues,
                 return_dict=False,
             )
         except Exception as error:
@@ -237,6 +323,13 @@ def import_fast_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast
+
+
+def import_response_parser() -> Any:
+    """The class ResponseParser, which reads an assistant's message out of a text."""
+    from transformers.utils.chat_parsing import ResponseParser
+
+    return ResponseParser
 
 
 def _generation_stops(folder: pathlib.Path) -> list[int]:

@@ -1,0 +1,1 @@
+"""Where code of users runs: event loops in threads, and spawned processes."""
