@@ -222,6 +222,7 @@ def test_a_conversation_is_text_in_tensorboard_and_in_the_table_of_wandb(
     config = ReportConfig(wandb=True, tensorboard=True)
     tracker = trackers.make_tracker(config, tmp_path)
     rows = [synthetic.talk(text="\x1b[2J9591"), _row(1, "plain")]
+    rows[1]["rewards"] = {"correct": 0.0, "Game": None}
     tracker.log_completions(rows, 1)
     tracker.log_completions([_row(2, "\x1b[2J")], 2)
     tracker.close()
