@@ -302,9 +302,7 @@ def _row(prompt: str | None, columns: str | None) -> dict[str, Any]:
     try:
         given = json.loads(columns)
     except ValueError as error:
-        raise ValueError(
-            f"--row is no JSON ({error}): {columns!r:.100}."
-        ) from error
+        raise ValueError(f"--row is no JSON ({error}): {columns!r:.100}.") from error
     if not isinstance(given, dict):
         raise ValueError(f"--row must be a JSON object, got {columns!r:.100}.")
     return row | given

@@ -75,6 +75,11 @@ class Host:
         names = (name for kind in self._kinds.values() for name in kind.tools)
         return tuple(dict.fromkeys(names))
 
+    @property
+    def has_environments(self) -> bool:
+        """Whether there is more than tools."""
+        return any(kind.class_name for kind in self._kinds.values())
+
     def schemas(self, row: Row) -> list[dict[str, Any]]:
         """The JSON schemas of the tools of a row; empty if it has none.
 

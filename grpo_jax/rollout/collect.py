@@ -119,7 +119,11 @@ class Collector:
         sampled = jax.tree.map(np.asarray, sampled)
         tokens, lengths = sampled.tokens, sampled.lengths
         with self._agreement.phase("rollout"):
-            completions = self._texts(unpad(tokens, lengths), playing)
+            if playing is not None:
+                completions = playing.completions()
+            else:
+                decode, groups = self._tokenizer.decode, unpad(tokens, lengths)
+                completions = [[decode(ids) for ids in group] for group in groups]
         # All processes pad alike, for together their rows make one array.
         longest = meshes.gather_rows(np.array([max(map(len, prompts))])).max()
         padded, prompt_lengths = pad(
@@ -187,14 +191,6 @@ class Collector:
             **options,
         )
 
-    def _texts(
-        self, groups: list[list[list[int]]], playing: Playing | None
-    ) -> Sequence[Sequence[Any]]:
-        if playing is not None:
-            return playing.completions(groups)
-        decode = self._tokenizer.decode
-        return [[decode(ids) for ids in group] for group in groups]
-
     def reward(self, rollout: Rollout, *, step: int) -> Rollout:
         """The rollout with its rewards.
 
@@ -203,7 +199,8 @@ class Collector:
         start = time.perf_counter()
         shape = size, group = rollout.lengths.shape
         ids = unpad(rollout.tokens, rollout.lengths)
-        played = None if rollout.playing is None else rollout.playing.finish()
+        playing = rollout.playing
+        played = None if playing is None else playing.finish()
         scores = None
         if played is None:
             scores = self._early.scores(
@@ -219,9 +216,10 @@ class Collector:
                 more=None if played is None else played.columns,
             )
         total = scores.total.reshape(shape)
-        if played is not None:
+        if playing is not None and played is not None:
             # A trajectory that failed has no reward, whatever functions say of it.
             total = np.where(played.counts["failed"], np.nan, total)
+            playing.close()
         seconds = time.perf_counter() - start
         by_name = lambda values: dict(  # noqa: E731
             zip(scores.names, values.reshape(-1, *shape), strict=True)

@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Bool
 
 from grpo_jax.environments.base import Message
-from grpo_jax.environments.host import Host, Play
+from grpo_jax.environments.host import Host
+from grpo_jax.environments.outcome import Failure
+from grpo_jax.environments.play import Play
 from grpo_jax.rollout.encoding import as_messages
 from grpo_jax.rollout.sampler import Answer
 from grpo_jax.tasks.base import Row
@@ -60,7 +62,9 @@ class Episodes:
           ValueError: for a chat template that has no room for tools, rewrites earlier
             turns or refuses the messages.
         """
-        return self.chat(row).prompt(as_messages(self._tokenizer, row["prompt"]))
+        ids = self.chat(row).prompt(as_messages(self._tokenizer, row["prompt"]))
+        # An environment may bring a prompt of its own.
+        return ids or [self._tokenizer.pad_id]
 
     def chat(self, row: Row) -> Chat:
         """The conversation format with the tools of a row's environment."""
@@ -88,15 +92,14 @@ class Episodes:
         play = self._host.play(rows, seeds=seeds, members=members)
         opened, prompts, failed = [], [], set()
         for n, (row, opening) in enumerate(zip(rows, play.openings, strict=True)):
-            ids = []
-            if opening.failure is None:
-                messages = as_messages(self._tokenizer, opening.prompt)
-                ids = self.chat(row).prompt(messages)
+            ids: list[int] = []
+            if not isinstance(opening, Failure):
+                ids = self.chat(row).prompt(opening)
                 if problem := self._problem(ids):
                     self._warn(problem)
                     ids = []
             if ids:
-                row = {**row, "prompt": opening.prompt}
+                row = {**row, "prompt": opening}
             else:
                 failed.add(n)
                 ids = self.encode(row)
@@ -105,7 +108,6 @@ class Episodes:
         return Playing(
             play,
             [self.chat(row) for row in rows],
-            self._tokenizer,
             rows=opened,
             prompts=prompts,
             failed=failed,
@@ -134,6 +136,7 @@ class Trajectory:
       turns: of the policy.
       is_over: whether nothing answers its last turn.
       is_cut: whether an answer did not fit behind it and was dropped.
+      problem: why an answer cannot be given to the policy; the episode has failed.
     """
 
     messages: list[Message] = dataclasses.field(default_factory=list)
@@ -141,6 +144,7 @@ class Trajectory:
     turns: int = 0
     is_over: bool = False
     is_cut: bool = False
+    problem: str | None = None
 
 
 class Playing:
@@ -156,16 +160,15 @@ class Playing:
         self,
         play: Play,
         chats: Sequence[Chat],
-        tokenizer: Tokenizer,
         *,
         rows: Sequence[Row],
-        prompts: Sequence[Sequence[int]],
+        prompts: list[list[int]],
         failed: set[int],
         members: int,
         limit: int,
         stop_ids: frozenset[int],
     ) -> None:
-        self._play, self._chats, self._tokenizer = play, chats, tokenizer
+        self._play, self._chats = play, chats
         self.rows, self.prompts = rows, prompts
         self._failed, self._members = failed, members
         self._limit, self._stop_ids = limit, stop_ids
@@ -216,7 +219,11 @@ class Playing:
     ) -> list[int] | None:
         """The tokens of an answer; None where they leave no room for a turn."""
         one, chat = self.trajectories[number][sample], self._chats[number]
-        tokens = chat.suffix(ids, messages)
+        try:
+            tokens = chat.suffix(ids, messages)
+        except ValueError as error:  # an environment may say anything
+            one.problem = str(error)
+            return None
         if len(ids) + len(tokens) >= self._limit:
             one.is_cut = True
             return None
@@ -224,35 +231,18 @@ class Playing:
         one.length += len(tokens)
         return tokens
 
-    def completions(
-        self, groups: Sequence[Sequence[Sequence[int]]]
-    ) -> list[list[str | list[Message]]]:
-        """Each completion as reward functions see it.
-
-        The messages after the prompt where that is a list of messages, else the text.
-
-        Args:
-          groups: the token ids of all completions.
-        """
-        return [
-            [
-                self._tokenizer.decode(ids) if isinstance(row["prompt"], str) else one
-                for ids, one in zip(group, self._messages(number), strict=True)
-            ]
-            for number, (row, group) in enumerate(zip(self.rows, groups, strict=True))
-        ]
-
-    def _messages(self, number: int) -> list[list[Message]]:
-        return [one.messages for one in self.trajectories[number]]
+    def completions(self) -> list[list[list[Message]]]:
+        """The messages of each completion, as reward functions see them."""
+        return [[one.messages for one in group] for group in self.trajectories]
 
     def last_turns(self) -> list[list[str]]:
         """The text of each completion's last turn of the policy."""
         return [
             [
                 next(m["content"] for m in reversed(one) if m["role"] == "assistant")
-                for one in self._messages(number)
+                for one in group
             ]
-            for number in range(len(self.rows))
+            for group in self.completions()
         ]
 
     def is_cut(self) -> Bool[np.ndarray, "N G"]:
@@ -260,28 +250,46 @@ class Playing:
         return np.array([[one.is_cut for one in g] for g in self.trajectories])
 
     def finish(self) -> "Played":
-        """What reward functions are told of the episodes, and what is counted."""
+        """What reward functions are told of the episodes, and what is counted.
+
+        `close` follows when they have been called, for they may see the environments.
+        """
         results = self._play.results()
         shape = len(self.rows), self._members
-        failed = [result.failure is not None for result in results]
+        all_of = [one for group in self.trajectories for one in group]
+        failed = [
+            result.failure is not None or one.problem is not None
+            for result, one in zip(results, all_of, strict=True)
+        ]
         for number in self._failed:
             start = number * self._members
             failed[start : start + self._members] = [True] * self._members
         of_all: dict[str, list[Any]] = {
-            "turns": [one.turns for group in self.trajectories for one in group],
+            "turns": [one.turns for one in all_of],
             "calls": [result.calls for result in results],
             "failed_calls": [result.failed_calls for result in results],
-            "tool_seconds": [result.seconds for result in results],
+            "tool_seconds": [sum(result.seconds.values()) for result in results],
             "failed": failed,
         }
         counts = {k: np.array(v).reshape(shape) for k, v in of_all.items()}
         counts["dropped_answers"] = self.is_cut()
+        counts["malformed_calls"] = np.array(
+            [
+                [sum("malformed" in message for message in one) for one in group]
+                for group in self.completions()
+            ]
+        )
         columns: dict[str, list[Any]] = {
             "environment_rewards": [result.rewards for result in results]
         }
-        if not self._play.is_isolated:
-            columns["environments"] = [result.environment for result in results]
+        environments = [result.environment for result in results]
+        if any(one is not None for one in environments):
+            columns["environments"] = environments
         return Played(columns=columns, counts=counts)
+
+    def close(self) -> None:
+        """Give the environments back, to be reset for other episodes."""
+        self._play.close()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

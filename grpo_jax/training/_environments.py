@@ -6,6 +6,7 @@ from typing import Any
 
 from grpo_jax.config import TrainConfig
 from grpo_jax.environments.host import Host
+from grpo_jax.environments.reward import EnvironmentReward
 from grpo_jax.models.limits import longest_prompt
 from grpo_jax.models.protocol import LanguageModelConfig
 from grpo_jax.rollout.draw import policy_sampling
@@ -61,7 +62,7 @@ def choose_played_task(
       ValueError: as `choose_task`.
     """
     given = () if rewards is None else reward_functions(rewards)
-    played = () if host is None else host.reward_functions
+    played = () if host is None else reward_functions_of(host)
     if dataset is None and host is not None and host.has_environments:
         # The default task has nothing to do with an environment.
         if config.task == TrainConfig().task:
@@ -78,6 +79,8 @@ def choose_played_task(
         rewards=rewards,
         eval_dataset=eval_dataset,
     )
+    if host is not None:
+        host.check_rewards(given)
     own = task.rewards if dataset is None else given
     return _with_played(task, own, played, config.rewards.weights)
 
@@ -90,7 +93,12 @@ def with_played_rewards(
     Args:
       weights: of its own rewards, or of all; by default those of the task, or 1.
     """
-    return _with_played(task, task.rewards, host.reward_functions, weights)
+    return _with_played(task, task.rewards, reward_functions_of(host), weights)
+
+
+def reward_functions_of(host: Host) -> tuple[RewardFunction, ...]:
+    """The rewards that environments give, as reward functions."""
+    return tuple(EnvironmentReward(name) for name in host.reward_names)
 
 
 def _with_played(

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -112,6 +113,8 @@ def make_evaluation(
         )
         with agreement.phase("evaluation"):
             values = held_out_values(own, own_rows, task, runner, batch)
+            if playing is not None:
+                playing.close()
         values = np.array(meshes.gather_lists(values), np.float64)
         if has_ground_truth(task):
             result = Evaluation(correct=values[:, None] == 1.0, completions=())
@@ -183,6 +186,7 @@ def complete_share(
     Args:
       playing: the episodes of this process's prompts, if there are any.
     """
+    options: dict[str, Any] = {} if playing is None else {"turns": playing}
     sampled = sampler.sample(
         prompts,
         numbers=range(len(prompts)),
@@ -191,7 +195,7 @@ def complete_share(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         batch_size=batch_size,
-        **({} if playing is None else {"turns": playing}),
+        **options,
     )
     ids = unpad(np.asarray(sampled.tokens), np.asarray(sampled.lengths))
     if playing is None:
@@ -200,6 +204,6 @@ def complete_share(
     return Completed(
         texts=playing.last_turns(),
         ids=ids,
-        completions=playing.completions(ids),
+        completions=playing.completions(),
         played=playing.finish(),
     )

@@ -240,14 +240,10 @@ class _Talk:
         if ids[-1] in self._stops:
             tokens = self._of_tools(ids, message)
             if tokens is None:
-                said = _ask_person(
-                    self._ask,
-                    lambda messages: self._chat.suffix(ids, messages),
-                    self._show,
-                )
-                if said is None:
+                suffix = functools.partial(self._chat.suffix, ids)
+                tokens = _ask_person(self._ask, suffix, self._show)
+                if tokens is None:
                     return [Answer(0, 0, None)]
-                tokens = said[1]
         if tokens is None or len(ids) + len(tokens) >= self._limit:
             self._show(f"(the conversation has reached {self._limit} tokens)")
             return [Answer(0, 0, None)]

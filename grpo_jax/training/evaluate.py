@@ -33,6 +33,7 @@ from grpo_jax.training._environments import (
     EnvironmentFactory,
     Tools,
     open_episodes,
+    reward_functions_of,
     with_played_rewards,
 )
 from grpo_jax.training._held_out import BATCH, complete_share
@@ -190,7 +191,7 @@ def _checked_task(
     config: RewardsConfig | None,
 ) -> Task:
     """The task, with the rewards of environments; made of these alone for None."""
-    played = () if host is None else host.reward_functions
+    played = () if host is None else reward_functions_of(host)
     if task is None and played:
         rows = [EMPTY_ROW] * (prompts or _EPISODES)
         return task_from_rows(rows, played, eval_rows=rows)
