@@ -196,7 +196,8 @@ def sample(
     if model is None and run_dir is None:
         model = EMBEDDED
     policy = open_policy(run_dir=run_dir, model=model, step=step)
-    _warn_of_unknown(policy, [prompt])
+    if environment is None:
+        _warn_of_unknown(policy, [prompt])
     played = _played(tools, environment)
     completions = complete(
         policy.model,

@@ -76,14 +76,15 @@ def parts_of(messages: Sequence[Mapping[str, Any]]) -> list[list[Part]]:
 def _parts(message: Mapping[str, Any]) -> Iterator[Part]:
     role, name = str(message["role"]), message.get("name")
     drawn = role == "assistant"
-    calls = [_call_text(call) for call in message.get("tool_calls") or ()]
+    calls = message.get("tool_calls") or ()
     content = _content_text(message.get("content"))
     pieces: list[tuple[Kind, str]] = []
     if thought := message.get("reasoning_content"):
         pieces.append(("thought", str(thought)))
     if content or not (calls or pieces):
         pieces.append(("text", content))
-    pieces += [("call", call) for call in calls]
+    for call in calls:
+        pieces.append(("call", _call_text(call)))
     if problem := message.get("malformed"):
         pieces.append(("problem", str(problem)))
     label = escape_control_chars(role if name is None else f"{role} {name}")

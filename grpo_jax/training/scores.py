@@ -123,9 +123,8 @@ class Evaluation:
         """
         for number, group in enumerate(self.completions):
             for sample, text in enumerate(group):
-                prompt = rows[number]["prompt"]
-                if self.prompts is not None:
-                    prompt = self.prompts[number]
+                seen = self.prompts
+                prompt = rows[number]["prompt"] if seen is None else seen[number]
                 record = {"prompt": prompt, "completion": text}
                 if self.correct is not None:
                     record |= self._verdict(number, sample)
