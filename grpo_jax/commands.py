@@ -270,11 +270,11 @@ def chat(
             converse(
                 policy,
                 _person,
+                tools=played.get("tools"),
                 sampling=sampling,
                 max_new_tokens=max_new_tokens,
                 seed=seed,
                 show=show,
-                **played,
             )
         return
     rewards = play_episode(

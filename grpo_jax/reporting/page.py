@@ -199,10 +199,10 @@ def _said(completion: Messages) -> dict[str, Any]:
 
 def _notes(row: Mapping[str, Any]) -> list[str]:
     """What happened in an episode, a few words each; nothing for a plain completion."""
-    turns, calls, failed = (
+    turns, calls, failed, malformed = (
         # Before there were episodes, a reward function could log such a column.
         count if isinstance(count := row.get(name), int) else 0
-        for name in ("turns", "calls", "failed_calls")
+        for name in ("turns", "calls", "failed_calls", "malformed_calls")
     )
     notes = [
         f"{count:,} {noun}{'' if count == 1 else 's'}"
@@ -211,6 +211,8 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
     ]
     if failed:
         notes.append(f"{failed:,} failed")
+    if malformed:
+        notes.append(f"{malformed:,} that cannot be read")
     if row.get("dropped_answers") is True:
         notes.append("the last answer did not fit")
     if turns > 1 and isinstance(row["completion"], str):
