@@ -80,6 +80,12 @@ class Host:
         """Whether there is more than tools."""
         return any(kind.class_name for kind in self._kinds.values())
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What reward functions are given of the episodes, by name."""
+        shown = self.has_environments and not self._is_isolated
+        return ("environment_rewards", *(["environments"] if shown else []))
+
     def schemas(self, row: Row) -> list[dict[str, Any]]:
         """The JSON schemas of the tools of a row; empty if it has none.
 

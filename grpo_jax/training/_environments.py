@@ -79,8 +79,9 @@ def choose_played_task(
         rewards=rewards,
         eval_dataset=eval_dataset,
     )
-    if host is not None:
-        host.check_rewards(given)
+    if host is None:
+        return task
+    host.check_rewards(given)
     own = task.rewards if dataset is None else given
     return _with_played(task, own, played, config.rewards.weights)
 
@@ -107,8 +108,6 @@ def _with_played(
     played: Sequence[RewardFunction],
     weights: Sequence[float] | None,
 ) -> Task:
-    if not played:
-        return task
     weights = tuple(weights or task.reward_weights or (1.0,) * len(own))
     if len(weights) == len(own):
         weights = (*weights, *(1.0 for _ in played))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from grpo_jax.checkpointing.retention import best_mode
 from grpo_jax.config import TrainConfig
+from grpo_jax.environments.host import Host
 from grpo_jax.reporting import metrics as names
 from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.tasks.base import Task
@@ -13,8 +14,13 @@ from grpo_jax.training._held_out import held_out_rows
 from grpo_jax.training._judge import has_ground_truth
 
 
-def make_runner(config: TrainConfig, task: Task) -> RewardRunner:
+def make_runner(
+    config: TrainConfig, task: Task, host: Host | None = None
+) -> RewardRunner:
     """The reward functions of the task, called as `config` and the task ask for.
+
+    Args:
+      host: gives them further columns.
 
     Raises:
       ValueError: for rows without a column that a function needs, and for a
@@ -22,14 +28,16 @@ def make_runner(config: TrainConfig, task: Task) -> RewardRunner:
     """
     chosen = dataclasses.replace(
         config.rewards,
-        weights=config.rewards.weights or task.reward_weights,
+        # A task that plays has the weights of the configuration in its own.
+        weights=(None if host else config.rewards.weights) or task.reward_weights,
         isolate=config.rewards.isolate or task.isolate,
     )
     runner = RewardRunner(task.rewards, chosen, max_steps=config.steps)
-    runner.check_columns(task.train[0])
+    played = () if host is None else host.columns
+    runner.check_columns((*task.train[0], *played))
     held_out, judged = held_out_rows(task, config), has_ground_truth(task)
     if held_out and not judged:
-        runner.check_columns(held_out[0], of="the held-out rows")
+        runner.check_columns((*held_out[0], *played), of="the held-out rows")
     measured = names.ACCURACY if judged else names.EVAL_REWARD
     known = [
         *([measured] if held_out else []),

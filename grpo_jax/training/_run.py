@@ -152,7 +152,7 @@ def _load(
 ) -> tuple[Run, dict[str, str]]:
     """The open run, and the checksums of its prompts as token ids."""
     first = jax.process_index() == 0
-    runner = make_runner(config, task)
+    runner = make_runner(config, task, host)
     stack.callback(runner.close)
     tracker = make_tracker(config.report, path, enabled=first)
     stack.callback(tracker.close)

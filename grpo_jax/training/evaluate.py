@@ -318,14 +318,12 @@ def _rewards(
 ) -> Float[np.ndarray, "N S"]:
     """The weighted rewards of this process's episodes; NaN for one without."""
     assert own.completions is not None and own.played is not None
-    weights = config.weights
-    if weights is None or len(weights) != len(task.rewards):
-        weights = task.reward_weights
+    # Those of `config` are in the task's already.
     config = dataclasses.replace(
-        config, weights=weights, isolate=config.isolate or task.isolate
+        config, weights=task.reward_weights, isolate=config.isolate or task.isolate
     )
-    flat, ids = itertools.chain(*own.completions), itertools.chain(*own.ids)
-    seen, ids = list(flat), list(ids)
+    seen = list(itertools.chain(*own.completions))
+    ids = list(itertools.chain(*own.ids))
     failed = own.played.counts["failed"]
     rows = [row for row in own.rows for _ in range(failed.shape[1])]
     totals: list[float] = []
