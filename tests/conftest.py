@@ -148,7 +148,7 @@ def polite_policy(tiny_policy, tmp_path_factory):
     return TinyPolicy(model, params, tokenizer, folder)
 
 
-def byte_tokenizer():
+def byte_tokenizer(chat_template=None):
     """One token per byte, 256 for padding and 257 for the end."""
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import decoders, models, pre_tokenizers
@@ -163,6 +163,7 @@ def byte_tokenizer():
     wrapped = import_fast_tokenizer()(
         tokenizer_object=fast, pad_token="<pad>", eos_token="<end>"
     )
+    wrapped.chat_template = chat_template
     return Tokenizer(wrapped)
 
 
@@ -220,10 +221,14 @@ def act_on_processes(act, count):
 
 
 class ScriptedSampler:
-    """A sampler without a model: `script(number, sample)` is the text it says."""
+    """A sampler without a model: `script(number, sample)` is the text it says.
+
+    Where its completions are answered it says a list of texts, one for each turn.
+    """
 
     def __init__(self, script, tokenizer):
         self.script, self.tokenizer = script, tokenizer
+        self.stop = tokenizer.stop_ids[0]
         self.variables, self.versions = None, []
 
     def update(self, variables, *, version):
@@ -233,10 +238,23 @@ class ScriptedSampler:
     def release(self):
         self.variables = None
 
-    def sample(self, prompts, *, numbers, group_size, max_new_tokens, ended=None, **_):
+    def sample(
+        self,
+        prompts,
+        *,
+        numbers,
+        group_size,
+        max_new_tokens,
+        ended=None,
+        turns=None,
+        **_,
+    ):
         from grpo_jax.rollout.encoding import unpad
         from grpo_jax.rollout.sampler import Completions
 
+        self.prompts = prompts
+        if turns is not None:
+            return self.play(numbers, group_size, max_new_tokens, turns)
         own = numbers[meshes.own_share(len(prompts))]
         tokens = np.zeros((len(own), group_size, max_new_tokens), np.int32)
         lengths = np.zeros(tokens.shape[:2], np.int32)
@@ -253,10 +271,66 @@ class ScriptedSampler:
             finished=lengths < max_new_tokens,
         )
 
+    def play(self, numbers, group_size, max_new_tokens, turns):
+        from grpo_jax.rollout.sampler import Completions
+
+        own = numbers[meshes.own_share(len(numbers))]
+        places = list(np.ndindex(len(own), group_size))
+        ids, masks = {at: [] for at in places}, {at: [] for at in places}
+        said = {(n, g): iter(self.script(own[n], g)) for n, g in places}
+        asked = places
+        while asked:
+            for n, g in asked:
+                turn = [*self.tokenizer.encode_prompt(next(said[n, g])), self.stop]
+                turn = turn[: max_new_tokens - len(ids[n, g])]
+                ids[n, g] += turn
+                masks[n, g] += [True] * len(turn)
+                turns.ended(n, g, list(ids[n, g]))
+            asked = []
+            for n, g, tokens in turns.answers(wait=True):
+                if tokens is not None:
+                    ids[n, g] += tokens
+                    masks[n, g] += [False] * len(tokens)
+                    asked.append((n, g))
+        lengths = np.array([len(ids[at]) for at in places], np.int32)
+        arrays = np.zeros((2, len(places), lengths.max()), np.int32)
+        for at, (row, mask) in zip(places, arrays.swapaxes(0, 1), strict=True):
+            row[: len(ids[at])], mask[: len(ids[at])] = ids[at], masks[at]
+        shape = len(own), group_size
+        tokens, sampled = arrays.reshape(2, *shape, -1)
+        last = np.array([ids[at][-1] for at in places]).reshape(shape)
+        return Completions(
+            tokens=tokens,
+            lengths=lengths.reshape(shape),
+            logp=np.zeros(tokens.shape, np.float32),
+            finished=last == self.stop,
+            sampled=sampled > 0,
+        )
+
 
 @pytest.fixture(scope="session")
 def fake_sampler(tiny_policy):
-    return lambda script: ScriptedSampler(script, tiny_policy.tokenizer)
+    return lambda script, tokenizer=tiny_policy.tokenizer: ScriptedSampler(
+        script, tokenizer
+    )
+
+
+# Turns of a role and a text; calls as Qwen2.5 writes them, in as few bytes as possible.
+CHAT_TEMPLATE = """
+{%- for tool in tools or [] %}{{ tool.function.name }}!{% endfor %}
+{%- for m in messages %}{{ m.role[0] }}:{{ m.content }}
+{%- for call in m.tool_calls or [] -%}
+<tool_call>
+{{ call.function | tojson }}
+</tool_call>
+{%- endfor %}<end>{% endfor %}
+{%- if add_generation_prompt %}a:{% endif %}"""
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer():
+    """Over bytes, with a chat template that can call tools."""
+    return byte_tokenizer(CHAT_TEMPLATE)
 
 
 @pytest.fixture(scope="session")
