@@ -81,11 +81,8 @@ def evaluate(
     config = policy.config
     played = _played(tools, environment)
     if task is None:
-        task, data = config.task, data or config.data
-        if environment is not None and task == TrainConfig().task:
-            task = None  # as in train: the environment brings its own prompts
-        else:
-            _check_stored(task, run_dir)
+        data = data or config.data
+        task = _task_of(policy, run_dir, environment)
     sampling = policy.sampling(samples=samples, temperature=temperature)
     loaded = None
     if task is not None:
@@ -105,7 +102,8 @@ def evaluate(
         seed=seed,
         batch_size=batch_size or config.eval_batch_size or BATCH,
         environments=config.environments,
-        rewards=config.rewards,
+        # Weights are those of the run's own rewards.
+        rewards=config.rewards if task in (None, config.task) else None,
         **played,
     )
     settings = {
@@ -119,14 +117,32 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
-    text = json.dumps(settings | result.summary(), indent=2, allow_nan=False)
-    print(text)
-    if out is not None:
-        _write(out, text + "\n")
+    _write_results(settings | result.summary(), out)
     if completions is not None:
         rows = () if loaded is None else loaded.test
         lines = [to_json_line(record) + "\n" for record in result.records(rows)]
         _write(completions, "".join(lines))
+
+
+def _write_results(values: dict[str, Any], out: Path | None) -> None:
+    text = json.dumps(values, indent=2, allow_nan=False)
+    print(text)
+    if out is not None:
+        _write(out, text + "\n")
+
+
+def _task_of(
+    policy: "Restored", run_dir: Path | None, environment: str | None
+) -> str | None:
+    """The task that a policy was trained on; None if its environment made the prompts.
+
+    As in training: the default task has nothing to do with an environment.
+    """
+    task = policy.config.task
+    if environment is not None and task == TrainConfig().task:
+        return None
+    _check_stored(task, run_dir)
+    return task
 
 
 def _warn_of_unknown(policy: "Restored", prompts: Sequence[Any]) -> None:

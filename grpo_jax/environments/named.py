@@ -15,7 +15,7 @@ from typing import Any
 _FORMS = "package.module:NAME or path/to/file.py:NAME"
 
 
-def load_named(given: str, *, flag: str) -> Any:
+def _load_named(given: str, *, flag: str) -> Any:
     """The object of that name in a module, or in a file of Python.
 
     The module is imported as from a script in the current folder, and a file as from a
@@ -47,34 +47,34 @@ def load_named(given: str, *, flag: str) -> Any:
     return names[name]
 
 
-def load_tools(given: Sequence[str], *, flag: str = "--tools") -> tuple[Any, ...]:
+def load_tools(given: Sequence[str]) -> tuple[Any, ...]:
     """The functions of these names; none for none.
 
     Raises:
-      ValueError: as `load_named`, or what is found is no function.
+      ValueError: there is nothing of a name, or it is no function.
     """
-    found = tuple(load_named(name, flag=flag) for name in given)
+    found = tuple(_load_named(name, flag="--tools") for name in given)
     for name, tool in zip(given, found, strict=True):
         if not inspect.isroutine(tool):
             raise ValueError(
-                f"{flag} {name}: a tool must be a function, got {tool!r:.80}; an "
+                f"--tools {name}: a tool must be a function, got {tool!r:.80}; an "
                 "environment goes to --environment."
             )
     return found
 
 
-def load_environment(given: str | None, *, flag: str = "--environment") -> Any:
+def load_environment(given: str | None) -> Any:
     """The class, function or dict of that name that makes environments.
 
     Raises:
-      ValueError: as `load_named`, or what is found makes no environments.
+      ValueError: there is nothing of that name, or it makes no environments.
     """
     if given is None:
         return None
-    found = load_named(given, flag=flag)
+    found = _load_named(given, flag="--environment")
     if not (callable(found) or isinstance(found, dict)):
         raise ValueError(
-            f"{flag} {given}: expected a class, a function without arguments that "
+            f"--environment {given}: expected a class, a function without arguments that "
             f"makes an environment, or a dict of them by name; got {found!r:.80}."
         )
     return found

@@ -196,7 +196,6 @@ def _load(
     warn = console.warning
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint, report=warn)
     stack.callback(checkpoints.abandon)
-    grace = GraceCheck(config.checkpoint.grace_seconds, report=warn)
     checksums = {
         "prompts_sha256": collector.prompts_sha256(),
         "test_prompts_sha256": prompts_sha256(prompts),
@@ -217,10 +216,16 @@ def _load(
         tracker=tracker,
         console=console,
         measures=Measures(model.config, config, mesh, compiles),
-        checks=(
-            grace.check,
-            EqualGroups(report=warn).check,
-            ToolCalls(report=warn).check,
-        ),
+        checks=_checks(config, warn),
     )
     return run, checksums
+
+
+def _checks(
+    config: TrainConfig, warn: Callable[[str], None]
+) -> tuple[Callable[[int, Mapping[str, Any]], None], ...]:
+    return (
+        GraceCheck(config.checkpoint.grace_seconds, report=warn).check,
+        EqualGroups(report=warn).check,
+        ToolCalls(report=warn).check,
+    )

@@ -194,7 +194,9 @@ def _checked_task(
     played = () if host is None else reward_functions_of(host)
     if task is None and played:
         rows = [EMPTY_ROW] * (prompts or _EPISODES)
-        return task_from_rows(rows, played, eval_rows=rows)
+        made = task_from_rows(rows, played, eval_rows=rows)
+        weights = None if config is None else config.weights
+        return dataclasses.replace(made, reward_weights=weights)
     if task is None:
         raise ValueError(
             "there is nothing to measure: give a task, or an environment that gives "

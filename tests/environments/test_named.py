@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from grpo_jax.environments.named import load_environment, load_named, load_tools
+from grpo_jax.environments.named import _load_named, load_environment, load_tools
 
 CODE = '''
 import helper_of_mine
@@ -37,15 +37,15 @@ def folder(tmp_path, monkeypatch):
 
 def message(given):
     with pytest.raises(ValueError) as error:
-        load_named(given, flag="--tools")
+        _load_named(given, flag="--tools")
     text = str(error.value)
     assert text.startswith(f"--tools {given}: ") and "\n" not in text
     return text
 
 
 def test_a_function_of_a_file_is_found_with_what_lies_beside_it(folder):
-    assert load_named("code/my_tools.py:add", flag="--tools")(2) == 3
-    assert load_named(f"{folder}/my_tools.py:NUMBER", flag="--tools") == 3
+    assert _load_named("code/my_tools.py:add", flag="--tools")(2) == 3
+    assert _load_named(f"{folder}/my_tools.py:NUMBER", flag="--tools") == 3
 
 
 def test_a_module_of_the_current_folder_is_found(folder, monkeypatch):
@@ -56,12 +56,12 @@ def test_a_module_of_the_current_folder_is_found(folder, monkeypatch):
 
 
 def test_an_installed_module_is_found(folder):
-    assert load_named("json.decoder:JSONDecoder", flag="x").__name__ == "JSONDecoder"
+    assert _load_named("json.decoder:JSONDecoder", flag="x").__name__ == "JSONDecoder"
 
 
 def test_what_was_found_can_be_sent_to_another_process(folder):
     """Where sys.path is the same, as in a process that multiprocessing spawns."""
-    game = load_named("code/my_tools.py:Game", flag="--environment")
+    game = _load_named("code/my_tools.py:Game", flag="--environment")
     code = f"""
 import sys, pickle
 sys.path = {sys.path!r}
@@ -121,7 +121,7 @@ def test_what_cannot_be_loaded_is_told_with_the_reason(folder, given, told):
 def test_a_file_takes_the_place_of_no_other_module(folder):
     """The folder is searched last, so only what is asked for comes from it."""
     (folder / "random.py").write_text("raise RuntimeError('not this one')\n")
-    load_named("code/my_tools.py:add", flag="--tools")
+    _load_named("code/my_tools.py:add", flag="--tools")
     sys.modules.pop("random", None)
     import random
 
