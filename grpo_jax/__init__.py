@@ -14,6 +14,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             "CheckpointConfig",
+            "EnvironmentsConfig",
             "LoraConfig",
             "MeshConfig",
             "ObjectiveConfig",
@@ -54,6 +55,8 @@ _HOMES = {
     "save_pretrained": "grpo_jax.weights.pretrained",
     "Completions": "grpo_jax.rollout.sampler",
     "generate": "grpo_jax.rollout.generate",
+    "Step": "grpo_jax.environments.base",
+    "TextEnvironment": "grpo_jax.environments.base",
     "Task": "grpo_jax.tasks.base",
     "per_completion": "grpo_jax.tasks.base",
     "load_task": "grpo_jax.tasks",

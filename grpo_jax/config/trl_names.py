@@ -29,6 +29,7 @@ TRL_NAMES = {
     "scale_rewards": "objective.advantage",
     "vllm_importance_sampling_clip_max": "objective.sampler_correction_cap",
     "reward_weights": "rewards.weights",
+    "max_tool_calling_iterations": "environments.max_tool_calling_iterations",
     "adam_beta1": "optimizer.b1",
     "adam_beta2": "optimizer.b2",
     "lr_scheduler_type": "optimizer.schedule",

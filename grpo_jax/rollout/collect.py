@@ -236,6 +236,7 @@ class Collector:
             logged=scores.logged,
             played={} if played is None else played.counts,
             playing=None,
+            digest="" if played is None else played.digest,
             seconds=rollout.seconds | {"time/reward": seconds},
         )
 

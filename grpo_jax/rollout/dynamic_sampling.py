@@ -18,7 +18,8 @@ from grpo_jax.rollout.collect import Collector
 from grpo_jax.rollout.rollout import Rollout
 
 # Fields of a rollout that are not one value per group, or are not there with it.
-_OF_ALL_GROUPS = ("logged", "seconds", "staleness", "began_before", "playing")
+_OF_ALL_GROUPS = ("logged", "seconds", "staleness", "began_before")
+_OF_ALL_GROUPS += ("playing", "digest")
 
 
 def resample(
@@ -83,6 +84,7 @@ def _join(rollouts: Sequence[Rollout]) -> Rollout:
     return Rollout(
         **_concatenate(parts),
         logged=merge_logged([one.logged for one in rollouts]),
+        digest="".join(one.digest for one in rollouts),
         seconds={name: sum(part[name] for part in seconds) for name in seconds[0]},
     )
 

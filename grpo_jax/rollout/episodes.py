@@ -285,7 +285,7 @@ class Playing:
         environments = [result.environment for result in results]
         if any(one is not None for one in environments):
             columns["environments"] = environments
-        return Played(columns=columns, counts=counts)
+        return Played(columns=columns, counts=counts, digest=self._play.digest())
 
     def close(self) -> None:
         """Give the environments back, to be reset for other episodes."""
@@ -299,7 +299,9 @@ class Played:
     Attributes:
       columns: for reward functions, a value per completion.
       counts: ``[N, G]`` by name; `failed` are those that have no reward.
+      digest: of all that was answered.
     """
 
     columns: dict[str, list[Any]]
     counts: dict[str, np.ndarray]
+    digest: str

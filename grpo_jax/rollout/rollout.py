@@ -35,6 +35,7 @@ class Rollout:
       logged: numbers that reward functions logged, a value per call.
       played: what tools and environments did, ``[N, G]`` counts by name.
       playing: the episodes, until they are rewarded.
+      digest: of all that tools and environments answered; "" without them.
       seconds: the time of each phase, by the name of its metric (``time/rollout``).
     """
 
@@ -57,6 +58,7 @@ class Rollout:
     logged: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     played: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     playing: Playing | None = None
+    digest: str = ""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def records(self, step: int, advantages: np.ndarray) -> list[dict[str, Any]]:

@@ -35,12 +35,16 @@ def describe_resumed(step: int, steps: int) -> str:
     return f"resumed from step {step} of {steps}{done if step >= steps else ''}"
 
 
-def warnings(policy: Policy, task: Task) -> Iterator[str]:
-    """Warnings about memory, settings without effect, and prompts of another kind."""
+def warnings(policy: Policy, task: Task, *, plays: bool = False) -> Iterator[str]:
+    """Warnings about memory, settings without effect, and prompts of another kind.
+
+    Args:
+      plays: whether environments bring the prompts.
+    """
     if policy.warning is not None:
         yield policy.warning
     yield from policy.config.objective.without_effect()
-    if policy.config.model != EMBEDDED:
+    if policy.config.model != EMBEDDED or plays:
         return
     prompts = [row["prompt"] for rows in (task.train, task.test) for row in rows]
     if text := unknown_to_embedded(prompts):

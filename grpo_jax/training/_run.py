@@ -40,6 +40,7 @@ from grpo_jax.training._measures import Measures
 from grpo_jax.training._policy import Policy, load_policy
 from grpo_jax.training._preemption import GraceCheck
 from grpo_jax.training._reference import References
+from grpo_jax.training._repeats import Repeats
 from grpo_jax.training._rewarding import make_runner
 from grpo_jax.training._run_dir import open_run_dir, run_path
 from grpo_jax.training.learner import Learner
@@ -62,6 +63,7 @@ class Run:
     checkpoints: Checkpoints
     references: References
     record: Record
+    repeats: Repeats
     tracker: Tracker
     console: Console
     measures: Measures
@@ -189,7 +191,8 @@ def _load(
         announce=console.phase,
     )
     console.note(describe_run(policy, task, mesh, path))
-    for text in warnings(policy, task):
+    plays = host is not None and host.has_environments
+    for text in warnings(policy, task, plays=plays):
         console.warning(text)
     compiles = stack.enter_context(CompileCounter())
     learner = Learner(model, policy.params, policy.config, mesh, base=policy.base)
@@ -213,6 +216,7 @@ def _load(
         checkpoints=checkpoints,
         references=References(path / "references", config, report=warn),
         record=record,
+        repeats=Repeats(path, report=warn, enabled=first),
         tracker=tracker,
         console=console,
         measures=Measures(model.config, config, mesh, compiles),

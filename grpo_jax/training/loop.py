@@ -189,6 +189,7 @@ def _step(
     if progress.is_due(config.eval_every) or step == config.steps:
         progress, measured = _evaluate(run, progress)
         metrics |= measured
+    run.repeats.check(step, sampled.digest)
     _report(run, progress, rollout, batch, metrics)
     if progress.skipped >= _MAX_SKIPPED:
         raise FloatingPointError(

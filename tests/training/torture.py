@@ -31,7 +31,7 @@ STEPS = 40
 # Fewer slots than completions of a step, so that some always continue in the next.
 CARRY_OVER = ("--rollout.carry-over", "--rollout.slots", "3")
 _PATIENCE = 300.0  # seconds in which what is waited for must happen
-_FREE_METRICS = ("time/", "tokens_per_second/", "mfu/", "compile/")
+_FREE_METRICS = ("time/", "tokens_per_second/", "mfu/", "compile/", "tools/latency")
 
 
 @dataclasses.dataclass

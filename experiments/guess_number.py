@@ -1,0 +1,67 @@
+"""A game learned: guess a number from 0 to 9 in four tries.
+
+    python experiments/guess_number.py
+
+Hardware: 2 CPU cores.
+"""
+
+import random
+
+import tyro
+
+from grpo_jax import (
+    ObjectiveConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    Step,
+    TextEnvironment,
+    TrainConfig,
+    train,
+)
+
+# The packaged model writes a digit only behind sums, so sums are the signs of the game.
+BEGIN, HIGHER, LOWER = "99-95=", "99-94=", "99-97="
+TRIES = 4
+
+
+class GuessTheNumber(TextEnvironment):
+    """A right guess is worth 1, and a quarter less for each try before it."""
+
+    def reset(self, *, seed, **row):
+        """Choose the number that all members of a group have to find."""
+        self.number, self.tries = random.Random(seed).randrange(10), 0
+        return BEGIN
+
+    def step(self, text):
+        """Judge one guess."""
+        self.tries += 1
+        guess = "0123456789".find(text) if len(text) == 1 else -1
+        if guess == self.number:
+            return Step(reward=1.0 - (self.tries - 1) / TRIES, done=True)
+        if guess < 0 or self.tries == TRIES:
+            return Step(reward=0.0, done=True)
+        return Step(HIGHER if guess < self.number else LOWER)
+
+
+def main(steps: int = 150, seed: int = 0, run_dir: str | None = None) -> None:
+    """Train, then print the mean return of greedy games before and after."""
+    config = TrainConfig(
+        steps=steps,
+        seed=seed,
+        run_dir=run_dir or f"runs/guess-number-{seed}",
+        prompts_per_step=16,
+        group_size=16,
+        max_new_tokens=40,
+        eval_every=25,
+        eval_prompts=100,
+        sampling=SamplingConfig(temperature=2.0),
+        objective=ObjectiveConfig(kl_coef=0.0, softmax_temperature=0.3),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=5),
+    )
+    summary = train(config, environment_factory=GuessTheNumber).summary
+    before, after = summary["eval_reward_before"], summary["eval_reward_after"]
+    print(f"return {before:.3f} -> {after:.3f}; the best possible is 0.525")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
