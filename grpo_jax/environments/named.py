@@ -74,8 +74,8 @@ def load_environment(given: str | None) -> Any:
     found = _load_named(given, flag="--environment")
     if not (callable(found) or isinstance(found, dict)):
         raise ValueError(
-            f"--environment {given}: expected a class, a function without arguments that "
-            f"makes an environment, or a dict of them by name; got {found!r:.80}."
+            f"--environment {given}: expected a class, a function without arguments "
+            f"that makes an environment, or a dict of them by name; got {found!r:.80}."
         )
     return found
 
