@@ -1,4 +1,4 @@
-"""The command line: `grpo-jax train | plan | eval | sample | export | plot | report`.
+"""The command line: `grpo-jax train | plan | eval | sample | chat | export | ...`.
 
 tyro makes the flags from the arguments of each command and the fields of the
 configuration. A command imports heavy modules itself, because the worker process that
@@ -14,16 +14,24 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from grpo_jax.config import EMBEDDED, TrainConfig
-from grpo_jax.flags import ConfigFile, Preset, Run, base_config
+from grpo_jax.commands import chat as _chat
+from grpo_jax.commands import evaluate as _evaluate
+from grpo_jax.commands import sample as _sample
+from grpo_jax.config import TrainConfig
+from grpo_jax.environments.named import load_environment, load_tools
+from grpo_jax.flags import (
+    ConfigFile,
+    NamedEnvironment,
+    NamedTools,
+    Preset,
+    Run,
+    base_config,
+)
 from grpo_jax.parallel.compile_cache import use_compile_cache
-
-if TYPE_CHECKING:
-    from grpo_jax.training.restore import Restored
 
 # tyro does not wrap this text, so a paragraph is one line of at most 80 columns.
 _HELP = """GRPO post-training of language models in JAX.
@@ -59,6 +67,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
         "plan": _plan,
         "eval": _evaluate,
         "sample": _sample,
+        "chat": _chat,
         "export": _export,
         "plot": _plot,
         "report": _report,
@@ -86,6 +95,8 @@ def _train(
     *,
     config: ConfigFile = None,
     preset: Preset = None,
+    tools: NamedTools = (),
+    environment: NamedEnvironment = None,
 ) -> None:
     """Train a model by GRPO, or resume the run in --run-dir.
 
@@ -94,7 +105,11 @@ def _train(
     from grpo_jax.reporting.console import is_terminal, next_commands
     from grpo_jax.training import loop
 
-    result = loop.train(run)
+    result = loop.train(
+        run,
+        tools=load_tools(tools),
+        environment_factory=load_environment(environment),
+    )
     if not is_terminal(sys.stdout):
         return
     # With several processes, only the first has the history.
@@ -111,6 +126,8 @@ def _plan(
     device: str | None = None,
     device_memory_gib: float | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    tools: NamedTools = (),
+    environment: NamedEnvironment = None,
 ) -> None:
     """Estimate the memory that a run needs on each device; starts nothing.
 
@@ -123,6 +140,7 @@ def _plan(
         has 8 devices, because it counts cores.
       device_memory_gib: memory of one device, instead of a name.
       as_json: print JSON, with sizes in bytes.
+      tools: as for train; they need no memory of devices, nor does the environment.
 
     Raises:
       ValueError: for a run that is not possible, a mesh that does not divide, or an
@@ -136,177 +154,6 @@ def _plan(
         print(json.dumps(made, indent=2))
     else:
         print_plan(made)
-
-
-def _evaluate(
-    *,
-    run_dir: Path | None = None,
-    model: str | None = None,
-    task: str | None = None,
-    data: str | None = None,
-    step: int | Literal["best"] | None = None,
-    prompts: int | None = None,
-    samples: int = 1,
-    temperature: float | None = None,
-    max_new_tokens: int | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    out: Path | None = None,
-    completions: Path | None = None,
-) -> None:
-    """Measure accuracy on held-out prompts, and print it as JSON.
-
-    The strict accuracy requires the format of the task, the lenient one does not.
-
-    Both are printed with their standard errors.
-
-    Args:
-      run_dir: directory of the run that is evaluated.
-      model: hub name, folder, .gguf file or embedded, instead of a run.
-      task: arithmetic, gsm8k, reasoning_gym:NAME or a .jsonl file; by default that of
-        the run, or arithmetic for a model.
-      data: local file or folder with the task's rows; by default that of the run.
-      step: the checkpoint of the run, or best; by default the newest.
-      prompts: number of held-out prompts; by default all.
-      samples: completions per prompt; two or more also report pass@k and majority.
-      temperature: temperature of sampling; by default 0 (greedy) for one sample, else
-        that of the run, or 1 for a model.
-      max_new_tokens: limit of a completion in tokens; by default that of the run, or
-        one that suits the model.
-      batch_size: completions sampled at once; by default the run's eval_batch_size, or
-        128. Fewer need less memory. Completions of one prompt stay together.
-      seed: seed of the sampling.
-      out: also write the JSON to this file.
-      completions: write every completion and its result to this .jsonl file.
-    """
-    _check_counts(
-        prompts=prompts,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
-    from grpo_jax.tasks import load_task
-    from grpo_jax.tasks.base import describe_held_out
-    from grpo_jax.training.evaluate import BATCH
-    from grpo_jax.training.evaluate import evaluate as measure
-    from grpo_jax.training.restore import open_policy
-
-    policy = open_policy(run_dir=run_dir, model=model, step=step)
-    config = policy.config
-    if task is None:
-        task, data = config.task, data or config.data
-        _check_stored(task, run_dir)
-    sampling = policy.sampling(samples=samples, temperature=temperature)
-    loaded = load_task(task, data=data, seed=config.seed)
-    _warn_of_unknown(policy, [row["prompt"] for row in loaded.test])
-    max_new_tokens = max_new_tokens or config.max_new_tokens
-    result = measure(
-        policy.model,
-        policy.params,
-        policy.tokenizer,
-        loaded,
-        prompts=prompts,
-        samples=samples,
-        sampling=sampling,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        batch_size=batch_size or config.eval_batch_size or BATCH,
-    )
-    settings = {
-        "model": config.model if run_dir is None else str(run_dir),
-        "step": policy.step,
-        "task": task,
-        "held_out": describe_held_out(loaded),
-        "temperature": sampling.temperature,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
-    text = json.dumps(settings | result.summary(), indent=2, allow_nan=False)
-    print(text)
-    if out is not None:
-        _write(out, text + "\n")
-    if completions is not None:
-        records = result.records(loaded.test)
-        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
-        _write(completions, "".join(lines))
-
-
-def _warn_of_unknown(policy: "Restored", prompts: Sequence[Any]) -> None:
-    """Warn of prompts that the embedded model, unless trained by a run, cannot know."""
-    from grpo_jax.tasks.arithmetic import unknown_to_embedded
-
-    if policy.step is None and policy.config.model == EMBEDDED:
-        if text := unknown_to_embedded(prompts):
-            print(f"warning: {text}", file=sys.stderr)
-
-
-def _check_stored(task: str, run_dir: Path | None) -> None:
-    """Raises ValueError for a run whose rows its configuration does not name."""
-    from grpo_jax.tasks.base import CALLERS_ROWS
-    from grpo_jax.training.restore import trained_task
-
-    rows = None if run_dir is None else trained_task(run_dir)
-    if rows == CALLERS_ROWS and Path(task).stem != CALLERS_ROWS:
-        raise ValueError(
-            f"{run_dir} was trained on rows given from Python, which are not stored; "
-            "name a task with --task."
-        )
-
-
-def _write(path: Path, text: str) -> None:
-    from grpo_jax.config.files import write_text
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
-
-
-def _sample(
-    *,
-    prompt: str,
-    model: str | None = None,
-    run_dir: Path | None = None,
-    step: int | Literal["best"] | None = None,
-    samples: int = 1,
-    temperature: float | None = None,
-    max_new_tokens: int | None = None,
-    seed: int = 0,
-) -> None:
-    """Print completions of a prompt, with the sampling settings of the run.
-
-    Args:
-      prompt: the text; for a chat model, the message of a user.
-      model: hub name, folder or .gguf file; by default the embedded model.
-      run_dir: directory of a run, instead of a model.
-      step: the checkpoint of the run, or best; by default the newest.
-      samples: number of completions.
-      temperature: temperature of sampling; by default 0 (greedy) for one sample, else
-        that of the run, or 1 for a model.
-      max_new_tokens: limit of a completion in tokens; by default that of the run, or
-        one that suits the model.
-      seed: seed of the sampling.
-    """
-    _check_counts(samples=samples, max_new_tokens=max_new_tokens)
-    from grpo_jax.reporting.text import escape_control_chars
-    from grpo_jax.training.evaluate import complete
-    from grpo_jax.training.restore import open_policy
-
-    if model is None and run_dir is None:
-        model = EMBEDDED
-    policy = open_policy(run_dir=run_dir, model=model, step=step)
-    _warn_of_unknown(policy, [prompt])
-    texts = complete(
-        policy.model,
-        policy.params,
-        policy.tokenizer,
-        [prompt],
-        samples=samples,
-        sampling=policy.sampling(samples=samples, temperature=temperature),
-        max_new_tokens=max_new_tokens or policy.config.max_new_tokens,
-        seed=seed,
-    )
-    for text in texts[0]:
-        print(escape_control_chars(text))
 
 
 def _export(
@@ -375,10 +222,3 @@ def _report(run: tyro.conf.Positional[Path], *, out: Path | None = None) -> None
     from grpo_jax.reporting.page import write_report
 
     print(f"written to {write_report(run, out)}")
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be at least 1, got {count}.")

@@ -1,4 +1,4 @@
-"""Flags of a run: the fields of `TrainConfig`, and two that set many fields at once."""
+"""Flags of a run: the fields of `TrainConfig`, and those that are none of them."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,7 @@ import tyro
 from grpo_jax.config import EMBEDDED, PRESETS, ObjectiveConfig, TrainConfig
 from grpo_jax.config.trl_names import TRL_NAMES, TRL_PAGE
 
-# Arguments of a command. A run has no name, so that its flags have no prefix. The other
+# Arguments of a command. A run has no name, so that its flags have no prefix. The next
 # two are already applied to the run that the command gets: `base_config`.
 Run = Annotated[TrainConfig, tyro.conf.arg(name="")]
 _FILE = "a YAML file of fields, such as a run's config.yaml; flags override it"
@@ -20,6 +20,14 @@ _PRESET = "the objective of a paper; sets all its fields, which other flags over
 _NAMES = "{" + ",".join(PRESETS) + "}"
 Preset = Annotated[
     str | None, tyro.conf.arg(name="objective.preset", metavar=_NAMES, help=_PRESET)
+]
+# What the policy plays with: looked up by `environments.named`.
+_FORM = "package.module:NAME or path/to/file.py:NAME"
+_TOOLS = f"functions that the policy may call, each {_FORM}"
+NamedTools = Annotated[tuple[str, ...], tyro.conf.arg(help=_TOOLS)]
+_ENVIRONMENT = f"class or function that makes environments to play in, {_FORM}"
+NamedEnvironment = Annotated[
+    str | None, tyro.conf.arg(metavar="NAME", help=_ENVIRONMENT)
 ]
 
 

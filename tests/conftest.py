@@ -122,6 +122,35 @@ def tiny_policy(tmp_path_factory):
     return TinyPolicy(model, params, tokenizer, folder)
 
 
+@pytest.fixture(scope="session")
+def polite_policy(tiny_policy, tmp_path_factory):
+    """Answers a text that ends with "=" by "!", and ends its turn; else never ends it.
+
+    Likeliest after a token is what is nearest to it, which "=" and "!" are not.
+    """
+    from grpo_jax.weights.pretrained import Pretrained, save_pretrained
+
+    tokenizer = tiny_policy.tokenizer
+    params = jax.tree.map(np.array, tiny_policy.params)
+    # Layers add nothing to the embedding.
+    params["layers"]["attn"]["o"]["kernel"][:] = 0.0
+    params["layers"]["mlp"]["down"]["kernel"][:] = 0.0
+    params["final_norm"]["scale"][:] = 10.0
+    table = np.random.default_rng(0).normal(size=(264, 32)).astype(np.float32)
+    asks, says = (tokenizer.encode_prompt(text)[0] for text in "=!")
+    first, second = np.eye(2, 32, dtype=np.float32)
+    table[:, :2] = 0.0  # no other token is near
+    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    table[asks], table[says] = first, 1.5 * first + 0.9 * second
+    table[tokenizer.stop_ids[0]] = 4.0 * second
+    params["embed"]["embedding"] = table
+    params = jax.tree.map(jax.numpy.asarray, params)
+    folder = tmp_path_factory.mktemp("polite") / "model"
+    model = tiny_policy.model
+    save_pretrained(folder, Pretrained(model, params, tokenizer, model.config))
+    return TinyPolicy(model, params, tokenizer, folder)
+
+
 def byte_tokenizer(chat_template=None):
     """One token per byte, 256 for padding and 257 for the end."""
     from tokenizers import Tokenizer as FastTokenizer

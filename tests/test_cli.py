@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import types
 import typing
 from unittest import mock
@@ -37,7 +38,7 @@ from grpo_jax.training import _run_dir as directories
 from grpo_jax.training.state import TrainState, state_items
 from grpo_jax.weights.pretrained import load_pretrained
 
-COMMANDS = ("train", "plan", "eval", "sample", "export", "plot", "report")
+COMMANDS = ("train", "plan", "eval", "sample", "chat", "export", "plot", "report")
 
 
 def run_main(monkeypatch, *arguments):
@@ -179,7 +180,7 @@ def failing(monkeypatch, capsys, *arguments):
         ("train --group-size 1", "group_size must be at least 2, got 1"),
         ("train --optimizer.learning-rate nan", "positive number, got nan"),
         ("trian", "Available subcommands: train, plan, eval"),
-        ("", "Expected one of {train, plan, eval, sample, export, plot, report}"),
+        ("", "Expected one of {train, plan, eval, sample, chat, export, plot, report}"),
         ("eval --sampels 3", "Perhaps you meant: --samples"),
         ("sample", "Missing from grpo-jax sample: --prompt STR"),
         ("report", "Missing from grpo-jax report"),
@@ -208,6 +209,18 @@ def test_flags_that_do_not_parse_say_what_would(monkeypatch, capsys, arguments, 
         ("sample --prompt 1+1= --max-new-tokens 0", "--max-new-tokens must be at"),
         ("sample --prompt 1+1= --run-dir {tmp}", "holds no run"),
         ("sample --prompt 1 --run-dir {tmp} --model a", "give either --run-dir or"),
+        ("train --tools none.py:f", "--tools none.py:f: there is no file"),
+        ("train --environment json:x", "--environment json:x: json has no 'x'"),
+        ("eval --model {tiny} --tools json", "--tools json: expected package.module"),
+        (
+            "sample --prompt a --environment json:__doc__",
+            "expected a class, a function",
+        ),
+        ("chat --run-dir {tmp}", "holds no run"),
+        ("chat --prompt a", "--prompt and --row are of an episode"),
+        ("chat --environment json:loads --row [1]", "--row must be a JSON object"),
+        ("chat --environment json:loads --row a", "--row is no JSON (Expecting"),
+        ("chat --tools json:dumps --max-new-tokens 0", "--max-new-tokens must be at"),
         ("export --run-dir {tmp}", "holds no run"),
         ("plot", "needs at least one run directory"),
         ("plot {tmp}", "has no metrics.jsonl; give the directory of a run"),
@@ -471,6 +484,89 @@ def test_sample_uses_the_policy_of_a_run(capsys, run, tiny_policy):
     assert by_run == by_model
 
 
+GAME = """
+from grpo_jax.environments.base import Step, TextEnvironment
+
+class Game(TextEnvironment):
+    def reset(self, *, seed, prompt, start="", **row):
+        self.left = 2
+        return f"{start}{seed % 7}="
+
+    def step(self, text):
+        self.left -= 1
+        return Step(f"\\x1b{self.left}=", float(text == "!"), self.left == 0)
+"""
+
+
+@pytest.fixture
+def game(tmp_path, monkeypatch):
+    """The name of an environment in a file, which is forgotten after the test."""
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "my_game.py").write_text(GAME)
+    yield f"{tmp_path}/my_game.py:Game"
+    sys.modules.pop("my_game", None)
+
+
+def test_eval_plays_an_environment_that_brings_its_prompts(
+    capsys, tmp_path, polite_policy, game
+):
+    command = ["eval", "--model", polite_policy.folder, "--environment", game]
+    command += ["--prompts", 3, "--max-new-tokens", 20]
+    text = out_of(capsys, *command, "--completions", tmp_path / "all.jsonl")
+    result = json.loads(text)
+    assert (result["task"], result["environment"]) == (None, game)
+    assert (result["prompts"], result["reward"]) == (3, 2.0)
+    assert result["episodes/turns"] == 2.0 and "accuracy" not in result
+    lines = (tmp_path / "all.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 3
+    roles = [message["role"] for message in records[0]["completion"]]
+    assert roles == ["assistant", "user", "assistant"]
+    assert records[0]["prompt"][0]["content"].endswith("=")
+    # The seed makes the episodes.
+    assert json.loads(out_of(capsys, *command, "--seed", 1)) != result
+
+
+def test_eval_of_a_task_with_an_environment_has_accuracy_and_reward(
+    capsys, polite_policy, run, game
+):
+    # Its rows have no answer that the policy gives, so none is right.
+    task = run.parent / "doubles.jsonl"
+    command = ("eval", "--model", polite_policy.folder, "--environment", game)
+    text = out_of(capsys, *command, "--task", task, "--max-new-tokens", 20)
+    result = json.loads(text)
+    assert (result["accuracy"], result["prompts"]) == (0.0, 2)
+    assert result["reward"] == 2.0
+
+
+def test_sample_and_chat_play_the_same_episode(capsys, polite_policy, game):
+    command = ["--model", polite_policy.folder, "--environment", game]
+    command += ["--max-new-tokens", 20, "--prompt", "Go "]
+    sampled = out_of(capsys, "sample", *command).splitlines()
+    turns = ["assistant: !", "user: \\x1b1=", "assistant: !"]
+    assert sampled == turns
+    opening, *rest = out_of(capsys, "chat", *command).splitlines()
+    assert opening.startswith("user: Go ") and rest == [*turns, "(reward Game: 2)"]
+    row = json.dumps({"start": "from a row "})
+    text = out_of(capsys, "chat", *command, "--row", row)
+    assert text.startswith("user: Go from a row ")
+
+
+def test_chat_answers_lines_until_the_end_of_the_input(
+    monkeypatch, capsys, polite_policy
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a=\n\n  \nb\x1b=\n"))
+    text = out_of(capsys, "chat", "--model", polite_policy.folder)
+    assert text.splitlines() == [
+        "user: a=",
+        "assistant: !",
+        "user: b\\x1b=",
+        "assistant: !",
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert out_of(capsys, "chat", "--model", polite_policy.folder) == ""
+
+
 @pytest.mark.parametrize(("step", "flags"), [(3, []), (2, ["--step", "2"])])
 def test_export_writes_the_checkpoint(capsys, tmp_path, run, tiny_policy, step, flags):
     out = tmp_path / "export"
@@ -533,9 +629,24 @@ def test_train_hands_the_described_run_to_the_loop(monkeypatch):
     from grpo_jax.training import loop
 
     given = []
-    monkeypatch.setattr(loop, "train", given.append)
-    cli._dispatch(["train", "--steps", "4", "--objective.preset", "rloo"])
-    (config,) = given
+    monkeypatch.setattr(
+        loop, "train", lambda *args, **named: given.append((args, named))
+    )
+    arguments = ["--steps", "4", "--objective.preset", "rloo"]
+    played = [
+        "--tools",
+        "json:loads",
+        "json:dumps",
+        "--environment",
+        "json:JSONDecoder",
+    ]
+    cli._dispatch(["train", *arguments])
+    cli._dispatch(["train", *arguments, *played])
+    ((config,), named), ((same,), others) = given
+    assert same == config
+    assert named == {"tools": (), "environment_factory": None}
+    assert others["tools"] == (json.loads, json.dumps)
+    assert others["environment_factory"] is json.JSONDecoder
     assert config == TrainConfig(steps=4, objective=ObjectiveConfig.preset("rloo"))
     assert yaml.safe_load(yaml.safe_dump(to_dict(config))) == to_dict(config)
 
@@ -555,7 +666,7 @@ def test_the_end_of_a_run_says_what_next_to_whoever_reads(
     result = types.SimpleNamespace(
         run_dir=folder, history=[{}], summary={"status": status}
     )
-    monkeypatch.setattr("grpo_jax.training.loop.train", lambda config: result)
+    monkeypatch.setattr("grpo_jax.training.loop.train", lambda *args, **named: result)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("CI", raising=False)
     out = stream()

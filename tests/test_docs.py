@@ -121,7 +121,7 @@ GRPO_JAX, MAKE = [use for use in uses_of("grpo-jax") if use[1]], uses_of("make")
 @pytest.fixture
 def parse(monkeypatch, tmp_path):
     """Parses the arguments of grpo-jax as the program does, and runs nothing."""
-    names = ("train", "plan", "evaluate", "sample", "export", "plot", "report")
+    names = ("train", "plan", "evaluate", "sample", "chat", "export", "plot", "report")
     for name in names:
         # The wrapper has the signature and the docstring that tyro reads.
         command = vars(cli)[f"_{name}"]
@@ -223,7 +223,7 @@ def test_metrics_in_the_prose_exist():
     sources = [*(ROOT / "grpo_jax").rglob("*.py")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     shared = r"(rewards/<name>|completions|clip_ratio|time|tokens_per_second|mfu|eval"
-    named = set(in_code(rf"{shared}|compile|sampler_logp_diff)/\w+"))
+    named = set(in_code(rf"{shared}|compile|sampler_logp_diff|tools|episodes)/\w+"))
     assert len(named) > 20
     for page, name in named:
         # Some are put together from parts: rewards/<name>/mean, clip_ratio/low_mean.

@@ -47,6 +47,13 @@ PANELS = (
         metric=metrics.CLIPPED_RATIO,
         label="share of completions",
     ),
+    Panel(title="Turns", metric=metrics.TURNS, label="per completion, mean"),
+    Panel(title="Tool calls", metric=metrics.CALLS, label="per completion, mean"),
+    Panel(
+        title="Failed tool calls",
+        metric=metrics.FAILED_CALLS,
+        label="share of calls",
+    ),
     Panel(title="Gradient norm", metric=metrics.GRAD_NORM, label="L2 norm"),
     Panel(title="Entropy", metric=metrics.ENTROPY, label="nats per token"),
     Panel(

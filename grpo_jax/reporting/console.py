@@ -28,6 +28,7 @@ from grpo_jax.config.files import to_jsonable
 from grpo_jax.reporting import logs
 from grpo_jax.reporting.metrics import (
     ACCURACY,
+    CALLS,
     CLIPPED_RATIO,
     EVAL_REWARD,
     GRAD_NORM,
@@ -35,12 +36,13 @@ from grpo_jax.reporting.metrics import (
     MEAN_LENGTH,
     REWARD,
     TOKENS_PER_SECOND,
+    TURNS,
 )
 from grpo_jax.reporting.text import (
-    Prompt,
+    Messages,
     duration_text,
     escape_control_chars,
-    prompt_text,
+    readable_text,
 )
 
 # The logger of lines about single steps. A live display draws those itself.
@@ -54,6 +56,8 @@ _SHOWN = (
     ("kl", KL, "{:.4f}"),
     ("length", MEAN_LENGTH, "{:.1f}"),
     ("cut", CLIPPED_RATIO, "{:.0%}"),
+    ("turns", TURNS, "{:.2f}"),
+    ("calls", CALLS, "{:.2f}"),
     ("grad", GRAD_NORM, "{:.3g}"),
     ("tok/s", TOKENS_PER_SECOND, "{:,.0f}"),
 )
@@ -127,7 +131,10 @@ class Console:
             _PROGRESS.info(self._line(metrics))
 
     def sample(
-        self, prompt: Prompt, completion: str, rewards: Mapping[str, float | None]
+        self,
+        prompt: Messages,
+        completion: Messages,
+        rewards: Mapping[str, float | None],
     ) -> None:
         """Show a completion with its rewards by name, on a live display only."""
         now = time.monotonic()
@@ -139,8 +146,8 @@ class Console:
             for name, value in rewards.items()
         )
         body = Text()
-        body.append(_last_lines(prompt_text(prompt)) + "\n", style="dim")
-        body.append(_last_lines(completion) + "\n")
+        body.append(_last_lines(readable_text(prompt)) + "\n", style="dim")
+        body.append(_last_lines(readable_text(completion)) + "\n")
         body.append(escape_control_chars(scores), style="bold")
         # The title names the step, because the sample stays while further steps end.
         title = Text(f"a completion of step {self._step}")
@@ -317,7 +324,7 @@ def _formatted(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _last_lines(text: str) -> str:
     """The end of a long text: there a prompt asks and a completion answers."""
-    lines = escape_control_chars(text).expandtabs(4).strip("\n").split("\n")
+    lines = text.expandtabs(4).strip("\n").split("\n")
     cut = ["..."] if len(lines) > _SAMPLE_LINES else []
     lines = cut + lines[-_SAMPLE_LINES:]
     return "\n".join(line if len(line) <= 400 else line[:397] + "..." for line in lines)

@@ -31,6 +31,10 @@ GRAD_NORM = "grad_norm"
 MEAN_LENGTH = "completions/mean_length"
 CLIPPED_RATIO = "completions/clipped_ratio"
 TOKENS_PER_SECOND = "tokens_per_second/total"
+# With tools or environments.
+TURNS = "episodes/turns"
+CALLS = "tools/call_frequency"
+FAILED_CALLS = "tools/failure_frequency"
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -91,10 +95,10 @@ def episode_metrics(played: Mapping[str, np.ndarray]) -> dict[str, float]:
     """
     calls, count = float(played["calls"].sum()), played["calls"].size
     return {
-        "tools/call_frequency": calls / count,
-        "tools/failure_frequency": float(played["failed_calls"].sum()) / max(calls, 1),
+        CALLS: calls / count,
+        FAILED_CALLS: float(played["failed_calls"].sum()) / max(calls, 1),
         "tools/latency_s": float(played["tool_seconds"].sum()) / max(calls, 1),
-        "episodes/turns": float(played["turns"].mean()),
+        TURNS: float(played["turns"].mean()),
         "episodes/failed_rate": float(played["failed"].mean()),
         "episodes/dropped_rate": float(played["dropped_answers"].mean()),
     }

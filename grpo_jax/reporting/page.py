@@ -5,6 +5,7 @@ The template escapes every value that it shows. A content security policy lets n
 script run except the page's own.
 """
 
+import dataclasses
 import json
 import secrets
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,14 @@ from grpo_jax.config.files import write_text
 from grpo_jax.reporting import _run_files, metrics
 from grpo_jax.reporting._figure import make_figure, to_svg
 from grpo_jax.reporting._panels import Panel, panels_of
-from grpo_jax.reporting.text import duration_text, escape_control_chars, prompt_text
+from grpo_jax.reporting.text import (
+    Messages,
+    Part,
+    duration_text,
+    escape_control_chars,
+    parts_of,
+    readable_text,
+)
 
 _TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
 _PER_STEP = 2  # best completions of a step, and as many worst
@@ -65,6 +73,7 @@ def _page(folder: Path, history: list[dict[str, Any]]) -> str:
         other_curves=_curves(others, history),
         completions_note=completions_note,
         rows=rows,
+        has_conversations=any(row["messages"] for row in rows),
         config=_read(folder / "config.yaml"),
         manifest=manifest,
     )
@@ -148,7 +157,7 @@ def _best_and_worst(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     None comes twice, nor does the same completion of the same prompt.
     """
     distinct = {
-        (prompt_text(row["prompt"]), row["completion"]): row
+        (readable_text(row["prompt"]), readable_text(row["completion"])): row
         for row in reversed(rows)
         if row["reward"] is not None
     }
@@ -161,15 +170,56 @@ def _best_and_worst(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             **row,
             "rank": rank,
-            "prompt": _cut(prompt_text(row["prompt"])),
-            "completion": _cut(row["completion"]),
+            "prompt": _cut(readable_text(row["prompt"])),
+            "notes": _notes(row),
+            **_said(row["completion"]),
         }
         for rank, row in ranked
     ]
 
 
-def _cut(text: str) -> str:
-    left = len(text) - _MAX_CHARACTERS
-    return text[:_MAX_CHARACTERS] + (
-        f"\n... [{left} more characters]" if left > 0 else ""
+def _said(completion: Messages) -> dict[str, Any]:
+    """A completion for the template: its text, or the pieces of each message."""
+    if isinstance(completion, str):
+        return {"completion": _cut(completion), "messages": [], "left_out": 0}
+    messages = parts_of(completion)
+    shown: list[list[Part]] = []
+    room = _MAX_CHARACTERS
+    for parts in messages:
+        if room <= 0:
+            break
+        shown.append([])
+        for part in parts:
+            text = _cut(part.text, max(room, 0))
+            shown[-1].append(dataclasses.replace(part, text=text))
+            room -= len(part.text)
+    left_out = len(messages) - len(shown)
+    return {"completion": None, "messages": shown, "left_out": left_out}
+
+
+def _notes(row: Mapping[str, Any]) -> list[str]:
+    """What happened in an episode, a few words each; nothing for a plain completion."""
+    turns, calls, failed, malformed = (
+        # Before there were episodes, a reward function could log such a column.
+        count if isinstance(count := row.get(name), int) else 0
+        for name in ("turns", "calls", "failed_calls", "malformed_calls")
     )
+    notes = [
+        f"{count:,} {noun}{'' if count == 1 else 's'}"
+        for count, noun in ((turns, "turn"), (calls, "call"))
+        if count
+    ]
+    if failed:
+        notes.append(f"{failed:,} failed")
+    if malformed:
+        notes.append(f"{malformed:,} that cannot be read")
+    if row.get("dropped_answers") is True:
+        notes.append("the last answer did not fit")
+    if turns > 1 and isinstance(row["completion"], str):
+        notes.append("text of the environment within, which is masked")
+    return notes
+
+
+def _cut(text: str, most: int = _MAX_CHARACTERS) -> str:
+    left = len(text) - most
+    return text[:most] + (f"\n... [{left} more characters]" if left > 0 else "")

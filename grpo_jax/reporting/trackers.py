@@ -17,8 +17,10 @@ from grpo_jax.config import ReportConfig
 from grpo_jax.config.files import to_json_line, to_jsonable, write_text
 from grpo_jax.reporting._run_files import completion_steps, completions_file, read_lines
 from grpo_jax.reporting.metrics import METRICS_FILE
-from grpo_jax.reporting.text import escape_control_chars, prompt_text
+from grpo_jax.reporting.text import readable_text
 
+# Counts of a conversation with tools or an environment, columns of the table of W&B.
+_OF_EPISODES = ("turns", "calls")
 # Completions of one step that TensorBoard shows; all of them are in the JSON lines.
 _SHOWN = 4
 
@@ -136,11 +138,13 @@ class _TensorBoardTracker:
     def log_completions(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Add the first few as text, indented so that Markdown leaves it as it is."""
         for index, row in enumerate(rows[:_SHOWN]):
-            text = f"{prompt_text(row['prompt'])}\n---\n{row['completion']}"
-            text = f"reward {row['reward']}\n---\n{text}"
-            block = "\n".join(
-                f"    {line}" for line in escape_control_chars(text).split("\n")
+            pieces = (
+                f"reward {row['reward']}",
+                readable_text(row["prompt"]),
+                readable_text(row["completion"]),
             )
+            lines = "\n---\n".join(pieces).split("\n")
+            block = "\n".join(f"    {line}" for line in lines)
             self._writer.add_text(f"completions/{index}", block, step)
 
     def flush(self) -> None:
@@ -203,12 +207,13 @@ class _WandbTracker:
         """Send a table of prompts, completions and rewards, a column per function."""
         scores = list(rows[0]["rewards"]) if rows else []
         fields = ["reward", "advantage", "length", "finished"]
+        fields += [name for name in _OF_EPISODES if any(name in row for row in rows)]
         columns = ["step", "prompt", "completion"]
         columns += [f"rewards/{name}" for name in scores] + fields
         data = [
-            [row["step"], prompt_text(row["prompt"]), row["completion"]]
+            [row["step"], *(readable_text(row[name]) for name in columns[1:3])]
             + [row["rewards"][name] for name in scores]
-            + [row[field] for field in fields]
+            + [row.get(field) for field in fields]
             for row in rows
         ]
         self._run.log(

@@ -20,8 +20,8 @@ from grpo_jax.weights.tokenizer import Tokenizer
 Tools = Sequence[Callable[..., Any]]
 EnvironmentFactory = Callable[[], Any] | Mapping[str, Callable[[], Any]]
 
-# The prompt of an environment that brings its own, as in TRL.
-_EMPTY: Row = {"prompt": [{"role": "user", "content": ""}]}
+# The row of an environment that brings its own prompts, as in TRL.
+EMPTY_ROW: Row = {"prompt": [{"role": "user", "content": ""}]}
 
 
 def make_host(
@@ -62,14 +62,13 @@ def choose_played_task(
       ValueError: as `choose_task`.
     """
     given = () if rewards is None else reward_functions(rewards)
-    names = () if host is None else host.reward_names
-    played = tuple(EnvironmentReward(name) for name in names)
+    played = () if host is None else reward_functions_of(host)
     if dataset is None and host is not None and host.has_environments:
         # The default task has nothing to do with an environment.
         if config.task == TrainConfig().task:
-            dataset = [_EMPTY] * config.prompts_per_step
+            dataset = [EMPTY_ROW] * config.prompts_per_step
             if eval_dataset is None:
-                eval_dataset = [_EMPTY] * config.eval_prompts or None
+                eval_dataset = [EMPTY_ROW] * config.eval_prompts or None
     if dataset is not None and (given or played):
         rewards = (*given, *played)
     task = choose_task(
@@ -80,12 +79,36 @@ def choose_played_task(
         rewards=rewards,
         eval_dataset=eval_dataset,
     )
-    if host is not None:
-        host.check_rewards(given)
     if host is None:
         return task
+    host.check_rewards(given)
     own = task.rewards if dataset is None else given
-    weights = config.rewards.weights or task.reward_weights or (1.0,) * len(own)
+    return _with_played(task, own, played, config.rewards.weights)
+
+
+def with_played_rewards(
+    task: Task, host: Host, weights: Sequence[float] | None = None
+) -> Task:
+    """The task with the rewards of its environments behind its own.
+
+    Args:
+      weights: of its own rewards, or of all; by default those of the task, or 1.
+    """
+    return _with_played(task, task.rewards, reward_functions_of(host), weights)
+
+
+def reward_functions_of(host: Host) -> tuple[RewardFunction, ...]:
+    """The rewards that environments give, as reward functions."""
+    return tuple(EnvironmentReward(name) for name in host.reward_names)
+
+
+def _with_played(
+    task: Task,
+    own: Sequence[RewardFunction],
+    played: Sequence[RewardFunction],
+    weights: Sequence[float] | None,
+) -> Task:
+    weights = tuple(weights or task.reward_weights or (1.0,) * len(own))
     if len(weights) == len(own):
         weights = (*weights, *(1.0 for _ in played))
     return dataclasses.replace(task, rewards=(*own, *played), reward_weights=weights)
@@ -100,17 +123,40 @@ def make_episodes(
     """The episodes of a run; None without tools and environments."""
     if host is None:
         return None
+    sampling = policy_sampling(model, tokenizer, config.sampling)
+    return open_episodes(
+        host,
+        tokenizer,
+        model,
+        seed=config.seed,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_new_tokens=config.max_new_tokens,
+        stop_ids=sampling.stop_ids or (),
+    )
+
+
+def open_episodes(
+    host: Host,
+    tokenizer: Tokenizer,
+    model: LanguageModelConfig,
+    *,
+    seed: int,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+) -> Episodes:
+    """Episodes of a host, whose prompts leave room for `max_new_tokens`."""
     limit = longest_prompt(
-        config.max_prompt_tokens,
-        new_tokens=config.max_new_tokens,
+        max_prompt_tokens,
+        new_tokens=max_new_tokens,
         context=model.max_position_embeddings,
     )
     return Episodes(
         host,
         tokenizer,
-        seed=config.seed,
-        max_new_tokens=config.max_new_tokens,
-        stop_ids=policy_sampling(model, tokenizer, config.sampling).stop_ids or (),
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
         problem=lambda ids: prompt_problem(
             ids, limit=limit, vocab_size=model.vocab_size
         ),

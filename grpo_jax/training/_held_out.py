@@ -147,6 +147,7 @@ def held_out_values(
         return []
     if has_ground_truth(task):
         judged = judge(completed, rows, task, lenient=False)
+        assert judged.correct is not None
         return judged.correct[:, 0].astype(float).tolist()
     seen = [group[0] for group in completed.completions or completed.texts]
     ids = [group[0] for group in completed.ids]

@@ -18,6 +18,7 @@ from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.reporting.console import Console
 from grpo_jax.reporting.equal_groups import EqualGroups
 from grpo_jax.reporting.metrics import CompileCounter
+from grpo_jax.reporting.tool_calls import ToolCalls
 from grpo_jax.reporting.trackers import Tracker, make_tracker
 from grpo_jax.rollout.collect import Collector
 from grpo_jax.rollout.encoding import prompts_sha256
@@ -198,7 +199,6 @@ def _load(
     warn = console.warning
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint, report=warn)
     stack.callback(checkpoints.abandon)
-    grace = GraceCheck(config.checkpoint.grace_seconds, report=warn)
     checksums = {
         "prompts_sha256": collector.prompts_sha256(),
         "test_prompts_sha256": prompts_sha256(prompts),
@@ -220,6 +220,16 @@ def _load(
         tracker=tracker,
         console=console,
         measures=Measures(model.config, config, mesh, compiles),
-        checks=(grace.check, EqualGroups(report=warn).check),
+        checks=_checks(config, warn),
     )
     return run, checksums
+
+
+def _checks(
+    config: TrainConfig, warn: Callable[[str], None]
+) -> tuple[Callable[[int, Mapping[str, Any]], None], ...]:
+    return (
+        GraceCheck(config.checkpoint.grace_seconds, report=warn).check,
+        EqualGroups(report=warn).check,
+        ToolCalls(report=warn).check,
+    )

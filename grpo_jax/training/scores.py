@@ -6,43 +6,65 @@ for; the lenient one takes the answer wherever the completion ends with one.
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from grpo_jax.reporting.metrics import episode_metrics
 from grpo_jax.tasks.base import Row
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Completions of held-out prompts, and which of them are right.
+    """Completions of held-out prompts, which of them are right, and their rewards.
 
     Attributes:
-      correct: ``[prompts, samples]``.
-      completions: texts, one list per prompt.
+      completions: texts, one list per prompt; with tools or environments the messages
+        that follow the prompt.
+      correct: ``[prompts, samples]``; None where the task cannot tell right from wrong.
       answers: what each completion answers, None for nothing; by default its text
         without the spaces around it.
       lenient: the same completions with their answers read leniently; None where the
         task knows one way only.
+      rewards: ``[prompts, samples]``, NaN where a completion has none; None where
+        rewards were not computed.
+      played: what tools and environments did, ``[prompts, samples]`` counts by name.
+      prompts: what the policy saw, where that is not the prompts of the rows.
     """
 
-    correct: Bool[np.ndarray, "N S"]
-    completions: Sequence[Sequence[str]]
+    completions: Sequence[Sequence[Any]]
+    correct: Bool[np.ndarray, "N S"] | None = None
     answers: Sequence[Sequence[Hashable | None]] | None = None
     lenient: "Evaluation | None" = None
+    rewards: Float[np.ndarray, "N S"] | None = None
+    played: Mapping[str, np.ndarray] = field(default_factory=dict)
+    prompts: Sequence[Any] | None = None
 
     @property
     def accuracy(self) -> float:
-        """Mean share of right completions."""
-        return float(self.correct.mean())
+        """Mean share of right completions; NaN where nothing tells right from wrong."""
+        return math.nan if self.correct is None else float(self._correct.mean())
 
     @property
     def standard_error(self) -> float:
         """Standard error of the accuracy over prompts; NaN for a single prompt."""
-        return _standard_error(self.correct.mean(axis=1))
+        if self.correct is None:
+            return math.nan
+        return _standard_error(self._correct.mean(axis=1))
+
+    @property
+    def reward(self) -> float:
+        """Mean reward over completions that have one; NaN where none has."""
+        return math.nan if self.rewards is None else _mean(self.rewards)
+
+    @property
+    def _correct(self) -> Bool[np.ndarray, "N S"]:
+        if self.correct is None:
+            raise ValueError("the task cannot tell right from wrong.")
+        return self.correct
 
     def pass_at(self, k: int) -> float:
         """Probability that one of k completions is right, without bias.
@@ -70,20 +92,46 @@ class Evaluation:
         several samples; ``lenient`` holds the same for the lenient reading. Standard
         errors are those of a mean over prompts: null for a single prompt.
         """
-        prompts, samples = self.correct.shape
-        counts = {"prompts": prompts, "samples": samples}
+        counts = {"prompts": len(self.completions), "samples": self._samples}
         lenient = {} if self.lenient is None else {"lenient": self.lenient._numbers()}
-        return counts | self._numbers() | lenient
+        rights = {} if self.correct is None else self._numbers()
+        return counts | rights | lenient | self._of_rewards() | self._of_episodes()
+
+    @property
+    def _samples(self) -> int:
+        return len(self.completions[0])
+
+    def _of_rewards(self) -> dict[str, Any]:
+        if self.rewards is None:
+            return {}
+        means = [_mean(group) for group in self.rewards]
+        known = np.array([mean for mean in means if not math.isnan(mean)])
+        return {
+            "reward": _or_null(self.reward),
+            "reward/standard_error": _or_null(_standard_error(known)),
+            "reward/none_rate": float(np.isnan(self.rewards).mean()),
+        }
+
+    def _of_episodes(self) -> dict[str, float]:
+        return episode_metrics(self.played) if self.played else {}
 
     def records(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-        """A JSON object per completion: prompt, text, answer found, right or wrong."""
+        """A JSON object per completion: prompt, text, answer found, right or wrong.
+
+        Where there are any, also the reward and the counts of the episode; the text is
+        then a list of messages.
+        """
         for number, group in enumerate(self.completions):
             for sample, text in enumerate(group):
-                record = {
-                    "prompt": rows[number]["prompt"],
-                    "completion": text,
-                    **self._verdict(number, sample),
-                }
+                seen = self.prompts
+                prompt = rows[number]["prompt"] if seen is None else seen[number]
+                record = {"prompt": prompt, "completion": text}
+                if self.correct is not None:
+                    record |= self._verdict(number, sample)
+                if self.rewards is not None:
+                    record["reward"] = _or_null(float(self.rewards[number, sample]))
+                for name, counts in self.played.items():
+                    record[name] = counts[number, sample].item()
                 if self.lenient is not None:
                     record["lenient"] = self.lenient._verdict(number, sample)
                 yield record
@@ -92,7 +140,7 @@ class Evaluation:
         found = self._answers()[number][sample]
         return {
             "answer": None if found is None else str(found),
-            "correct": bool(self.correct[number, sample]),
+            "correct": bool(self._correct[number, sample]),
         }
 
     def _answers(self) -> Sequence[Sequence[Hashable | None]]:
@@ -101,7 +149,7 @@ class Evaluation:
         return [[text.strip() or None for text in group] for group in self.completions]
 
     def _numbers(self) -> dict[str, Any]:
-        samples = self.correct.shape[1]
+        samples = self._correct.shape[1]
         values: dict[str, Any] = {
             "accuracy": self.accuracy,
             "standard_error": _or_null(self.standard_error),
@@ -117,18 +165,18 @@ class Evaluation:
         return values
 
     def _pass_at(self, k: int) -> Float[np.ndarray, " N"]:
-        samples = self.correct.shape[1]
+        samples = self._correct.shape[1]
         if not 1 <= k <= samples:
             raise ValueError(f"k must be between 1 and {samples} samples, got {k}.")
         missed = [
             math.comb(samples - int(right), k) / math.comb(samples, k)
-            for right in self.correct.sum(axis=1)
+            for right in self._correct.sum(axis=1)
         ]
         return 1.0 - np.array(missed)
 
     def _majority(self) -> Float[np.ndarray, " N"]:
         right = []
-        for verdicts, given in zip(self.correct, self._answers(), strict=True):
+        for verdicts, given in zip(self._correct, self._answers(), strict=True):
             votes = Counter(answer for answer in given if answer is not None)
             winner = votes.most_common(1)[0][0] if votes else None
             right.append(
@@ -141,6 +189,11 @@ def _standard_error(values: Float[np.ndarray, " N"]) -> float:
     if len(values) < 2:
         return math.nan
     return float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def _mean(values: Float[np.ndarray, "..."]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else math.nan
 
 
 def _or_null(value: float) -> float | None:

@@ -19,6 +19,35 @@ HOSTILE = (
 )
 
 
+def talk(*, text: str = "9591", reward: float = 1.0) -> dict:
+    """A row of completions whose policy called a tool twice, of which one failed."""
+    calls = [
+        {"type": "function", "function": {"name": "calculate", "arguments": given}}
+        for given in ({"expression": "417*23"}, {"expression": "1/0"})
+    ]
+    return {
+        "step": 1,
+        "prompt": [{"role": "user", "content": "What is 417 * 23?"}],
+        "completion": [
+            {"role": "assistant", "content": "I ask.", "tool_calls": calls},
+            {"role": "tool", "name": "calculate", "content": text},
+            {"role": "tool", "name": "calculate", "content": "{'error': 'by zero'}"},
+            {"role": "assistant", "content": "It is 9591."},
+        ],
+        "rewards": {"correct": reward, "Game": None},
+        "reward": reward,
+        "advantage": 0.5,
+        "length": 12,
+        "finished": True,
+        "turns": 2,
+        "calls": 2,
+        "failed_calls": 1,
+        "tool_seconds": 0.25,
+        "failed": False,
+        "dropped_answers": False,
+    }
+
+
 def write_run(
     run_dir: Path,
     *,

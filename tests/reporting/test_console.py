@@ -179,6 +179,17 @@ def test_sample_stays_long_enough_to_be_read(terminal):
     assert "a completion of step 1 " in last
 
 
+def test_a_sample_of_several_turns_is_shown_with_its_calls(terminal, synthetic):
+    row = synthetic.talk(text="\x1b[2J9591")
+    with Console(40, ReportConfig(), stream=terminal) as console:
+        console.sample(row["prompt"], row["completion"], row["rewards"])
+    shown = _without_codes(terminal.getvalue())
+    assert "user: What is 417 * 23?" in shown
+    assert 'assistant calls: calculate(expression="417*23")' in shown
+    assert "tool calculate: \\x1b[2J9591" in shown
+    assert "assistant: It is 9591." in shown
+
+
 def test_a_resumed_run_shows_where_it_stands_before_its_next_step(terminal):
     with Console(40, ReportConfig(), stream=terminal) as console:
         console.start_at(30)

@@ -39,6 +39,9 @@ class Page(html.parser.HTMLParser):
                 name: float(attributes[f"data-{name}"])
                 for name in ("step", "reward", "length")
             }
+        if tag == "div" and "turn " in (attributes.get("class") or ""):
+            drawn = attributes["class"].split()[1] == "drawn"
+            self.rows[-1].setdefault("turns", []).append([drawn])
         if tag == "pre":
             self.field = attributes.get("class")
         if tag == "path" and "stroke: var(--curve)" in attributes.get("style", ""):
@@ -50,8 +53,10 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data):
         tag = self.open[-1] if self.open else ""
         self.text.setdefault(tag, []).append(data)
-        if tag == "pre" and self.field is not None:
+        if tag == "pre" and self.field in ("prompt", "completion"):
             self.rows[-1][self.field] = data.removeprefix("\n")
+        elif tag == "pre" and self.field is not None:
+            self.rows[-1]["turns"][-1].append((self.field, data.removeprefix("\n")))
 
 
 def _hostile_run(run_dir, synthetic):
@@ -196,6 +201,72 @@ def test_a_completion_has_its_rewards_its_length_and_how_it_ended(tmp_path):
     assert page.rows[0]["completion"] == "\n c"  # the first line break is shown too
 
 
+def _page_of(folder, rows):
+    tracker = _JsonlTracker(folder)
+    tracker.log({"reward": 1.0}, 1)
+    tracker.log_completions(rows, 1)
+    tracker.close()
+    return Page(write_report(folder))
+
+
+def test_a_conversation_is_shown_turn_by_turn_with_what_was_masked(tmp_path, synthetic):
+    page = _page_of(tmp_path, [synthetic.talk(text=synthetic.HOSTILE[3])])
+    assert page.rows[0]["prompt"] == "user: What is 417 * 23?"
+    first = [("text", "I ask."), ("call", 'calculate(expression="417*23")')]
+    assert page.rows[0]["turns"] == [
+        [True, *first, ("call", 'calculate(expression="1/0")')],
+        [False, ("text", synthetic.HOSTILE[3])],
+        [False, ("text", "{'error': 'by zero'}")],
+        [True, ("text", "It is 9591.")],
+    ]
+    roles = ["assistant", "tool calculate", "tool calculate", "assistant"]
+    assert page.text["b"][1:] == roles
+    # Each masked turn says so, and the legend what it means.
+    assert sum("masked" in text for text in page.text["span"]) == 3
+    assert [text for text in page.text["span"] if text.startswith("drawn by")]
+    facts = "right 1|12 tokens drawn|2 turns|2 calls|1 failed".replace(
+        "right", "correct"
+    )
+    assert set(facts.split("|")) <= set(page.text["span"])
+
+
+def test_runs_may_mix_texts_and_conversations_and_old_rows_look_as_ever(
+    tmp_path, synthetic
+):
+    old = {"step": 1, "prompt": "p", "rewards": {}, "length": 1, "finished": True}
+    # A column that a reward function logged before there were episodes.
+    old |= {"completion": "old", "reward": 0.0, "advantage": 0.0, "turns": "north"}
+    answered = old | {"completion": "a\nb", "reward": -1.0, "turns": 2}
+    page = _page_of(tmp_path, [synthetic.talk(), old, answered])
+    kinds = [("turns" in row, row.get("completion")) for row in page.rows]
+    assert kinds == [(True, None), (False, "old"), (False, "a\nb")]
+    assert page.text["span"].count("1 tokens") == 1  # of the row without episodes
+    assert "text of the environment within, which is masked" in page.text["span"]
+
+
+def test_a_page_without_conversations_needs_no_legend(tmp_path, synthetic):
+    page = Page(write_report(synthetic.write_run(tmp_path / "run", steps=10)))
+    assert not [text for text in page.text["span"] if text.startswith("drawn by")]
+
+
+def test_a_long_conversation_is_cut_and_says_what_is_left_out(tmp_path, synthetic):
+    row = synthetic.talk()
+    row["completion"][1] = row["completion"][1] | {"content": "x" * 9000}
+    page = _page_of(tmp_path, [row])
+    *_, (drawn, (kind, text)) = page.rows[0]["turns"]
+    assert (len(page.rows[0]["turns"]), drawn, kind) == (2, False, "text")
+    # 6 characters, and two calls of 30 and 27, came before.
+    assert text == "x" * (8000 - 63) + f"\n... [{1000 + 63} more characters]"
+    assert "... 2 more messages" in page.text["p"]
+
+
+def test_what_happened_to_an_episode_is_told(tmp_path, synthetic):
+    row = synthetic.talk() | {"dropped_answers": True, "turns": 1, "failed_calls": 0}
+    told = _page_of(tmp_path, [row]).text["span"]
+    assert {"1 turn", "2 calls", "the last answer did not fit"} <= set(told)
+    assert not [text for text in told if text.endswith("failed")]
+
+
 def test_summary_and_tables_show_what_the_run_directory_says(tmp_path, synthetic):
     page = Page(write_report(synthetic.write_run(tmp_path / "run", steps=40)))
     assert page.text["strong"][0] == "10.0% → 85.0%"
@@ -285,6 +356,8 @@ said.text = document.querySelector("pre.completion").textContent;
 said.prompts = field("text", "WHAT IS").length;
 field("text", "no such text");
 said.none = document.getElementById("count").textContent;
+said.talk = field("text", "by zero").length;
+said.turns = document.querySelectorAll("article .turn.given").length;
 said.curves = [...document.querySelectorAll("svg path")].filter((path) =>
   path.getBoundingClientRect().width > 100).length;
 document.title = "checked " + JSON.stringify(said);
@@ -293,7 +366,10 @@ document.title = "checked " + JSON.stringify(said);
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_page_in_a_browser_draws_filters_and_runs_nothing_hostile(tmp_path, synthetic):
-    path = write_report(synthetic.write_run(tmp_path / "run", steps=40))
+    run = synthetic.write_run(tmp_path / "run", steps=40)
+    file = _run_files.completions_file(run, 10)
+    file.write_text(file.read_text() + json.dumps(synthetic.talk(reward=9.0)) + "\n")
+    path = write_report(run)
     source = path.read_text(encoding="utf-8")
     # The checks become part of the page's one script, which the policy allows.
     source = source.replace("</script>\n</body>", _CHECKS + "</script>\n</body>")
@@ -316,4 +392,5 @@ def test_page_in_a_browser_draws_filters_and_runs_nothing_hostile(tmp_path, synt
     assert said["found"] == 1
     assert said["text"] == synthetic.HOSTILE[3]
     assert said["prompts"] == 16
+    assert (said["talk"], said["turns"]) == (1, 2)
     assert said["none"] == "0 of 16"

@@ -24,6 +24,7 @@ EVERYTHING = dict.fromkeys(NAMES, 0.25)
 LEFT_OUT = {
     ("console", metrics.REWARD_STD),
     ("console", metrics.ENTROPY),
+    ("console", metrics.FAILED_CALLS),
     # A warning tells of it, where it is 1 for long.
     ("console", metrics.EQUAL_GROUPS),
     ("plot", metrics.EQUAL_GROUPS),

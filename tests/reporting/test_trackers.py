@@ -7,6 +7,7 @@ import pytest
 
 from grpo_jax.config import ReportConfig
 from grpo_jax.reporting import _run_files, metrics, trackers
+from grpo_jax.reporting.text import readable_text
 
 
 def _row(step, text="4"):
@@ -211,6 +212,37 @@ def test_wandb_gets_numbers_a_table_and_the_same_id_after_a_restart(
     told |= {f"rewards/{name}": value for name, value in told.pop("rewards").items()}
     assert dict(zip(table["columns"], table["data"][0], strict=True)) == told
     assert run.finished
+
+
+def test_a_conversation_is_text_in_tensorboard_and_in_the_table_of_wandb(
+    tmp_path, monkeypatch, synthetic
+):
+    pytest.importorskip("tensorboardX")
+    _, run = _fake_wandb(monkeypatch)
+    config = ReportConfig(wandb=True, tensorboard=True)
+    tracker = trackers.make_tracker(config, tmp_path)
+    rows = [synthetic.talk(text="\x1b[2J9591"), _row(1, "plain")]
+    rows[1]["rewards"] = {"correct": 0.0, "Game": None}
+    tracker.log_completions(rows, 1)
+    tracker.log_completions([_row(2, "\x1b[2J")], 2)
+    tracker.close()
+    first, plain, later = (
+        dict(zip(table["columns"], line, strict=True))
+        for _, logged in run.logged
+        for table in logged.values()
+        for line in table["data"]
+    )
+    talk = readable_text(rows[0]["completion"])
+    assert first["completion"] == talk and "tool calculate: \\x1b[2J9591" in talk
+    assert first["prompt"] == "user: What is 417 * 23?"
+    assert later["completion"] == "\\x1b[2J"
+    # Columns of episodes are there where a step had any.
+    assert [first["turns"], first["calls"], plain["turns"]] == [2, 2, None]
+    assert "turns" not in later
+    (shown, *_) = _scalars(tmp_path / "tensorboard")[2]
+    assert "\n".join(line[4:] for line in shown.split("\n")).endswith(f"---\n{talk}")
+    # What is stored is the conversation itself.
+    assert _run_files.read_completions(tmp_path, 1) == rows
 
 
 def test_wandb_takes_its_names_from_the_environment(tmp_path, monkeypatch):

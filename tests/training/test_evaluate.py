@@ -24,7 +24,7 @@ from grpo_jax.training._held_out import (
     make_evaluation,
 )
 from grpo_jax.training._judge import Completed, judge
-from grpo_jax.training.evaluate import _one_device, complete, evaluate
+from grpo_jax.training.evaluate import complete, evaluate, one_device
 from grpo_jax.training.scores import Evaluation
 
 
@@ -263,7 +263,7 @@ def test_the_size_of_batches_changes_no_completion(tiny_policy):
     rows = [{"prompt": f"q{c}"} for c in "abcde"]
 
     def texts(batch_size):
-        sampler = GroupSampler(tiny_policy.model, _one_device(), max_prompt_tokens=16)
+        sampler = GroupSampler(tiny_policy.model, one_device(), max_prompt_tokens=16)
         sampler.update(tiny_policy.variables, version=0)
         return complete_share(
             sampler,
