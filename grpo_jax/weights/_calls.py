@@ -78,8 +78,9 @@ class Reader:
         said = f" ({found['malformed']})" if own and "malformed" in found else ""
         raise ValueError(
             f"the chat template of {tokenizer.name} writes a call of a tool as "
-            f"{text!r}, and {reader} it back{said}. Describe the format as response_template in the "
-            "tokenizer's tokenizer_config.json, as transformers documents it"
+            f"{text!r}, and {reader} it back{said}. Describe the format as "
+            "response_template in the tokenizer's tokenizer_config.json, as transformers "
+            "documents it"
         )
 
     def message(self, ids: list[int]) -> dict[str, Any]:
