@@ -79,7 +79,7 @@ class Reader:
         raise ValueError(
             f"the chat template of {tokenizer.name} writes a call of a tool as "
             f"{text!r}, and {reader} it back{said}. Describe the format as "
-            "response_template in the tokenizer's tokenizer_config.json, as transformers "
+            "response_template in tokenizer_config.json, as transformers "
             "documents it"
         )
 
