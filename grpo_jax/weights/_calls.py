@@ -72,12 +72,15 @@ class Reader:
             found = self._read(text.removesuffix(end), end)
             if found.get("tool_calls") == [call]:
                 return
+        reader = (
+            "its response_template does not read" if own else "no known format reads"
+        )
         said = f" ({found['malformed']})" if own and "malformed" in found else ""
         raise ValueError(
             f"the chat template of {tokenizer.name} writes a call of a tool as "
-            f"{text!r}, and {'its response_template' if own else 'no known format'} "
-            f"reads it back{said}. Describe the format as response_template in the "
-            "tokenizer's tokenizer_config.json, as transformers documents it"
+            f"{text!r}, and {reader} it back{said}. Describe the format as "
+            "response_template in tokenizer_config.json, as transformers "
+            "documents it"
         )
 
     def message(self, ids: list[int]) -> dict[str, Any]:
