@@ -346,6 +346,20 @@ def test_a_call_that_hangs_is_an_error_message_and_gives_its_thread_up(workers):
     at_some_limit(check)
 
 
+def test_an_environment_where_code_may_still_run_is_not_used_again():
+    def check(limit):
+        with host_of(factory=examples.Door, tool_timeout_seconds=limit) as host:
+            with host.play([{"word": "w"}], seeds=[0], members=2) as play:
+                turn(play, 0, says("", call("trouble", what="hang")))
+                first, second = play.results()
+                assert first.failure is None  # the policy read the error
+            with host.play([{"word": "w"}], seeds=[0], members=2) as play:
+                again = [result.environment for result in play.results()]
+        assert second.environment in again and first.environment not in again
+
+    at_some_limit(check)
+
+
 def test_an_async_call_that_hangs_is_cancelled_alone():
     cancelled = []
 
