@@ -346,6 +346,20 @@ def test_a_call_that_hangs_is_an_error_message_and_gives_its_thread_up(workers):
     at_some_limit(check)
 
 
+def test_an_environment_where_code_may_still_run_is_not_used_again():
+    def check(limit):
+        with host_of(factory=examples.Door, tool_timeout_seconds=limit) as host:
+            with host.play([{"word": "w"}], seeds=[0], members=2) as play:
+                turn(play, 0, says("", call("trouble", what="hang")))
+                first, second = play.results()
+                assert first.failure is None  # the policy read the error
+            with host.play([{"word": "w"}], seeds=[0], members=2) as play:
+                again = [result.environment for result in play.results()]
+        assert second.environment in again and first.environment not in again
+
+    at_some_limit(check)
+
+
 def test_an_async_call_that_hangs_is_cancelled_alone():
     cancelled = []
 
@@ -612,18 +626,19 @@ def test_ctrl_c_in_a_tool_is_passed_on():
 
 
 def test_the_digest_is_that_of_what_was_observed():
-    def digest(word, first="hey", seed=3):
+    def digest(word, first="hey", seed=3, prompt="p"):
         with host_of(factory=examples.Echo) as host:
-            with host.play([{}], seeds=[seed], members=2) as play:
-                play.send(1, says(word))
-                play.send(0, says(first))
-                play.wait([0, 1])
+            with host.play([{"prompt": prompt}], seeds=[seed], members=2) as play:
+                if word:
+                    turn(play, 1, says(word))
+                turn(play, 0, says(first))
                 return play.digest()
 
     base = digest("you")
     assert digest("you") == base
-    others = [digest("me"), digest("you", "ho"), digest("you", seed=4), digest("raise")]
-    assert len({base, *others}) == 5
+    others = [digest("me"), digest("you", "ho"), digest("you", seed=4)]
+    others += [digest("raise"), digest(""), digest("you", prompt="q")]
+    assert len({base, *others}) == 7
 
 
 def test_a_sync_function_that_gives_a_coroutine_is_an_error():
@@ -695,8 +710,10 @@ def test_time_in_which_others_hold_the_loop_does_not_count():
             return "held"
 
         async def wait() -> str:
-            """Wait for the last of them."""
+            """Wait for the last of them, and then for some turns of the loop."""
             await ended.wait()
+            for _ in range(9):
+                await asyncio.sleep(0)
             return "waited"
 
         with host_of(hold, wait, tool_timeout_seconds=limit) as host:
