@@ -114,7 +114,10 @@ def _train(
         return
     # With several processes, only the first has the history.
     if result.history and result.summary["status"] == "finished":
-        print(next_commands(result.run_dir, run))
+        played = ["--tools", *tools] if tools else []
+        if environment is not None:
+            played += ["--environment", environment]
+        print(next_commands(result.run_dir, run, played=played))
 
 
 def _plan(

@@ -163,7 +163,8 @@ def _check_stored(task: str, run_dir: Path | None) -> None:
     if rows == CALLERS_ROWS and Path(task).stem != CALLERS_ROWS:
         raise ValueError(
             f"{run_dir} was trained on rows given from Python, which are not stored; "
-            "name a task with --task."
+            "name a task with --task, or an environment that brings its prompts with "
+            "--environment."
         )
 
 

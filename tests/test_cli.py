@@ -689,3 +689,14 @@ def test_the_end_of_a_run_says_what_next_to_whoever_reads(
             cli._dispatch(shlex.split(line)[1:])
     assert len(called) == 8
     assert all(folder in (*args, *given.values()) for args, given in called)
+    # What a run played with is not stored, so the commands name it again.
+    chat = functools.wraps(cli._chat)(lambda **given: called.append(((), given)))
+    monkeypatch.setattr(cli, "_chat", chat)
+    played = ["--tools", "a.py:f", "my tools.py:g", "--environment", "game:Game"]
+    for line in next_commands(folder, TrainConfig(), played=played).splitlines()[1:]:
+        cli._dispatch(shlex.split(line)[1:])
+    given = [named for _, named in called[8:] if "tools" in named]
+    assert len(given) == 3
+    assert {(one["tools"], one["environment"]) for one in given} == {
+        (("a.py:f", "my tools.py:g"), "game:Game")
+    }

@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -249,16 +249,24 @@ class Console:
         return rich.console.Group(*parts)
 
 
-def next_commands(run_dir: Path, config: TrainConfig) -> str:
-    """The commands for a run that has ended, one per line."""
+def next_commands(
+    run_dir: Path, config: TrainConfig, *, played: Sequence[str] = ()
+) -> str:
+    """The commands for a run that has ended, one per line.
+
+    Args:
+      played: the flags of its tools and environment, which the run does not store.
+    """
     folder = shlex.quote(str(run_dir))
     best = " --step best" if config.checkpoint.keep_best else ""
     adapter = "" if config.lora.rank is None else " --adapter"
+    again = "".join(f" {shlex.quote(word)}" for word in played)
     lines = (
-        f"eval --run-dir {folder}{best}",
-        f"sample --run-dir {folder}{best} --prompt TEXT",
+        f"eval --run-dir {folder}{best}{again}",
+        f"sample --run-dir {folder}{best} --prompt TEXT{again}",
         f"report {folder}",
         f"export --run-dir {folder}{best}{adapter} --out FOLDER",
+        *([f"chat --run-dir {folder}{best}{again}"] if played else []),
     )
     return "\n  grpo-jax ".join(("next:", *lines))
 
