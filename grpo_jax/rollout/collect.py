@@ -6,7 +6,7 @@ A rollout is on the host and holds this process's share of the global batch.
 import dataclasses
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from grpo_jax.models.limits import longest_prompt
 from grpo_jax.models.protocol import LanguageModelConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
-from grpo_jax.rewards.runner import RewardRunner, Scores
+from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rollout._carry_over import CarryOver, open_stream
 from grpo_jax.rollout._early import EarlyRewards
 from grpo_jax.rollout.draw import policy_sampling
@@ -25,6 +25,7 @@ from grpo_jax.rollout.encoding import bucket, encode_rows, pad, prompts_sha256, 
 from grpo_jax.rollout.episodes import Episodes, Playing
 from grpo_jax.rollout.rollout import Rollout
 from grpo_jax.rollout.sampler import Completions, Sampler
+from grpo_jax.rollout.scoring import score_rows, with_scores
 from grpo_jax.tasks.base import Row, Task
 from grpo_jax.tasks.order import rows_at
 from grpo_jax.weights.tokenizer import Tokenizer
@@ -197,7 +198,6 @@ class Collector:
         ``time/reward`` is the time that passes here, after sampling.
         """
         start = time.perf_counter()
-        shape = size, group = rollout.lengths.shape
         ids = unpad(rollout.tokens, rollout.lengths)
         playing = rollout.playing
         played = None if playing is None else playing.finish()
@@ -209,61 +209,18 @@ class Collector:
         if scores is None:
             scores = score_rows(
                 self._runner,
-                [row for row in rollout.rows for _ in range(group)],
+                [row for row in rollout.rows for _ in ids[0]],
                 list(itertools.chain(*rollout.completions)),
                 list(itertools.chain(*ids)),
                 step=step,
                 more=None if played is None else played.columns,
             )
-        total = scores.total.reshape(shape)
-        if playing is not None and played is not None:
-            # A trajectory that failed has no reward, whatever functions say of it.
-            total = np.where(played.counts["failed"], np.nan, total)
+        if playing is not None:
             playing.close()
-        seconds = time.perf_counter() - start
-        by_name = lambda values: dict(  # noqa: E731
-            zip(scores.names, values.reshape(-1, *shape), strict=True)
-        )
-        return dataclasses.replace(
-            rollout,
-            rewards=total,
-            rewards_by_name=by_name(scores.rewards),
-            failures_by_name=by_name(scores.failures),
-            extra={
-                name: [values[n * group : (n + 1) * group] for n in range(size)]
-                for name, values in scores.extra.items()
-            },
-            logged=scores.logged,
-            played={} if played is None else played.counts,
-            playing=None,
-            digest="" if played is None else played.digest,
-            seconds=rollout.seconds | {"time/reward": seconds},
-        )
+        seconds = rollout.seconds | {"time/reward": time.perf_counter() - start}
+        scored = dataclasses.replace(rollout, playing=None, seconds=seconds)
+        return with_scores(scored, scores, played)
 
     def close(self) -> None:
         """Stop rewarding groups of a step that was abandoned."""
         self._early.close()
-
-
-def score_rows(
-    runner: RewardRunner,
-    rows: Sequence[Row],
-    completions: Sequence[Any],
-    completion_ids: Sequence[Sequence[int]],
-    *,
-    step: int,
-    more: Mapping[str, Sequence[Any]] | None = None,
-) -> Scores:
-    """The rewards of one completion per row.
-
-    Args:
-      more: further columns, which reward functions get by name.
-    """
-    columns = [name for name in rows[0] if name != "prompt"]
-    return runner.score(
-        [row["prompt"] for row in rows],
-        list(completions),
-        {name: [row[name] for row in rows] for name in columns} | dict(more or {}),
-        completion_ids=completion_ids,
-        step=step,
-    )

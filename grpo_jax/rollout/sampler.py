@@ -8,7 +8,7 @@ milliseconds.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from grpo_jax.config import SamplingConfig
+from grpo_jax.rollout._turns import Turns
 
 
 class Completions(struct.PyTreeNode):
@@ -48,36 +49,6 @@ class Completions(struct.PyTreeNode):
 def cut(completions: Completions, length: int) -> Completions:
     """The completions with arrays of `length` tokens; none may have more."""
     return jax.tree.map(lambda x: x[..., :length] if x.ndim > 2 else x, completions)
-
-
-class Answer(NamedTuple):
-    """What follows a turn of a completion.
-
-    Attributes:
-      number: of its prompt within this process's share.
-      sample: its own number within the group.
-      tokens: what it is given before it goes on; None where it is over.
-    """
-
-    number: int
-    sample: int
-    tokens: Sequence[int] | None
-
-
-class Turns(Protocol):
-    """Answers completions that have ended a turn, while others are still drawn.
-
-    Each gets one answer for each of its turns. Which answers are there at which call
-    must not depend on the clock, for the numbers that are drawn could.
-    """
-
-    def ended(self, number: int, sample: int, ids: list[int]) -> None:
-        """Receive all tokens of a completion that has ended a turn; returns at once."""
-        ...
-
-    def answers(self, *, wait: bool) -> list[Answer]:
-        """Answers to some of those that have ended a turn; with `wait` to all."""
-        ...
 
 
 class Sampler(Protocol):

@@ -16,11 +16,11 @@ from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.planning.memory import evaluation_batch, is_evaluated
 from grpo_jax.reporting import metrics as names
 from grpo_jax.rewards.runner import RewardRunner
-from grpo_jax.rollout.collect import score_rows
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.rollout.encoding import encode_rows, unpad
 from grpo_jax.rollout.episodes import Episodes, Playing
 from grpo_jax.rollout.sampler import Sampler
+from grpo_jax.rollout.scoring import score_rows
 from grpo_jax.tasks.base import Row, Task, first_rows
 from grpo_jax.training._judge import Completed, has_ground_truth, judge
 from grpo_jax.training._policy import Policy

@@ -10,8 +10,8 @@ from jaxtyping import Bool
 
 from grpo_jax.config import RewardsConfig
 from grpo_jax.rewards.runner import RewardRunner
-from grpo_jax.rollout.collect import score_rows
 from grpo_jax.rollout.episodes import Played
+from grpo_jax.rollout.scoring import score_rows
 from grpo_jax.tasks.base import AnswerReader, Row, Task
 from grpo_jax.training.scores import Evaluation
 

@@ -20,6 +20,7 @@ from grpo_jax.reporting.equal_groups import EqualGroups
 from grpo_jax.reporting.metrics import CompileCounter
 from grpo_jax.reporting.tool_calls import ToolCalls
 from grpo_jax.reporting.trackers import Tracker, make_tracker
+from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rollout.collect import Collector
 from grpo_jax.rollout.encoding import prompts_sha256
 from grpo_jax.rollout.generate import GroupSampler
@@ -163,21 +164,16 @@ def _load(
     policy = load_policy(config, mesh, origin)
     origin = dataclasses.replace(origin, commit=policy.commit)
     record = Record(path, config.seed, mesh, origin, enabled=first)
-    model, tokenizer = policy.model, policy.tokenizer
+    model = policy.model
     sampler = GroupSampler(model, mesh, max_prompt_tokens=config.max_prompt_tokens)
-    episodes = make_episodes(host, tokenizer, model.config, config)
-    collector = Collector(
-        sampler,
-        model.config,
-        tokenizer,
-        task,
-        runner,
-        config,
-        episodes=episodes,
-        agreement=agreement,
-    )
+    shared: dict[str, Any] = {
+        "sampler": sampler,
+        "episodes": make_episodes(host, policy.tokenizer, model.config, config),
+        "agreement": agreement,
+    }
+    collector = _make_collector(policy, task, runner, config, **shared)
     stack.callback(collector.close)
-    prompts = encode_held_out(policy, held_out, episodes)
+    prompts = encode_held_out(policy, held_out, shared["episodes"])
     evaluate = make_evaluation(
         policy,
         task,
@@ -185,10 +181,8 @@ def _load(
         prompts,
         runner,
         mesh,
-        sampler=sampler,
-        episodes=episodes,
-        agreement=agreement,
         announce=console.phase,
+        **shared,
     )
     console.note(describe_run(policy, task, mesh, path))
     plays = host is not None and host.has_environments
@@ -223,6 +217,19 @@ def _load(
         checks=_checks(config, warn),
     )
     return run, checksums
+
+
+def _make_collector(
+    policy: Policy,
+    task: Task,
+    runner: RewardRunner,
+    config: TrainConfig,
+    *,
+    sampler: Sampler,
+    **options: Any,
+) -> Collector:
+    model = policy.model.config
+    return Collector(sampler, model, policy.tokenizer, task, runner, config, **options)
 
 
 def _checks(

@@ -22,10 +22,10 @@ from grpo_jax.models.limits import longest_prompt
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rewards.runner import RewardRunner
-from grpo_jax.rollout.collect import score_rows
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.rollout.encoding import encode_rows
 from grpo_jax.rollout.generate import GroupSampler
+from grpo_jax.rollout.scoring import score_rows
 from grpo_jax.tasks import task_from_rows
 from grpo_jax.tasks.base import Row, Task, first_rows
 from grpo_jax.training._environments import (

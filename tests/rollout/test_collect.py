@@ -6,9 +6,10 @@ import pytest
 from grpo_jax.config import MeshConfig, RewardsConfig, SamplingConfig, TrainConfig
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.rewards.runner import RewardRunner
-from grpo_jax.rollout.collect import Collector, score_rows
+from grpo_jax.rollout.collect import Collector
 from grpo_jax.rollout.dynamic_sampling import resample
 from grpo_jax.rollout.generate import GroupSampler
+from grpo_jax.rollout.scoring import score_rows
 from grpo_jax.tasks import task_from_rows
 from grpo_jax.tasks.order import rows_at
 
