@@ -39,7 +39,7 @@ ROWS = {
 }
 # Library -> the module that owns it. All but Orbax are imported inside functions.
 OWNERS = {
-    "orbax": "checkpointing.checkpoints",
+    "orbax": "checkpointing._orbax",
     "transformers": "weights.tokenizer",
     "tokenizers": "weights._gguf_tokenizer",
     "huggingface_hub": "weights.pretrained",
@@ -117,6 +117,7 @@ TESTED_IN = {
     "rollout._programs": "rollout/test_generate.py",
     "rollout._stored": "rollout/test_carry_over.py",
     "checkpointing._metadata": "checkpointing/test_checkpoints.py",
+    "checkpointing._orbax": "checkpointing/test_accidents.py",
     "training.scores": "training/test_evaluate.py",
     "training._held_out": "training/test_evaluate.py",
     "training._judge": "training/test_evaluate.py",
