@@ -43,7 +43,7 @@ ROWS = {
 # Library -> the module that owns it. All but Orbax are imported inside functions. What
 # a longer name here starts with has an owner of its own.
 OWNERS = {
-    "orbax": "checkpointing.checkpoints",
+    "orbax": "checkpointing._orbax",
     "transformers": "weights.tokenizer",
     # About functions, and not about models: environments know nothing of weights.
     "transformers.utils.chat_template_utils": "environments._tools",
@@ -141,6 +141,7 @@ TESTED_IN = {
     "rollout._programs": "rollout/test_generate.py",
     "rollout._stored": "rollout/test_carry_over.py",
     "checkpointing._metadata": "checkpointing/test_checkpoints.py",
+    "checkpointing._orbax": "checkpointing/test_accidents.py",
     "training.scores": "training/test_evaluate.py",
     "training._held_out": "training/test_evaluate.py",
     "training._judge": "training/test_evaluate.py",

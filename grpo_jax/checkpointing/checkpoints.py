@@ -11,10 +11,8 @@ under adapters is not saved. Orbax has no checksums and falls back to no older s
 """
 
 import contextlib
-import gc
 import json
 import logging
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -25,14 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
-from orbax.checkpoint import v1 as ocp
 
+from grpo_jax.checkpointing import _orbax
 from grpo_jax.checkpointing._best_step import BestStep
 from grpo_jax.checkpointing._corruption import (
-    BROKEN,
-    READ_ERRORS,
     CorruptCheckpointError,
-    corruption_of,
     with_retries,
 )
 from grpo_jax.checkpointing._metadata import (
@@ -59,9 +54,6 @@ _LAST_SECONDS = 60.0
 
 # Which checkpoint to read: a step, the best one that is kept, or (None) the newest.
 Step = int | Literal["best"] | None
-# Items of a run that continues completions in the next step: what the host and what
-# the devices hold of them.
-CARRIED = ("carried", "carried_cache")
 # What more to read of a checkpoint, given its arrays by path.
 _More = Callable[[Mapping[str, jax.ShapeDtypeStruct]], dict[str, PyTree]]
 
@@ -95,7 +87,7 @@ class Checkpoints:
         self._folders = StepFolders(Path(directory).absolute())
         self._config = config
         self._report = report
-        self._running: tuple[int, ocp.AsyncResponse[None] | Future] | None = None
+        self._running: tuple[int, Future[None]] | None = None
         self._best = BestStep(config, self._read_metadata, report=report)
 
     def steps(self) -> list[int]:
@@ -139,11 +131,9 @@ class Checkpoints:
             self._count_failure(step, error)
             return
         self._best.saving(step, metadata["metrics"])
-        path = str(self._folders.path(step))
         content = {**saved, "meta": metadata}
         try:
-            with _handlers():
-                running = ocp.save_checkpointables_async(path, content, overwrite=True)
+            running = _orbax.start_save(self._folders.path(step), content)
         except OSError as failure:
             # Kept until `_finish`, where all processes learn of it together.
             running = Future()
@@ -213,16 +203,16 @@ class Checkpoints:
         they do not complete does not count as one.
         """
         if self._running is not None:
-            (_, response), self._running = self._running, None
+            (_, running), self._running = self._running, None
             with contextlib.suppress(Exception):
-                response.result(_LAST_SECONDS)
+                running.result(_LAST_SECONDS)
 
     def _finish(self) -> None:
         """Waits for a running save, then removes steps that are no longer kept."""
         if self._running is None:
             return
-        (step, response), self._running = self._running, None
-        error = end_of_work(response.result)
+        (step, running), self._running = self._running, None
+        error = end_of_work(running.result)
         if error is not None:
             self._count_failure(step, error)
         elif jax.process_index() == 0:
@@ -243,8 +233,11 @@ class Checkpoints:
         if jax.process_index() == 0:
             # The files of the failed save would keep a full disk full.
             self._folders.remove_leftovers()
+        text = str(error)
+        # Long ones repeat the path, and end with what went wrong.
+        shown = text if len(text) <= 400 else f"{text[:150]} ... {text[-250:]}"
         self._report(
-            f"checkpoint {step} could not be saved: {str(error)[:300]} "
+            f"checkpoint {step} could not be saved: {shown} "
             f"({self.failed_saves} failed so far; the run goes on)"
         )
 
@@ -338,36 +331,12 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _handlers(*, alone: bool = False) -> ocp.Context:
-    """How Orbax writes and reads each folder, whatever its own metadata says.
-
-    Args:
-      alone: do not wait for other processes.
-    """
-    registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.PyTreeHandler, checkpointable_name="params")
-    registry.add(ocp.handlers.PyTreeHandler, checkpointable_name="optimizer")
-    for name in CARRIED:
-        registry.add(ocp.handlers.PyTreeHandler, checkpointable_name=name)
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
-    context = ocp.Context()
-    context.checkpointables_options.registry = registry
-    # Compression saves 8 % of float32 weights and doubles the processor time of a save.
-    context.array_options.saving.use_compression = False
-    if alone:
-        process = jax.process_index()
-        context.multiprocessing_options.primary_host = process
-        context.multiprocessing_options.active_processes = {process}
-        context.multiprocessing_options.barrier_sync_key_prefix = f"alone-{process}"
-    return context
-
-
 def _read_together(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
-    """`_read` on all processes; if one finds corruption, all raise it."""
+    """The items, read on all processes; if one finds corruption, all raise it."""
     items, corruption = None, None
     with Agreement().phase(f"reading {path}"):
         try:
-            items = with_retries(lambda: _read(path, targets))
+            items = with_retries(lambda: _orbax.read(path, targets))
         except CorruptCheckpointError as error:
             corruption = error
     failed = mesh.gather_rows(np.array([corruption is not None]))
@@ -376,25 +345,3 @@ def _read_together(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
             f"process {failed.argmax()} cannot read it"
         )
     return items
-
-
-def _read(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
-    for name in targets:
-        try:
-            (path / name / ".").stat()
-        except BROKEN as error:
-            raise CorruptCheckpointError(f"folder {name} is missing") from error
-    # A failed read of Orbax leaves coroutines that were never awaited. They are
-    # collected here, where Python's warning about them is ignored.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        try:
-            # Alone: a process that cannot read its part must not keep others waiting.
-            with _handlers(alone=jax.process_count() > 1):
-                return ocp.load_checkpointables(str(path), targets)
-        except READ_ERRORS as error:
-            corruption = corruption_of(error)
-            if corruption is None:
-                raise
-        gc.collect()
-    raise corruption

@@ -11,7 +11,7 @@ from grpo_jax.checkpointing._corruption import BROKEN
 from grpo_jax.config import CheckpointConfig
 
 # Orbax writes a checkpoint into a folder with this in its name, and renames the folder
-# when it is complete.
+# when it is complete: to STEP.NUMBER, which then becomes STEP.
 TEMPORARY = "orbax-checkpoint-tmp"
 
 _BETTER: dict[str, Literal["max", "min"]] = {
@@ -76,8 +76,9 @@ class StepFolders:
 
     def remove_leftovers(self) -> None:
         """Removes files of killed processes and failed saves, as far as possible."""
-        for path in self.directory.glob(f"*{TEMPORARY}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in self.directory.glob("[0-9]*.*"):
+            if TEMPORARY in path.name or re.fullmatch(r"\d+\.\d+", path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def quarantine(self, step: int) -> str:
         """Renames a corrupt step so that its number is free; returns the new name."""

@@ -104,6 +104,7 @@ def test_candidates_are_one_step_or_all_from_the_newest_on(tmp_path):
 def test_leftovers_go_and_nothing_else(tmp_path):
     folders = make(tmp_path, [2])
     (tmp_path / f"3.{TEMPORARY}-17").mkdir()
+    (tmp_path / "3.12").mkdir()  # complete, and not yet in its place
     (tmp_path / f"1.old.{TEMPORARY}").mkdir()
     (tmp_path / "3.damaged").mkdir()
     folders.remove_leftovers()

@@ -1,5 +1,6 @@
 """Two processes train as one does; they stop, resume and fail together."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -50,12 +51,12 @@ def start(arguments, *, process, port, stderr):
 
 
 def finish(processes, *, timeout=600):
-    """Exit statuses and outputs; none of the processes outlives the test."""
-    try:
-        outputs = [one.communicate(timeout=timeout)[0] for one in processes]
-    finally:
+    """Exit statuses and outputs; no process or pipe outlives the test."""
+    with contextlib.ExitStack() as stack:
         for one in processes:
-            one.kill()
+            stack.enter_context(one)
+            stack.callback(one.kill)
+        outputs = [one.communicate(timeout=timeout)[0] for one in processes]
     return [one.returncode for one in processes], outputs
 
 
