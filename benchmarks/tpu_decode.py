@@ -227,9 +227,9 @@ def loop(job: Job) -> tuple[Any, float, set[tuple[int, ...]]]:
     rows = -(-(slots + slots // 2 * job.refills) // GROUP)
     params = parameters(model, mesh, split=job.split)
     ready = made(programs.prepare, model, {"params": params}, **how)
-    empty = functools.partial(made, programs.empty, model, parts=job.devices, **how)
-    cache = empty(rows=slots, columns=job.columns)
-    block = empty(rows=rows, columns=PROMPT_TOKENS)
+    empty = functools.partial(made, programs.empty, model, parts=job.devices)
+    cache = empty(rows=slots, columns=job.columns, unrolled=False)
+    block = empty(rows=rows, columns=PROMPT_TOKENS, **how)
     of_parts = functools.partial(_by_part, mesh, job.devices)
     compiled = _compile(
         mesh,
@@ -250,6 +250,8 @@ def loop(job: Job) -> tuple[Any, float, set[tuple[int, ...]]]:
     )
     floor = _bytes(ready, job) + _bytes(block, job) + _bytes(cache, job) / 2
     local = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves((cache, block))]
+    # Of a stack, a copy of one layer counts too.
+    local += [shape[1:] for shape in local if len(shape) == 5]
     return compiled, floor, {_sizes(shape) for shape in local}
 
 
