@@ -111,6 +111,7 @@ TESTED_IN = {
     "reporting._run_files": "reporting/test_metrics.py",
     "tasks._rows": "tasks/test_base.py",
     "rewards.metrics": "rewards/test_runner.py",
+    "rollout._blocks": "rollout/test_draw.py",
     "rollout._engine": "rollout/test_generate.py",
     "rollout._extend": "rollout/test_forced.py",
     "rollout._loop": "rollout/test_slots.py",
