@@ -133,6 +133,7 @@ TESTED_IN = {
     "rewards.metrics": "rewards/test_runner.py",
     "environments.reward": "rollout/test_episodes.py",
     "rollout._complete": "rollout/test_generate.py",
+    "rollout._blocks": "rollout/test_draw.py",
     "rollout._engine": "rollout/test_generate.py",
     "rollout._together": "rollout/test_generate.py",
     "rollout.scoring": "rollout/test_collect.py",

@@ -5,8 +5,10 @@ sequence. It reads its prompt from a block of prompts, which the loop does not c
 and its own tokens from a ring of C columns, which the loop writes.
 
 All layers share one array with a leading axis of layers, or a tuple has one array per
-layer. A loop over tokens reads and writes separate arrays in place. From a stack it
-would copy a layer at every token.
+layer. On a CPU, a loop over tokens reads and writes separate arrays in place, and would
+copy each layer of a stack at every token. On a TPU a layer of a stack is read in place.
+A ring of its own would be taken into fast memory, and copied back whole when a token is
+written there. So the ring may be a stack where the prompts are not.
 """
 
 import jax
@@ -47,6 +49,15 @@ class Cache:
 
     keys: PyTree
     values: PyTree
+
+    def of_layers(self, keys: PyTree, values: PyTree) -> "Cache":
+        """Returns a cache with these arrays, in a stack if this one has stacks."""
+
+        def lay(old: PyTree, new: PyTree) -> PyTree:
+            stacks = isinstance(new, tuple) and not isinstance(old, tuple)
+            return jnp.stack(new) if stacks else new
+
+        return Cache(lay(self.keys, keys), lay(self.values, values))
 
 
 @struct.dataclass

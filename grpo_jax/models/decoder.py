@@ -140,7 +140,7 @@ class Decoder(nn.Module):
             return layer(x, tables, data, attend), None
 
         carry = (self.embed(tokens, whole_table=True), cache)
-        run = self._run_unrolled if isinstance(cache.keys, tuple) else self._scan
+        run = self._run_unrolled if isinstance(prompts.keys, tuple) else self._scan
         (x, cache), _ = run(body, carry, (prompts.keys, prompts.values))
         return self.final_norm(x), cache
 
@@ -171,9 +171,9 @@ class Decoder(nn.Module):
             return layer(x, tables, data, attend)
 
         entries = (prompts.keys, prompts.values, cache.keys, cache.values)
-        run = self._run_unrolled if isinstance(cache.keys, tuple) else self._scan
+        run = self._run_unrolled if isinstance(prompts.keys, tuple) else self._scan
         x, written = run(body, self.embed(tokens.reshape(a, s * t)), entries)
-        return self.final_norm(x).reshape(a, s, t, -1), Cache(*written)
+        return self.final_norm(x).reshape(a, s, t, -1), cache.of_layers(*written)
 
     def unroll(self, variables: PyTree) -> PyTree:
         """Returns variables with separate arrays for each layer, to decode faster.

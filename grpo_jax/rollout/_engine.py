@@ -271,12 +271,11 @@ class Engine:
         last = np.zeros((parts, rows, width.hidden_size), jnp.dtype(config.dtype))
         if self._mesh is not None:
             parts = meshes.batch_shards(self._mesh)
-        blank = functools.partial(
-            programs.empty, self._model, parts=parts, unrolled=self._unrolled
-        )
+        blank = functools.partial(programs.empty, self._model, parts=parts)
+        apart = self._unrolled, programs.ring_apart(self._unrolled)
         return Stored(
-            cache=blank(rows=slots, columns=self._columns),
-            prompts=blank(rows=rows, columns=self._width),
+            cache=blank(rows=slots, columns=self._columns, unrolled=apart[1]),
+            prompts=blank(rows=rows, columns=self._width, unrolled=apart[0]),
             last=self._place(last),
         )
 

@@ -34,6 +34,11 @@ def prepare(model: SlotDecoder, variables: PyTree, *, unrolled: bool) -> PyTree:
     return model.unroll(variables) if unrolled else variables
 
 
+def ring_apart(unrolled: bool) -> bool:
+    """Whether the ring has an array for each layer; see `models.cache`."""
+    return unrolled and jax.default_backend() != "tpu"
+
+
 @functools.partial(
     jax.jit, static_argnames=("model", "parts", "rows", "columns", "unrolled")
 )

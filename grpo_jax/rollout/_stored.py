@@ -46,11 +46,14 @@ class Stored(struct.PyTreeNode):
     @classmethod
     def of_named(cls, arrays: Mapping[str, Array]) -> Self:
         """From what `named` returns."""
-        count = len(arrays) // len(_CACHES)
-        whole = [[arrays[f"{name}_{i}"] for i in range(count)] for name in _CACHES]
-        keys, values, prompt_keys, prompt_values = (
-            layers[0] if layers[0].ndim == 5 else tuple(layers) for layers in whole
-        )
+
+        def of(name: str) -> PyTree:
+            if arrays[f"{name}_0"].ndim == 5:
+                return arrays[f"{name}_0"]
+            count = sum(other.rpartition("_")[0] == name for other in arrays)
+            return tuple(arrays[f"{name}_{i}"] for i in range(count))
+
+        keys, values, prompt_keys, prompt_values = map(of, _CACHES)
         return cls(
             cache=(keys, values),
             prompts=(prompt_keys, prompt_values),

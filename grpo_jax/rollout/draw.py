@@ -9,16 +9,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from grpo_jax.config import SamplingConfig
 from grpo_jax.models.limits import check_stop_ids
 from grpo_jax.models.protocol import LanguageModelConfig
+from grpo_jax.rollout import _blocks as blocks
 from grpo_jax.weights.tokenizer import Tokenizer
-
-# Entries summed together before the search; near the square root of a vocabulary.
-_BLOCK = 256
 
 
 def policy_sampling(
@@ -63,15 +60,14 @@ def draw(
       forced: tokens that are taken without a draw; -1 where one is drawn.
       softcap: the c of c tanh(x / c) on the logits, or None.
     """
-    logits = jnp.dot(
-        hidden.reshape(-1, hidden.shape[-1]), head.T, preferred_element_type=jnp.float32
-    )
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+    rows = hidden.reshape(-1, hidden.shape[-1])
     # `uniform` can be 0, at which the first token would be drawn, however unlikely it
     # is. Half a step of float32 is added, which is exact, and keeps numbers below 1.
     uniform = jax.vmap(jax.vmap(jax.random.uniform))(keys) + 2.0**-24
-    token, logp = sample_token(
+    logits = blocks.logits(rows, head)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    token, logp = _sample(
         logits,
         uniform.reshape(-1),
         temperature=sampling.temperature,
@@ -79,6 +75,7 @@ def draw(
         top_p=sampling.top_p,
         min_p=sampling.min_p,
         forced=None if forced is None else forced.reshape(-1),
+        size=len(head),
     )
     return token.reshape(hidden.shape[:-1]), logp.reshape(hidden.shape[:-1])
 
@@ -105,76 +102,56 @@ def sample_token(
       uniform: numbers in [0, 1), one per row.
       forced: see `draw`.
     """
-    logits = logits.astype(jnp.float32)
-    scaled = logits / temperature if temperature else logits
-    top = jnp.max(scaled, axis=-1, keepdims=True)
-    weights = jnp.exp(scaled - top)
-    log_total = jnp.log(jnp.sum(weights, axis=-1))
-    if temperature:
-        token = _invert(_cut(weights, top_k, top_p, min_p), uniform)
-    else:
-        token = jnp.argmax(scaled, axis=-1).astype(jnp.int32)
-    if forced is not None:
-        token = jnp.where(forced < 0, token, forced)
-    chosen = jnp.take_along_axis(scaled - top, token[:, None], axis=-1)[:, 0]
-    return token, chosen - log_total
+    return _sample(
+        blocks.in_blocks(logits.astype(jnp.float32)),
+        uniform,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        forced=forced,
+        size=logits.shape[-1],
+    )
 
 
-def _cut(
-    weights: Float[Array, "R V"],
+def _sample(
+    logits: Float[Array, "R b n"],
+    uniform: Float[Array, " R"],
+    *,
+    temperature: float,
     top_k: int | None,
     top_p: float | None,
     min_p: float | None,
-) -> Float[Array, "R V"]:
-    """The weights with those outside the chosen sets at 0; the largest is 1."""
-    if top_k is not None and top_k < weights.shape[-1]:
-        least = lax.top_k(weights, top_k)[0][:, -1:]
-        weights = jnp.where(weights >= least, weights, 0.0)
-    if top_p is not None and top_p < 1.0:
-        ordered = -jnp.sort(-weights, axis=-1)
-        before = jnp.cumsum(ordered, axis=-1) - ordered
-        kept = before < top_p * jnp.sum(ordered, axis=-1, keepdims=True)
-        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        weights = jnp.where(weights >= least, weights, 0.0)
-    if min_p is not None:
-        weights = jnp.where(weights >= min_p, weights, 0.0)
-    return weights
-
-
-def _invert(
-    weights: Float[Array, "R V"], uniform: Float[Array, " R"]
-) -> Int[Array, " R"]:
-    """The first index at which the running sum of a row exceeds uniform x its total.
-
-    Two levels, blocks and then entries, keep the sums short and exact. An entry of
-    weight 0 is never taken.
-    """
-    rows, size = weights.shape
-    blocks = -(-size // _BLOCK)
-    padded = jnp.pad(weights, ((0, 0), (0, blocks * _BLOCK - size)))
-    padded = padded.reshape(rows, blocks, _BLOCK)
-    sums = jnp.sum(padded, axis=-1)
-    block, rest = _search(sums, uniform * jnp.sum(sums, axis=-1))
-    inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
-    entry, _ = _search(inside, rest)
-    return (block * _BLOCK + entry).astype(jnp.int32)
-
-
-def _search(
-    weights: Float[Array, "R M"], target: Float[Array, " R"]
+    forced: Int[Array, " R"] | None,
+    size: int,
 ) -> tuple[Int[Array, " R"], Float[Array, " R"]]:
-    """Where the running sum of the weights passes the target, and what is left of it.
+    """`sample_token` for logits in blocks, of which the first `size` are tokens.
 
-    Only entries with weight are found. Sums made in parallel, as on a GPU, may rise by
-    rounding at an entry of weight 0, and a target may be rounded up to the total, which
-    is passed nowhere: the last entry with weight is the answer then.
+    What is needed of one block is computed from its logits once more, and not kept.
     """
-    running = jnp.cumsum(weights, axis=-1)
-    held = weights > 0.0
-    passed = held & (running > target[:, None])
-    positions = jnp.arange(weights.shape[-1], dtype=jnp.int32)[None, :]
-    last = jnp.max(jnp.where(held, positions, 0), axis=-1)
-    first = jnp.argmax(passed, axis=-1).astype(jnp.int32)
-    index = jnp.where(jnp.any(passed, axis=-1), first, last)
-    before = jnp.take_along_axis(running, jnp.maximum(index - 1, 0)[:, None], axis=-1)
-    return index, target - jnp.where(index > 0, before[:, 0], 0.0)
+    scaled = blocks.filled(logits / (temperature or 1.0), size)
+    peaks = jnp.max(scaled, axis=-1)
+    top = jnp.max(peaks, axis=-1, keepdims=True)
+    weights = jnp.exp(scaled - top[..., None])
+    sums = jnp.sum(weights, axis=-1)
+    log_total = jnp.log(jnp.sum(sums, axis=-1))
+    if temperature:
+        kept = blocks.cut(weights, top_k, top_p, min_p)
+        sums = sums if kept is None else jnp.sum(kept, axis=-1)
+        block, rest = blocks.search(sums, uniform * jnp.sum(sums, axis=-1))
+        inside = blocks.take_block(scaled, block)
+        chances = jnp.exp(inside - top)
+        if kept is not None:
+            chances = blocks.take_block(kept, block)
+        entry, _ = blocks.search(chances, rest)
+    else:
+        block = jnp.argmax(peaks, axis=-1).astype(jnp.int32)
+        inside = blocks.take_block(scaled, block)
+        entry = jnp.argmax(inside, axis=-1).astype(jnp.int32)
+    token = block * blocks.BLOCK + entry
+    if forced is not None:
+        token = jnp.where(forced < 0, token, forced)
+        block, entry = jnp.divmod(token, blocks.BLOCK)
+        inside = blocks.take_block(scaled, block)
+    chosen = jnp.take_along_axis(inside, entry[:, None], axis=-1) - top
+    return token, chosen[:, 0] - log_total

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from grpo_jax.config import RolloutConfig, SamplingConfig
 from grpo_jax.rollout import _engine as engines
+from grpo_jax.rollout import _programs as programs
 from grpo_jax.rollout import generate as generating
 from grpo_jax.rollout._carry_over import CarryOver
 from grpo_jax.rollout._drawn import Drawn
@@ -126,6 +127,18 @@ def test_a_restored_stream_continues_with_the_same_bits(steps, stream_of):
     again, other_at = restored(stream_of, stream, steps)
     assert again == 0
     for version in range(steps, steps + 3):
+        assert_same(at(version), other_at(version))
+
+
+def test_a_stream_with_a_stacked_ring_is_restored_as_well(stream_of, monkeypatch):
+    _, at = stream_of(slots=5)
+    plain = [at(version).positions for version in range(2)]
+    monkeypatch.setattr(programs, "ring_apart", lambda unrolled: False)
+    stream, at = stream_of(slots=5)
+    assert [at(version).positions for version in range(2)] == plain
+    assert stream.state(version=2)["carried_cache"]["keys_0"].ndim == 5
+    _, other_at = restored(stream_of, stream, 2)
+    for version in range(2, 4):
         assert_same(at(version), other_at(version))
 
 

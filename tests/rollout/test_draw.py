@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from grpo_jax.rollout import _blocks as blocks
 from grpo_jax.rollout import draw as sampling
 
 # The largest float32 that a uniform number in [0, 1) can be.
@@ -177,3 +178,29 @@ def test_logits_of_lower_precision_are_drawn_in_float32():
     assert logp.dtype == jnp.float32
     expected = lax.stop_gradient(jax.nn.log_softmax(logits.astype(jnp.float32)))
     np.testing.assert_allclose(logp[0], expected[0, 1], rtol=1e-6)
+
+
+def test_logits_of_a_head_in_blocks_are_those_of_its_rows():
+    """The way of a TPU, on the CPU."""
+    hidden, head = jax.random.normal(jax.random.key(0), (3, 8)), jnp.ones((256, 8))
+    head = head * jnp.arange(256.0)[:, None]
+    ours, plain = blocks._of_blocks(hidden, head), blocks._of_rows(hidden, head)
+    np.testing.assert_allclose(ours, plain, rtol=1e-6)
+
+
+def test_a_block_is_the_same_by_a_mask_and_by_a_gather():
+    scores = jax.random.normal(jax.random.key(0), (3, 5, 128)).at[1, 2, 7].set(-jnp.inf)
+    block = jnp.array([4, 2, 0])
+    expected = np.asarray(scores)[np.arange(3), block]
+    np.testing.assert_array_equal(blocks._by_mask(scores, block), expected)
+    np.testing.assert_array_equal(blocks.take_block(scores, block), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_fills_the_last_block_is_never_drawn(temperature):
+    logits = jnp.full((4, 130), -90.0)  # below the 0 of what is filled up
+    token, logp = sampling.sample_token(
+        logits, jnp.array([0.0, 0.5, 0.99, 1.0]), temperature=temperature
+    )
+    assert (token < 130).all()
+    np.testing.assert_allclose(logp, -np.log(130), rtol=1e-5)

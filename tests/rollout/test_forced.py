@@ -14,6 +14,7 @@ from grpo_jax.models.lora import init_lora
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout import _engine as engines
 from grpo_jax.rollout import _loop as loops
+from grpo_jax.rollout import _programs as programs
 from grpo_jax.rollout._engine import Ended, Engine
 from grpo_jax.rollout._slots import NONE, SlotPlan
 from grpo_jax.training.step import policy_logprobs
@@ -153,6 +154,28 @@ def test_a_beginning_that_was_drawn_goes_on_as_it_did(slots, tiny_policy, plain)
 def test_a_ring_that_grows_and_wraps_changes_nothing(tiny_policy, plain, small_steps):
     begun = beginnings(plain)
     assert_same(draw(tiny_policy, begun, slots=5), plain, begun)
+
+
+@pytest.fixture
+def stacked_ring(monkeypatch):
+    """The ring has all layers in one array, as on a TPU."""
+    monkeypatch.setattr(programs, "ring_apart", lambda unrolled: False)
+
+
+def test_a_ring_that_is_stacked_changes_nothing(
+    tiny_policy, plain, small_steps, stacked_ring, monkeypatch
+):
+    rings, advance = [], loops.advance
+
+    def noted(*args, **options):
+        rings.append(args[4][0])
+        assert isinstance(args[3][0], tuple)  # of the prompts
+        return advance(*args, **options)
+
+    monkeypatch.setattr(loops, "advance", noted)
+    begun = beginnings(plain)
+    assert_same(draw(tiny_policy, begun, slots=5), plain, begun)
+    assert {ring.ndim for ring in rings} == {5}
 
 
 @pytest.mark.parametrize("slots", [2, 12])

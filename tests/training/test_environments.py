@@ -8,7 +8,6 @@ import pytest
 from grpo_jax.config import (
     CheckpointConfig,
     EnvironmentsConfig,
-    MeshConfig,
     OptimizerConfig,
     RewardsConfig,
     RolloutConfig,
@@ -54,15 +53,14 @@ def config(tiny_policy):
             "model": str(tiny_policy.folder),
             "run_dir": str(folder),
             "steps": 4,
-            "prompts_per_step": 2,
+            "prompts_per_step": 8,
             "group_size": 2,
             "max_new_tokens": 24,
             "eval_every": 2,
-            "eval_prompts": 3,
+            "eval_prompts": 8,
             "sampling": SamplingConfig(stop_ids=tuple(range(0, 258, 3))),
             "optimizer": OptimizerConfig(learning_rate=1e-2),
             "checkpoint": CheckpointConfig(every=2),
-            "mesh": MeshConfig(fsdp=1),
         }
         return TrainConfig(**(values | changes))
 
@@ -84,7 +82,7 @@ def test_a_run_plays_and_measures(whole):
     assert last["eval/reward"] > 0
     (path,) = (whole.run_dir / "completions").glob("*4.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(records) == 4
+    assert len(records) == 16
     for record in records:
         roles = [message["role"] for message in record["completion"]]
         assert roles == ["assistant", "user"] * (len(roles) // 2) + ["assistant"] * (
