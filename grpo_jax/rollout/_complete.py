@@ -15,9 +15,9 @@ from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout._ended import Told, draw_all, tell
 from grpo_jax.rollout._engine import Engine
 from grpo_jax.rollout._together import generate_together
-from grpo_jax.rollout._turns import Turns
 from grpo_jax.rollout.encoding import pad
 from grpo_jax.rollout.sampler import Completions
+from grpo_jax.rollout.turns import Turns
 
 
 def complete(

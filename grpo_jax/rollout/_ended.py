@@ -6,9 +6,9 @@ import numpy as np
 
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout._engine import Ended, Engine
-from grpo_jax.rollout._turns import Answer, Turns
 from grpo_jax.rollout.encoding import unpad
 from grpo_jax.rollout.sampler import Completions
+from grpo_jax.rollout.turns import Answer, Turns
 
 # Receives the number of a prompt and the token ids of its completions.
 Told = Callable[[int, list[list[int]]], None]

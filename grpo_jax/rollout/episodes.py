@@ -16,8 +16,8 @@ from grpo_jax.environments.base import Message
 from grpo_jax.environments.host import Host
 from grpo_jax.environments.outcome import Failure
 from grpo_jax.environments.play import Play
-from grpo_jax.rollout._turns import Answer
 from grpo_jax.rollout.encoding import as_messages
+from grpo_jax.rollout.turns import Answer
 from grpo_jax.tasks.base import Row
 from grpo_jax.weights.chat import Chat
 from grpo_jax.weights.tokenizer import Tokenizer

@@ -25,9 +25,9 @@ from grpo_jax.rollout._carry_over import CarryOver, carry_over
 from grpo_jax.rollout._complete import complete
 from grpo_jax.rollout._ended import Told
 from grpo_jax.rollout._together import generate_together
-from grpo_jax.rollout._turns import Turns
 from grpo_jax.rollout.encoding import bucket
 from grpo_jax.rollout.sampler import Completions, cut
+from grpo_jax.rollout.turns import Turns
 
 
 def generate(

@@ -16,7 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from grpo_jax.config import SamplingConfig
-from grpo_jax.rollout._turns import Turns
+from grpo_jax.rollout.turns import Turns
 
 
 class Completions(struct.PyTreeNode):

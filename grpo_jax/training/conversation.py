@@ -21,7 +21,7 @@ from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.rollout.encoding import prompt_problem
 from grpo_jax.rollout.episodes import Playing
 from grpo_jax.rollout.generate import GroupSampler
-from grpo_jax.rollout.sampler import Answer, Turns
+from grpo_jax.rollout.turns import Answer, Turns
 from grpo_jax.tasks.base import Row
 from grpo_jax.training._environments import EnvironmentFactory, Tools, open_episodes
 from grpo_jax.training.evaluate import one_device

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from grpo_jax.config import SamplingConfig
-from grpo_jax.rollout._turns import Answer
 from grpo_jax.rollout.generate import GroupSampler
+from grpo_jax.rollout.turns import Answer
 from grpo_jax.training.step import policy_logprobs
 
 NEW, GROUP = 40, 3
