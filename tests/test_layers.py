@@ -108,7 +108,6 @@ TESTED_IN = {
     "commands": "test_cli.py",
     "config.objective": "config/test_run.py",
     "config.trl_names": "test_flags.py",
-    "environments.base": "environments/test_play.py",
     "environments.outcome": "environments/test_play.py",
     "environments._channel": "environments/test_isolated.py",
     "environments._episode": "environments/test_play.py",

@@ -46,11 +46,7 @@ class Collector:
         episodes: Episodes | None = None,
         agreement: Agreement | None = None,
     ) -> None:
-        """What draws and judges the completions of a run.
-
-        Args:
-          episodes: play with the tools and environments of the run, if it has any.
-        """
+        """A collector; `episodes` play with tools and environments, if any."""
         self._sampler = sampler
         self._episodes = episodes
         self._tokenizer = tokenizer

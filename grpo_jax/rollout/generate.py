@@ -182,10 +182,9 @@ class GroupSampler:
         ended: Told | None = None,
         turns: Turns | None = None,
     ) -> Completions:
-        """The completions of this process's share of the prompts; see `Sampler`.
+        """The completions of this process's share; see `Sampler`.
 
-        Raises:
-          ValueError: for `turns` with a model whose sequences share one step.
+        `turns` need a model whose sequences can stand at different places.
         """
         variables, _ = self._weights()
         limit = self._longest_prompt(max_new_tokens)

@@ -47,7 +47,7 @@ class Completions(struct.PyTreeNode):
 
 
 def cut(completions: Completions, length: int) -> Completions:
-    """The completions with arrays of `length` tokens; none may have more."""
+    """The completions in arrays of `length` tokens."""
     return jax.tree.map(lambda x: x[..., :length] if x.ndim > 2 else x, completions)
 
 
@@ -106,7 +106,6 @@ class Sampler(Protocol):
           ended: called once for each group when all its completions have ended, or
             later: with the prompt's number within this process's share, and the token
             ids of the completions, stop tokens included.
-          turns: asked at the end of each completion whether it goes on. It is given
-            with tools and environments alone.
+          turns: asked at the end of each completion whether it goes on, if given.
         """
         ...

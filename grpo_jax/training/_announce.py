@@ -39,7 +39,7 @@ def warnings(policy: Policy, task: Task, *, plays: bool = False) -> Iterator[str
     """Warnings about memory, settings without effect, and prompts of another kind.
 
     Args:
-      plays: whether environments bring the prompts.
+      plays: whether there are tools or environments, which may bring prompts.
     """
     if policy.warning is not None:
         yield policy.warning

@@ -174,29 +174,16 @@ def _load(
     collector = _make_collector(policy, task, runner, config, **shared)
     stack.callback(collector.close)
     prompts = encode_held_out(policy, held_out, shared["episodes"])
-    evaluate = make_evaluation(
-        policy,
-        task,
-        held_out,
-        prompts,
-        runner,
-        mesh,
-        announce=console.phase,
-        **shared,
-    )
+    asked = policy, task, held_out, prompts, runner, mesh
+    evaluate = make_evaluation(*asked, announce=console.phase, **shared)
     console.note(describe_run(policy, task, mesh, path))
-    plays = host is not None and host.has_environments
-    for text in warnings(policy, task, plays=plays):
+    for text in warnings(policy, task, plays=host is not None):
         console.warning(text)
     compiles = stack.enter_context(CompileCounter())
     learner = Learner(model, policy.params, policy.config, mesh, base=policy.base)
     warn = console.warning
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint, report=warn)
     stack.callback(checkpoints.abandon)
-    checksums = {
-        "prompts_sha256": collector.prompts_sha256(),
-        "test_prompts_sha256": prompts_sha256(prompts),
-    }
     run = Run(
         config=config,
         task=task,
@@ -216,7 +203,10 @@ def _load(
         measures=Measures(model.config, config, mesh, compiles),
         checks=_checks(config, warn),
     )
-    return run, checksums
+    return run, {
+        "prompts_sha256": collector.prompts_sha256(),
+        "test_prompts_sha256": prompts_sha256(prompts),
+    }
 
 
 def _make_collector(

@@ -56,11 +56,8 @@ def train(
         further columns, instead of `config.task`; `rewards` is then needed.
       rewards: functions ``f(prompts, completions, **columns) -> list[float | None]``.
       eval_dataset: held-out rows, on which the mean reward is measured.
-      tools: functions that the policy may call, as in TRL: with type hints and a
-        docstring of Google's style, plain or `async`.
-      environment_factory: makes the environments that completions play in, or a dict of
-        factories, of which each row's "environment" column names one. See
-        docs/environments.md.
+      tools: functions that the policy may call, see docs/environments.md.
+      environment_factory: makes what completions play in, or a dict of such factories.
 
     Returns:
       What the run leaves, also in its directory.
