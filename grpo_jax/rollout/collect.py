@@ -177,8 +177,7 @@ class Collector:
         if playing is None:
             options = {"ended": self._early.begin(rows, step=step)}
         return self._sampler.sample(
-            # Only the process of a prompt knows what its environment shows.
-            meshes.gather_lists(prompts),
+            meshes.gather_lists(prompts),  # each process knows its own alone
             numbers=numbers,
             key=jax.random.fold_in(jax.random.key(config.seed), step),
             group_size=config.group_size,
