@@ -30,6 +30,9 @@ from damages import DAMAGES  # noqa: E402
 STEPS = 40
 # Fewer slots than completions of a step, so that some always continue in the next.
 CARRY_OVER = ("--rollout.carry-over", "--rollout.slots", "3")
+# Completions of several turns, answered by an environment.
+PLAYED = ("--environment", f"{Path(__file__).parent / 'echoes.py'}:Echo")
+PLAYED += ("--max-new-tokens", "16")
 _PATIENCE = 300.0  # seconds in which what is waited for must happen
 _FREE_METRICS = ("time/", "tokens_per_second/", "mfu/", "compile/", "tools/latency")
 
@@ -240,6 +243,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--carry-over", action="store_true")
+    parser.add_argument("--environment", action="store_true")
     arguments = parser.parse_args()
     chosen = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -248,7 +252,8 @@ def main() -> None:
             model="embedded",
             cache=str(Path(folder) / "cache"),
             seed=arguments.seed,
-            options=CARRY_OVER if arguments.carry_over else (),
+            options=(CARRY_OVER if arguments.carry_over else ())
+            + (PLAYED if arguments.environment else ()),
         )
         accidents = (
             [torture.kill_in_a_step] * 5
