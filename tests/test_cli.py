@@ -670,13 +670,17 @@ def test_the_end_of_a_run_says_what_next_to_whoever_reads(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("CI", raising=False)
     out = stream()
+    played = ["--tools", "json:loads", "--environment", "json:JSONDecoder"]
     with contextlib.redirect_stdout(out):
-        cli._dispatch(["train"])
+        cli._dispatch(["train", *played])
     told = [line.strip() for line in out.getvalue().splitlines()[1:]]
     if (status, stream) != ("finished", Terminal):
         assert out.getvalue() == ""
         return
-    assert [line.split()[1] for line in told] == ["eval", "sample", "report", "export"]
+    commands = ["eval", "sample", "report", "export", "chat"]
+    assert [line.split()[1] for line in told] == commands
+    # What a run played with is not stored, so they name it again.
+    assert [line.endswith(" ".join(played)) for line in told] == [1, 1, 0, 0, 1]
     # Each parses as it is printed, quoted path and all.
     called = []
     for name in ("_evaluate", "_sample", "_report", "_export"):
@@ -689,7 +693,6 @@ def test_the_end_of_a_run_says_what_next_to_whoever_reads(
             cli._dispatch(shlex.split(line)[1:])
     assert len(called) == 8
     assert all(folder in (*args, *given.values()) for args, given in called)
-    # What a run played with is not stored, so the commands name it again.
     chat = functools.wraps(cli._chat)(lambda **given: called.append(((), given)))
     monkeypatch.setattr(cli, "_chat", chat)
     played = ["--tools", "a.py:f", "my tools.py:g", "--environment", "game:Game"]

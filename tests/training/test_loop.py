@@ -31,10 +31,11 @@ from grpo_jax.config import (
     TrainConfig,
 )
 from grpo_jax.reporting._run_files import completion_steps, read_completions
-from grpo_jax.reporting.metrics import read_metrics
+from grpo_jax.reporting.metrics import CALLS, read_metrics
 from grpo_jax.reporting.trackers import _JsonlTracker
 from grpo_jax.rewards._convention import RECORD_FIELDS, is_reserved_metric
 from grpo_jax.rollout.collect import Collector
+from grpo_jax.training._run import _checks
 from grpo_jax.training._run_dir import claim, read_config
 from grpo_jax.training.learner import Learner
 from grpo_jax.weights.pretrained import load_pretrained, save_pretrained
@@ -912,3 +913,13 @@ def test_no_evaluation_is_none_at_the_start_and_at_the_end_either(config, none):
     measured = ("accuracy", "eval_reward")
     for name in (f"{what}_{when}" for what in measured for when in ("before", "after")):
         assert result.summary[name] is None
+
+
+def test_a_run_looks_whether_its_policy_has_stopped_to_call_tools():
+    told = []
+    checks = _checks(TrainConfig(), told.append)
+    for step, calls in enumerate((0.5, 0.0), start=1):
+        for check in checks:
+            check(step, {CALLS: calls})
+    (text,) = told
+    assert text.startswith("step 2: no completion called a tool")
