@@ -83,24 +83,32 @@ def reward_metrics(rewards: Float[np.ndarray, "N G"]) -> dict[str, float]:
 def episode_metrics(played: Mapping[str, np.ndarray]) -> dict[str, float]:
     """What tools and environments did in a step.
 
-    `tools/call_frequency` is the number of calls per completion, and
-    `tools/failure_frequency` the share of calls that failed, as in TRL.
-    `tools/latency_s` is the mean time of a call in seconds. `episodes/turns` is the
-    mean number of turns of the policy. `episodes/failed_rate` is the share of
-    completions without a reward because their environment failed, and
+    `episodes/turns` is the mean number of turns of the policy. `episodes/failed_rate` is
+    the share of completions without a reward because their environment failed, and
     `episodes/dropped_rate` of those that ended because an answer did not fit.
+
+    With tools, `tools/call_frequency` is the number of calls per completion, and
+    `tools/failure_frequency` the share of calls that failed, as in TRL.
+    `tools/malformed_frequency` is the number of calls per completion that cannot be
+    read, and `tools/latency_s` the mean time of a call in seconds.
 
     Args:
       played: ``[N, G]`` counts by name, as `Rollout.played`.
     """
-    calls, count = float(played["calls"].sum()), played["calls"].size
-    return {
-        CALLS: calls / count,
-        FAILED_CALLS: float(played["failed_calls"].sum()) / max(calls, 1),
-        "tools/latency_s": float(played["tool_seconds"].sum()) / max(calls, 1),
-        TURNS: float(played["turns"].mean()),
+    metrics = {
+        "episodes/turns": float(played["turns"].mean()),
         "episodes/failed_rate": float(played["failed"].mean()),
         "episodes/dropped_rate": float(played["dropped_answers"].mean()),
+    }
+    if "calls" not in played:
+        return metrics
+    calls, count = float(played["calls"].sum()), played["calls"].size
+    malformed = float(played["malformed_calls"].sum())
+    return metrics | {
+        "tools/call_frequency": calls / count,
+        "tools/failure_frequency": float(played["failed_calls"].sum()) / max(calls, 1),
+        "tools/malformed_frequency": malformed / count,
+        "tools/latency_s": float(played["tool_seconds"].sum()) / max(calls, 1),
     }
 
 

@@ -91,6 +91,7 @@ class RewardRunner:
 
     names: tuple[str, ...]
     is_per_completion: bool  # of every function
+    is_isolated: bool  # whether they run in another process
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class RewardRunner:
                 f"{len(functions)} reward functions; give one per function."
             )
         self.names = reward_names(functions)
-        self._config = config
+        self._config, self.is_isolated = config, config.isolate
         self._timeout = config.timeout_seconds
         if self._timeout is None and config.isolate:
             self._timeout = _ISOLATED_SECONDS

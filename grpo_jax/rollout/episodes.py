@@ -114,6 +114,7 @@ class Episodes:
             members=members,
             limit=self._limit,
             stop_ids=self._stop_ids,
+            has_tools=bool(self._host.tools),
         )
 
     def _warn(self, problem: str) -> None:
@@ -167,11 +168,13 @@ class Playing:
         members: int,
         limit: int,
         stop_ids: frozenset[int],
+        has_tools: bool,
     ) -> None:
         self._play, self._chats = play, chats
         self.rows, self.prompts = rows, prompts
         self._failed, self._members = failed, members
         self._limit, self._stop_ids = limit, stop_ids
+        self._has_tools = has_tools
         self.trajectories = [[Trajectory() for _ in range(members)] for _ in rows]
         self._turn = 0  # of the engine
         # Completions that wait, in order: since which turn, and all their tokens.
@@ -266,19 +269,20 @@ class Playing:
             failed[start : start + self._members] = [True] * self._members
         of_all: dict[str, list[Any]] = {
             "turns": [one.turns for one in all_of],
-            "calls": [result.calls for result in results],
-            "failed_calls": [result.failed_calls for result in results],
-            "tool_seconds": [sum(result.seconds.values()) for result in results],
             "failed": failed,
+            "dropped_answers": [one.is_cut for one in all_of],
         }
+        if self._has_tools:
+            of_all |= {
+                "calls": [result.calls for result in results],
+                "failed_calls": [result.failed_calls for result in results],
+                "malformed_calls": [
+                    sum("malformed" in message for message in one.messages)
+                    for one in all_of
+                ],
+                "tool_seconds": [sum(result.seconds.values()) for result in results],
+            }
         counts = {k: np.array(v).reshape(shape) for k, v in of_all.items()}
-        counts["dropped_answers"] = self.is_cut()
-        counts["malformed_calls"] = np.array(
-            [
-                [sum("malformed" in message for message in one) for one in group]
-                for group in self.completions()
-            ]
-        )
         columns: dict[str, list[Any]] = {
             "environment_rewards": [result.rewards for result in results]
         }

@@ -24,13 +24,17 @@ def score_rows(
     """The rewards of one completion per row.
 
     Args:
-      more: further columns, which reward functions get by name.
+      more: further columns, which reward functions get by name. Environments do not
+        travel to another process.
     """
+    more = dict(more or {})
+    if runner.is_isolated:
+        more.pop("environments", None)
     columns = [name for name in rows[0] if name != "prompt"]
     return runner.score(
         [row["prompt"] for row in rows],
         list(completions),
-        {name: [row[name] for row in rows] for name in columns} | dict(more or {}),
+        {name: [row[name] for row in rows] for name in columns} | more,
         completion_ids=completion_ids,
         step=step,
     )

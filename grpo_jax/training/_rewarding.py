@@ -33,7 +33,9 @@ def make_runner(
         isolate=config.rewards.isolate or task.isolate,
     )
     runner = RewardRunner(task.rewards, chosen, max_steps=config.steps)
-    played = () if host is None else host.columns
+    played = set() if host is None else set(host.columns)
+    if chosen.isolate:
+        played.discard("environments")
     runner.check_columns((*task.train[0], *played))
     held_out, judged = held_out_rows(task, config), has_ground_truth(task)
     if held_out and not judged:
