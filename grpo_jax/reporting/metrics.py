@@ -83,9 +83,9 @@ def reward_metrics(rewards: Float[np.ndarray, "N G"]) -> dict[str, float]:
 def episode_metrics(played: Mapping[str, np.ndarray]) -> dict[str, float]:
     """What tools and environments did in a step.
 
-    `episodes/turns` is the mean number of turns of the policy. `episodes/failed_rate` is
-    the share of completions without a reward because their environment failed, and
-    `episodes/dropped_rate` of those that ended because an answer did not fit.
+    `episodes/turns` is the mean number of turns of the policy. The share of completions
+    without a reward because their environment failed is `episodes/failed_rate`, and
+    that of those that ended because an answer did not fit `episodes/dropped_rate`.
 
     With tools, `tools/call_frequency` is the number of calls per completion, and
     `tools/failure_frequency` the share of calls that failed, as in TRL.

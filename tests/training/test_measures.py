@@ -101,6 +101,8 @@ def test_metrics_are_of_all_that_was_sampled_and_those_of_the_kept_say_so(measur
     dull, good = make_rollout(rng, 2), make_rollout(rng, 2)
     dull.rewards[:], good.rewards[:] = 1.0, [[0.0, 3.0]] * 2
     dull.lengths[:], good.lengths[:] = 4, 1
+    for one in (dull, good):
+        one.mask[:] = np.arange(4) < one.lengths[..., None]
     sampled = _join([dull, good])
     metrics = measures[2].of_step(sampled, _refill(sampled, 2, short=False), SECONDS)
     # 2 x (1 + 1) and 2 x (0 + 3) over 8 completions.
@@ -130,3 +132,11 @@ def test_times_are_those_of_the_slowest_process(on_processes):
     times[1]["time/step"] = 3.0
     seen = on_processes(lambda number: slowest(times[number]), 2)
     assert seen == [{"time/rollout": 2.0, "time/step": 5.0}] * 2
+
+
+def test_lengths_count_what_the_policy_drew_and_speed_counts_all(measures):
+    rollout = make_rollout(np.random.default_rng(3), 4)
+    rollout.lengths[:], rollout.mask[:] = 4, [True, False, False, True]
+    metrics = measures[0].of_step(rollout, rollout, SECONDS)
+    assert metrics["completions/mean_length"] == 2.0
+    assert metrics["tokens_per_second/rollout"] == 4 * 8 / 2.0
