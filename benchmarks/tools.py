@@ -67,20 +67,17 @@ def main(
 
 
 def _run(model: Path, wait: float, sizes: dict[str, Any]) -> list[dict[str, Any]]:
-    def calculate(expression: str) -> str:
-        """Computes a product.
+    def times(a: int, b: int) -> int:
+        """Multiplies two whole numbers.
 
         Args:
-            expression: Two whole numbers with a star between them.
+            a: The first number.
+            b: The second number.
         """
         time.sleep(wait)
-        a, _, b = expression.partition("*")
-        return str(int(a) * int(b))
+        return a * b
 
-    numbers = random.Random(0)
-    pairs = [
-        (numbers.randrange(10, 100), numbers.randrange(10, 100)) for _ in range(500)
-    ]
+    pairs = [divmod(x, 100) for x in random.Random(0).sample(range(1010, 9999), 500)]
     rows = [{"prompt": [{"role": "user", "content": f"{a}*{b}"}]} for a, b in pairs]
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
@@ -92,7 +89,7 @@ def _run(model: Path, wait: float, sizes: dict[str, Any]) -> list[dict[str, Any]
             optimizer=OptimizerConfig(learning_rate=1e-12),
             **sizes,
         )
-        result = train(config, dataset=rows, rewards=_length, tools=[calculate])
+        result = train(config, dataset=rows, rewards=_length, tools=[times])
     return result.history
 
 

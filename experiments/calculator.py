@@ -4,27 +4,25 @@
     python experiments/calculator.py
     python experiments/calculator.py --model Qwen/Qwen2.5-1.5B-Instruct
 
-Hardware: 2 CPU cores. Time: a few minutes for the first two commands.
+Hardware: 2 CPU cores. Time: a few minutes for each of the first two commands.
+Result: right answers, and calls per completion, before and after.
 """
 
 import random
-import re
 
 import tyro
 
 from grpo_jax import OptimizerConfig, TrainConfig, train
 
 
-def calculate(expression: str) -> str:
-    """Computes a product.
+def times(a: int, b: int) -> int:
+    """Multiplies two whole numbers.
 
     Args:
-        expression: Two whole numbers with a star between them, such as 12*34.
+        a: The first number.
+        b: The second number.
     """
-    found = re.fullmatch(r"\s*(\d+)\s*\*\s*(\d+)\s*", expression)
-    if found is None:
-        raise ValueError("expected two whole numbers with a star between them")
-    return str(int(found[1]) * int(found[2]))
+    return a * b
 
 
 def right(completions, answer, **columns):
@@ -62,7 +60,7 @@ def main(
         dataset=rows[500:],
         rewards=right,
         eval_dataset=rows[:500],
-        tools=[calculate],
+        tools=[times],
     )
     summary, calls = result.summary, "tools/call_frequency"
     before, after = summary["eval_reward_before"], summary["eval_reward_after"]

@@ -2,7 +2,8 @@
 
     python experiments/guess_number.py
 
-Hardware: 2 CPU cores.
+Hardware: 2 CPU cores. Time: a few minutes.
+Result: the mean reward of greedy games, before and after.
 """
 
 import random

@@ -36,15 +36,19 @@ TEMPLATE = """{% for m in messages %}{{ m.content }}
 {{ call.function | tojson }}
 </tool_call>{% endfor %}<|end|>{% endfor %}"""
 CALL = """<tool_call>
-{"name": "calculate", "arguments": {"expression": "%s"}}
+{"name": "times", "arguments": {"a": %d, "b": %d}}
 </tool_call>"""
 
 
-def main(out: Path = Path("runs/tool-start"), steps: int = 150, seed: int = 0) -> None:
+def main(out: Path = Path("runs/tool-start"), steps: int = 400, seed: int = 0) -> None:
     """Train on right calls and random guesses, and save the model."""
     policy, draw = load_pretrained("embedded"), random.Random(seed)
-    config = TrainConfig(objective=ObjectiveConfig(surrogate="likelihood", kl_coef=0.0))
-    optimizer = optax.adam(1e-3)
+    # Over tokens: a mean per conversation would count those of short guesses more.
+    objective = ObjectiveConfig(
+        surrogate="likelihood", aggregation="token_mean", kl_coef=0.0
+    )
+    config = TrainConfig(objective=objective)
+    optimizer = optax.adam(3e-3)
     state = make_train_state(policy.params, optimizer)
     step = jax.jit(make_train_step(policy.model, optimizer, config))
     for _ in range(steps):
@@ -60,7 +64,7 @@ def conversation(draw: random.Random, *, calls: bool) -> list[str]:
     a, b = draw.randrange(10, 100), draw.randrange(10, 100)
     if not calls:
         return [f"{a}*{b}", str(draw.randrange(100, 9999))]
-    return [f"{a}*{b}", CALL % f"{a}*{b}", str(a * b), str(a * b)]
+    return [f"{a}*{b}", CALL % (a, b), str(a * b), str(a * b)]
 
 
 def batch_of(rows: list[list[str]], tokenizer, length: int = 96) -> Batch:

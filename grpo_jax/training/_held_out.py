@@ -68,9 +68,9 @@ def make_evaluation(
     mesh: Mesh,
     *,
     sampler: Sampler,
-    episodes: Episodes | None,
     agreement: Agreement,
     announce: Callable[[str], None],
+    episodes: Episodes | None = None,
 ) -> Callable[[], dict[str, float]]:
     """A function that measures a run's policy, as the sampler has it, on held-out rows.
 

@@ -14,6 +14,7 @@ from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout import _engine as engines
 from grpo_jax.rollout import _loop as loops
+from grpo_jax.models.protocol import in_compute_dtype
 from grpo_jax.rollout import generate as generating
 from grpo_jax.rollout.draw import sample_token
 from grpo_jax.rollout.generate import generate
@@ -184,7 +185,7 @@ def test_without_stop_ids_completions_fill_the_limit(tiny_policy):
 def test_the_model_s_own_stop_tokens_are_the_default(tiny_policy, monkeypatch):
     chosen = []
     monkeypatch.setattr(
-        generating, "_complete", lambda *_, **options: chosen.append(options)
+        generating, "complete", lambda *_, **options: chosen.append(options)
     )
     for sampling in (None, SamplingConfig(), SamplingConfig(stop_ids=(7,))):
         sample(tiny_policy, *prompts_and_lengths(), sampling=sampling)
@@ -297,7 +298,7 @@ def test_casting_ahead_changes_nothing_that_the_model_computes(tiny_policy):
     config = dataclasses.replace(tiny_policy.model.config, dtype="bfloat16")
     model = Decoder(config)
     prompts, lengths = prompts_and_lengths()
-    cast = generating.in_compute_dtype(tiny_policy.variables, "bfloat16")
+    cast = in_compute_dtype(tiny_policy.variables, "bfloat16")
     assert cast["params"]["embed"]["embedding"].dtype == jnp.bfloat16
     forward = jax.jit(functools.partial(model.apply, method=model.forward))
     hidden = [forward(v, prompts, lengths) for v in (tiny_policy.variables, cast)]

@@ -9,7 +9,7 @@ from grpo_jax.config import ObjectiveConfig, TrainConfig
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.base import Task
 from grpo_jax.training._announce import describe_run, warnings
-from grpo_jax.training.evaluate import _one_device
+from grpo_jax.training.evaluate import one_device
 
 ROW = {"prompt": "a", "answer": "b"}
 
@@ -80,5 +80,5 @@ def test_a_run_always_says_what_is_held_out(test, source, said):
         name="mine", train=[ROW] * 2, test=test, held_out=source, rewards=(print,)
     )
     policy = types.SimpleNamespace(config=TrainConfig(), base={}, params={})
-    line = describe_run(policy, task, _one_device(), Path("runs/a"))
+    line = describe_run(policy, task, one_device(), Path("runs/a"))
     assert said in line

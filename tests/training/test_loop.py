@@ -231,7 +231,7 @@ def test_reward_functions_can_log_under_no_name_of_the_run(undisturbed):
     _, result = undisturbed
     names = {name for line in result.history for name in line}
     assert [name for name in names if not is_reserved_metric(name)] == []
-    assert read_completions(result.run_dir, 2)[0].keys() == RECORD_FIELDS
+    assert read_completions(result.run_dir, 2)[0].keys() < RECORD_FIELDS
 
 
 def test_completions_are_written_with_their_rewards_and_advantages(undisturbed):

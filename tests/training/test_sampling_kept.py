@@ -13,6 +13,7 @@ from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rollout import collect
+from grpo_jax.rollout import _complete
 from grpo_jax.rollout import generate as samplers
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.tasks import load_task, task_from_rows
@@ -42,7 +43,7 @@ def drawn(tiny_policy, monkeypatch):
         seen.append(sampling)
         raise Drawn
 
-    monkeypatch.setattr(samplers, "Engine", record)
+    monkeypatch.setattr(_complete, "Engine", record)
     task = load_task("arithmetic")
 
     def sampling_of(user, sampling, *flags):
@@ -54,7 +55,7 @@ def drawn(tiny_policy, monkeypatch):
         monkeypatch.setattr(
             "grpo_jax.training.restore.open_policy", lambda **asked: restored
         )
-        mesh = evaluate._one_device()
+        mesh = evaluate.one_device()
         model = tiny_policy.model
         sampler = samplers.GroupSampler(model, mesh, max_prompt_tokens=64)
         sampler.update(tiny_policy.variables, version=0)
