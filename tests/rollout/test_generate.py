@@ -11,10 +11,10 @@ from flax import linen as nn
 
 from grpo_jax.config import SamplingConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
+from grpo_jax.models.protocol import in_compute_dtype
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout import _engine as engines
 from grpo_jax.rollout import _loop as loops
-from grpo_jax.models.protocol import in_compute_dtype
 from grpo_jax.rollout import generate as generating
 from grpo_jax.rollout.draw import sample_token
 from grpo_jax.rollout.generate import generate

@@ -12,8 +12,7 @@ from grpo_jax import cli
 from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
 from grpo_jax.parallel.agreement import Agreement
 from grpo_jax.rewards.runner import RewardRunner
-from grpo_jax.rollout import collect
-from grpo_jax.rollout import _complete
+from grpo_jax.rollout import _complete, collect
 from grpo_jax.rollout import generate as samplers
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.tasks import load_task, task_from_rows
