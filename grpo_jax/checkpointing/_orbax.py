@@ -144,7 +144,12 @@ def _replace(path: Path, name: Path) -> None:
     old = path.with_name(f"{path.name}.old.{TEMPORARY}")
     with contextlib.suppress(FileNotFoundError):
         path.rename(old)
-    name.rename(path)
+    try:
+        name.rename(path)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            old.rename(path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

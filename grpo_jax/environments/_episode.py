@@ -68,6 +68,10 @@ class Episode:
         self._observe(answer.value)
         return answer.value
 
+    def abandon(self, failure: Failure) -> None:
+        """End an episode whose group cannot be played."""
+        self._fail(failure)
+
     async def answer(self, message: Message) -> Reply:
         """What stands after a turn of the policy."""
         self.turns += 1
@@ -97,6 +101,9 @@ class Episode:
         self._account(answer)
         if answer.failure is not None:
             self._fail(answer.failure)
+        if self.failure is not None:
+            return math.nan
+        self._observe({"reward": answer.value})
         return math.nan if answer.value is None else answer.value
 
     async def _step(self, message: Message, *, last: bool) -> Reply:

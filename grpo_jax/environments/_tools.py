@@ -5,6 +5,7 @@ it failed, becomes a message of the role "tool".
 """
 
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,16 +99,21 @@ def calls_of(message: Message) -> list[Call]:
 
 
 def result_content(value: Any) -> str | list[Any]:
-    """The content of a tool's result: `str` of it, or the list that it is, as in TRL.
+    """The content of a tool's result: `str` of it, or a copy of a list, as in TRL.
 
-    Content blocks give their texts.
+    Content blocks give their texts. A list that JSON cannot hold is shown as text.
 
     Raises:
         ValueError: blocks of another kind, such as images, which text models lack.
     """
     if is_blocks(value):
         return blocks_text(value)
-    return value if isinstance(value, list) else str(value)
+    if not isinstance(value, list):
+        return str(value)
+    try:
+        return json.loads(json.dumps(value, default=str))
+    except (TypeError, ValueError, RecursionError):
+        return str(value)
 
 
 def error_text(message: str) -> str:

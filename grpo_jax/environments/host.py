@@ -104,7 +104,7 @@ class Host:
         Raises:
           ValueError: as `schemas`, or members of a group began differently.
         """
-        if len(rows) != len(seeds) or not rows or members < 1:
+        if len(rows) != len(seeds) or members < 1:
             raise ValueError(
                 f"play needs a seed for each row and at least one member, got "
                 f"{len(rows)} rows, {len(seeds)} seeds and {members} members."

@@ -183,10 +183,15 @@ class Play:
         for offset in range(self._members):
             answer = failed[0] if failed else answers[offset]
             openings.append(self._episodes[first + offset].begin(answer))
+        members = self._episodes[first : first + self._members]
+        failure = next((one.failure for one in members if one.failure), None)
+        if failure is not None:
+            for one in members:
+                one.abandon(failure)
+            return failure
         if any(opening != openings[0] for opening in openings):
             self._raise_differing(index, openings)
-        failure = self._episodes[first].failure
-        return openings[0] if failure is None else failure
+        return openings[0]
 
     def _raise_differing(self, index: int, openings: Sequence[Any]) -> None:
         kind = self._pool.kinds[self._names[index]]

@@ -25,7 +25,7 @@ from grpo_jax.rollout.encoding import bucket, encode_rows, pad, prompts_sha256, 
 from grpo_jax.rollout.episodes import Episodes, Playing
 from grpo_jax.rollout.rollout import Rollout
 from grpo_jax.rollout.sampler import Completions, Sampler
-from grpo_jax.rollout.scoring import score_rows, with_scores
+from grpo_jax.rollout.scoring import score_episodes, score_rows, with_scores
 from grpo_jax.tasks.base import Row, Task
 from grpo_jax.tasks.order import rows_at
 from grpo_jax.weights.tokenizer import Tokenizer
@@ -194,24 +194,19 @@ class Collector:
         """
         start = time.perf_counter()
         ids = unpad(rollout.tokens, rollout.lengths)
-        playing = rollout.playing
-        played = None if playing is None else playing.finish()
-        scores = None
-        if played is None:
+        rows = [row for row in rollout.rows for _ in ids[0]]
+        flat = rows, [*itertools.chain(*rollout.completions)], [*itertools.chain(*ids)]
+        playing, played = rollout.playing, None
+        if playing is not None:
+            played = playing.finish()
+            scores = score_episodes(self._runner, *flat, played, step=step)
+            playing.close()
+        else:
             scores = self._early.scores(
                 rollout.rows, rollout.completions, ids, step=step
             )
-        if scores is None:
-            scores = score_rows(
-                self._runner,
-                [row for row in rollout.rows for _ in ids[0]],
-                list(itertools.chain(*rollout.completions)),
-                list(itertools.chain(*ids)),
-                step=step,
-                more=None if played is None else played.columns,
-            )
-        if playing is not None:
-            playing.close()
+            if scores is None:
+                scores = score_rows(self._runner, *flat, step=step)
         seconds = rollout.seconds | {"time/reward": time.perf_counter() - start}
         scored = dataclasses.replace(rollout, playing=None, seconds=seconds)
         return with_scores(scored, scores, played)

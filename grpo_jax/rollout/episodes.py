@@ -94,10 +94,7 @@ class Episodes:
         for n, (row, opening) in enumerate(zip(rows, play.openings, strict=True)):
             ids: list[int] = []
             if not isinstance(opening, Failure):
-                ids = self.chat(row).prompt(opening)
-                if problem := self._problem(ids):
-                    self._warn(problem)
-                    ids = []
+                ids = self._opened(row, opening)
             if ids:
                 row = {**row, "prompt": opening}
             else:
@@ -116,6 +113,18 @@ class Episodes:
             stop_ids=self._stop_ids,
             has_tools=bool(self._host.tools),
         )
+
+    def _opened(self, row: Row, opening: Sequence[Message]) -> list[int]:
+        """The token ids of what an environment shows; none if they cannot be used."""
+        try:
+            ids = self.chat(row).prompt(opening)
+        except ValueError as error:  # an environment may say anything
+            self._warn(f"cannot be encoded: {error}")
+            return []
+        if problem := self._problem(ids):
+            self._warn(problem)
+            return []
+        return ids
 
     def _warn(self, problem: str) -> None:
         if not self._warned:

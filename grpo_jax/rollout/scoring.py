@@ -40,6 +40,53 @@ def score_rows(
     )
 
 
+def score_episodes(
+    runner: RewardRunner,
+    rows: Sequence[Row],
+    completions: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+    played: Played,
+    *,
+    step: int,
+    first: int = 0,
+) -> Scores:
+    """The rewards of completions that played; those that failed have none.
+
+    Reward functions do not see a failed one: its environment may be in any state.
+
+    Args:
+      first: the number of the first of them among all that were played.
+    """
+    failed = played.counts["failed"].ravel()[first : first + len(rows)]
+    sound: list[int] = np.flatnonzero(~failed).tolist()
+    shape = len(runner.names), len(rows)
+    whole = Scores(
+        rewards=np.full(shape, np.nan),
+        total=np.full(len(rows), np.nan),
+        failures=np.zeros(shape, np.int8),
+        names=runner.names,
+        logged={},
+        extra={},
+    )
+    if not sound:
+        return whole
+    scores = score_rows(
+        runner,
+        [rows[n] for n in sound],
+        [completions[n] for n in sound],
+        [completion_ids[n] for n in sound],
+        step=step,
+        more={k: [v[first + n] for n in sound] for k, v in played.columns.items()},
+    )
+    whole.rewards[:, sound], whole.total[sound] = scores.rewards, scores.total
+    whole.failures[:, sound] = scores.failures
+    extra: dict[str, list[Any]] = {name: [None] * len(rows) for name in scores.extra}
+    for name, values in scores.extra.items():
+        for n, value in zip(sound, values, strict=True):
+            extra[name][n] = value
+    return dataclasses.replace(whole, logged=scores.logged, extra=extra)
+
+
 def with_scores(rollout: Rollout, scores: Scores, played: Played | None) -> Rollout:
     """The rollout with the rewards of its completions, group after group.
 
@@ -47,17 +94,15 @@ def with_scores(rollout: Rollout, scores: Scores, played: Played | None) -> Roll
       played: the episodes, if there were any.
     """
     shape = size, group = rollout.lengths.shape
-    total, more = scores.total.reshape(shape), {}
+    more: dict[str, Any] = {}
     if played is not None:
-        # A trajectory that failed has no reward, whatever functions say of it.
-        total = np.where(played.counts["failed"], np.nan, total)
         more = {"played": played.counts, "digest": played.digest}
     by_name = lambda values: dict(  # noqa: E731
         zip(scores.names, values.reshape(-1, *shape), strict=True)
     )
     return dataclasses.replace(
         rollout,
-        rewards=total,
+        rewards=scores.total.reshape(shape),
         rewards_by_name=by_name(scores.rewards),
         failures_by_name=by_name(scores.failures),
         extra={

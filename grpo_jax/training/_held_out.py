@@ -20,7 +20,7 @@ from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.rollout.encoding import encode_rows, unpad
 from grpo_jax.rollout.episodes import Episodes, Playing
 from grpo_jax.rollout.sampler import Sampler
-from grpo_jax.rollout.scoring import score_rows
+from grpo_jax.rollout.scoring import score_episodes, score_rows
 from grpo_jax.tasks.base import Row, Task, first_rows
 from grpo_jax.training._judge import Completed, has_ground_truth, judge
 from grpo_jax.training._policy import Policy
@@ -155,18 +155,12 @@ def held_out_values(
     totals: list[float] = []
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)
-        more = None if played is None else played.columns
-        scores = score_rows(
-            runner,
-            rows[part],
-            seen[part],
-            ids[part],
-            step=0,
-            more=more and {name: values[part] for name, values in more.items()},
-        )
+        asked = runner, rows[part], seen[part], ids[part]
+        if played is None:
+            scores = score_rows(*asked, step=0)
+        else:
+            scores = score_episodes(*asked, played, step=0, first=start)
         totals += scores.total.tolist()
-    if played is not None:
-        totals = np.where(played.counts["failed"][:, 0], math.nan, totals).tolist()
     return totals
 
 

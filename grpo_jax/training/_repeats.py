@@ -5,6 +5,7 @@ tokens again. If what the environments answer differs then, the run cannot end i
 bits of one that was never stopped.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -36,8 +37,10 @@ class Repeats:
             whole = [line for line in lines if line.endswith("\n")]
             if len(whole) < len(lines):
                 write_text(self._path, "".join(whole))
-            for entry in map(json.loads, whole):
-                self._known[entry["step"]] = entry["sha256"]
+            for line in whole:
+                with contextlib.suppress(ValueError):  # damaged: nothing to compare
+                    entry = json.loads(line)
+                    self._known[entry["step"]] = entry["sha256"]
 
     def check(self, step: int, digest: str) -> None:
         """Compare a step with the time before, if there was one; all processes call it.

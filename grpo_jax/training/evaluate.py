@@ -25,7 +25,7 @@ from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.rollout.encoding import encode_rows
 from grpo_jax.rollout.generate import GroupSampler
-from grpo_jax.rollout.scoring import score_rows
+from grpo_jax.rollout.scoring import score_episodes
 from grpo_jax.tasks import task_from_rows
 from grpo_jax.tasks.base import Row, Task, first_rows
 from grpo_jax.training._environments import (
@@ -332,13 +332,7 @@ def _rewards(
     with RewardRunner(task.rewards, config) as runner:
         for start in range(0, len(rows), batch):
             part = slice(start, start + batch)
-            scores = score_rows(
-                runner,
-                rows[part],
-                seen[part],
-                ids[part],
-                step=0,
-                more={k: v[part] for k, v in own.played.columns.items()},
-            )
+            asked = runner, rows[part], seen[part], ids[part]
+            scores = score_episodes(*asked, own.played, step=0, first=start)
             totals += scores.total.tolist()
-    return np.where(failed, np.nan, np.array(totals).reshape(failed.shape))
+    return np.array(totals).reshape(failed.shape)

@@ -204,8 +204,10 @@ class Learner:
         """The batch with the advantages of the rollout's rewards."""
         # A group that is left out must not enter the deviation of a batch either.
         kept = np.where(rollout.keep[:, None], rollout.rewards, np.nan)
+        # Tokens that were given are not the policy's length.
+        drawn = rollout.mask.sum(axis=-1, dtype=np.int32)
         rewards, lengths, finished = meshes.to_mesh(
-            self._mesh, (kept.astype(np.float32), rollout.lengths, rollout.finished)
+            self._mesh, (kept.astype(np.float32), drawn, rollout.finished)
         )
         advantages, mask = self._advantages(
             rewards, batch, lengths=lengths, finished=finished

@@ -247,3 +247,85 @@ def test_reward_functions_see_the_environments(make):
     collector._runner = RewardRunner([look], RewardsConfig())
     played(collector)
     assert seen == ["Echo"] * 4
+
+
+def test_reward_functions_do_not_see_what_failed(make):
+    seen = []
+
+    def look(completions, environments, log_extra, **_):
+        seen.extend(environment.value for environment in environments)
+        log_extra("asked", [1] * len(completions))
+        return [1.0] * len(completions)
+
+    class Late(TextEnvironment):
+        def reset(self, *, seed, n, **row):
+            if n == 1:
+                raise RuntimeError("no value is set")
+            self.value = n
+
+        def step(self, text):
+            return Step(reward=1.0, done=True)
+
+    collector, _ = make(lambda number, sample: ["a"], factory=Late, rows=ROWS[:3])
+    collector._runner = RewardRunner([look], RewardsConfig())
+    rollout = played(collector)
+    numbers = [row["n"] for row in rollout.rows]
+    lost = numbers.index(1)
+    assert sorted(seen) == [0, 0, 2, 2]
+    for values in (rollout.rewards, rollout.rewards_by_name["look"]):
+        assert np.isnan(values[lost]).all() and np.isfinite(values).sum() == 4
+    assert rollout.extra["asked"][lost] == [None, None]
+    # All of them: the functions are not called.
+    rows = [{**ROWS[1], "n": 1}] * 2
+    collector, _ = make(lambda number, sample: ["a"], factory=Late, rows=rows)
+    assert np.isnan(played(collector).rewards).all()
+
+
+@pytest.mark.parametrize("shown", ["\ud800", [{"role": "user", "content": None}]])
+def test_an_opening_that_cannot_be_encoded_costs_its_group(make, shown):
+    class Odd(TextEnvironment):
+        def reset(self, *, seed, n, **row):
+            return shown if n == 1 else "/"
+
+        def step(self, text):
+            return Step(reward=1.0, done=True)
+
+    collector, _ = make(lambda number, sample: ["a"], factory=Odd, rows=ROWS[:2])
+    rollout = played(collector)
+    lost = [row["n"] for row in rollout.rows].index(1)
+    assert np.isnan(rollout.rewards[lost]).all()
+    assert np.isfinite(rollout.rewards[1 - lost]).all()
+
+
+@pytest.mark.parametrize("value", [[{1: 2, "a": 3}], [{(1, 2): 3}]])
+def test_lists_of_tools_are_shown_whatever_is_in_them(make, value):
+    value.append(0)
+
+    def look(a: int) -> list:
+        """Looks.
+
+        Args:
+          a: A number.
+        """
+        value[-1] += 1
+        return value
+
+    calls = call("look", a=1) + "\n" + call("look", a=1)
+    collector, _ = make(
+        lambda number, sample: [calls, "b"], tools=[look], rows=ROWS[:1]
+    )
+    first, second = rollout_results(played(collector))
+    assert first != second
+
+
+def rollout_results(rollout):
+    messages = rollout.completions[0][0]
+    return [str(m["content"]) for m in messages if m["role"] == "tool"]
+
+
+def test_a_share_without_rows_plays_nothing(make):
+    collector, _ = make(lambda number, sample: ["stop"], factory=Echo)
+    playing = collector._episodes.begin([], step=0, numbers=[], members=2)
+    assert playing.answers(wait=True) == [] and playing.prompts == []
+    assert playing.finish().counts["turns"].shape == (0, 2)
+    playing.close()
