@@ -79,7 +79,8 @@ def test_the_summary_has_the_reward_and_the_metrics_of_episodes(drawn):
     error = drawn.rewards.mean(axis=1).std(ddof=1) / math.sqrt(5)
     assert summary["reward/standard_error"] == pytest.approx(error)
     assert summary["episodes/turns"] == drawn.played["turns"].mean()
-    assert summary["tools/call_frequency"] == 0.0
+    # There are no tools that could be called.
+    assert "tools/call_frequency" not in summary
 
 
 def test_each_record_has_the_conversation_and_what_happened(drawn):
