@@ -4,6 +4,7 @@ Their schemas come from type hints and Google docstrings. What a call returns, o
 it failed, becomes a message of the role "tool".
 """
 
+import copy
 import inspect
 import json
 import os
@@ -111,7 +112,9 @@ def result_content(value: Any) -> str | list[Any]:
     if not isinstance(value, list):
         return str(value)
     try:
-        return json.loads(json.dumps(value, default=str))
+        json.dumps(value, sort_keys=True, default=str)
+        # The tool may go on changing its own.
+        return copy.deepcopy(value)
     except (TypeError, ValueError, RecursionError):
         return str(value)
 
