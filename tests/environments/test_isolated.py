@@ -207,7 +207,7 @@ def test_what_cannot_be_sent_is_refused_by_name():
         host_of(factory={"x": lambda: examples.Count()})
 
 
-def test_rows_and_results_that_cannot_be_sent_fail_alone():
+def test_rows_that_cannot_be_sent_fail_alone_and_results_are_shown():
     with host_of(factory=examples.Echo) as host:
         rows = [{"thing": lambda: 0}, {}]
         with host.play(rows, seeds=[0, 1], members=1) as play:
@@ -217,7 +217,8 @@ def test_rows_and_results_that_cannot_be_sent_fail_alone():
         with host.play([{"prompt": "p"}], seeds=[0], members=1) as play:
             calls = [call("locks"), call("table", rows=2)]
             reply = turn(play, 0, says("", *calls))
-            assert "cannot be sent" in reply.messages[0]["content"]
+            # What cannot be copied is shown as text.
+            assert "lock object" in reply.messages[0]["content"]
             assert reply.messages[1]["content"] == [(0, 0), (1, 1)]
 
 
