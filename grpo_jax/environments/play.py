@@ -239,6 +239,7 @@ class Play:
     async def _close(self) -> None:
         seats, self._seats = self._seats, []
         self._lost |= {n for n, turn in self._turns.items() if not turn.done()}
+        failed = []
         for number, seat in enumerate(seats):
             name = self._name(number)
             if number in self._lost:
@@ -246,7 +247,9 @@ class Play:
             elif self._episodes[number].failure is None:
                 self._pool.give_back(name, seat)
             else:
-                await self._pool.discard(seat)
+                failed.append(self._pool.discard(seat))
+        # At once, for each may take a time limit of its own.
+        await asyncio.gather(*failed)
 
 
 def _result(future: concurrent.futures.Future) -> Any:
