@@ -93,6 +93,16 @@ def read(path: Path, targets: dict[str, Any]) -> dict[str, PyTree]:
     raise corruption
 
 
+def collect_leftovers() -> None:
+    """Frees what a failed save left behind.
+
+    Python would warn at any time of its coroutines, which were never awaited.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        gc.collect()
+
+
 def _agreed_number() -> int:
     """A number that no save had before, the same on all processes.
 

@@ -215,6 +215,8 @@ class Checkpoints:
         error = end_of_work(running.result)
         if error is not None:
             self._count_failure(step, error)
+            del error, running  # they hold what is collected
+            _orbax.collect_leftovers()
         elif jax.process_index() == 0:
             try:
                 self._folders.remove_old(
