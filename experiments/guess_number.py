@@ -45,7 +45,7 @@ class GuessTheNumber(TextEnvironment):
         return Step(HIGHER if guess < self.number else LOWER)
 
 
-def main(steps: int = 100, seed: int = 0, run_dir: str | None = None) -> None:
+def main(steps: int = 200, seed: int = 0, run_dir: str | None = None) -> None:
     """Train, then print the mean return of greedy games before and after."""
     config = TrainConfig(
         steps=steps,
@@ -54,11 +54,13 @@ def main(steps: int = 100, seed: int = 0, run_dir: str | None = None) -> None:
         prompts_per_step=16,
         group_size=16,
         max_new_tokens=40,
-        eval_every=25,
-        eval_prompts=100,
-        sampling=SamplingConfig(temperature=2.0),
-        objective=ObjectiveConfig(kl_coef=0.0, softmax_temperature=0.3),
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=5),
+        eval_every=50,
+        eval_prompts=200,
+        sampling=SamplingConfig(temperature=1.5),
+        objective=ObjectiveConfig(kl_coef=0.0, advantage="leave_one_out"),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-4, schedule="linear", warmup_steps=5
+        ),
     )
     summary = train(config, environment_factory=GuessTheNumber).summary
     before, after = summary["eval_reward_before"], summary["eval_reward_after"]
