@@ -132,13 +132,7 @@ def advance(
     drawn = functools.partial(
         draw, head=head.T, sampling=settings.sampling, softcap=softcap
     )
-    drew = functools.partial(
-        _drew,
-        drawn=drawn,
-        impl=impl,
-        limit=settings.max_new_tokens,
-        stops=jnp.array(settings.stop_ids, jnp.int32),
-    )
+    drew = functools.partial(_drew, drawn=drawn, impl=impl, settings=settings)
 
     def behind_prompts(state: Loop) -> Float[Array, "A S D"]:
         return jax.vmap(lambda x, at: x[at])(last, state.held.row)
@@ -201,8 +195,7 @@ def _drew(
     *,
     drawn: Callable[..., tuple[Array, Array]],
     impl: str,
-    limit: int,
-    stops: Int[Array, " E"],
+    settings: GroupSettings,
 ) -> Loop:
     """The state with one more token for each completion, drawn or forced."""
     held = state.held
@@ -212,10 +205,10 @@ def _drew(
     token, logp = drawn(hidden, keys=keys, forced=forced)
     put = functools.partial(lax.dynamic_update_index_in_dim, index=state.turn, axis=2)
     index = state.index + state.alive
-    ended = jnp.isin(token, stops)
+    ended = jnp.isin(token, jnp.array(settings.stop_ids, jnp.int32))
     if forced is not None:
         ended &= forced < 0
-    ended |= index >= limit
+    ended |= index >= settings.max_new_tokens
     return state.replace(
         turn=state.turn + 1,
         held=held.replace(ticket=jnp.where(ended, -1, held.ticket)),
