@@ -216,6 +216,7 @@ def loop(job: Job) -> tuple[Any, float, set[tuple[int, ...]]]:
     from grpo_jax.models.decoder import Decoder
     from grpo_jax.rollout import _loop as loops
     from grpo_jax.rollout import _programs as programs
+    from grpo_jax.rollout._settings import GroupSettings
 
     mesh = described_mesh(job)
     config = dataclasses.replace(ModelConfig.from_hf(QWEN), dtype="bfloat16")
@@ -240,13 +241,15 @@ def loop(job: Job) -> tuple[Any, float, set[tuple[int, ...]]]:
         block,
         cache,
         start(loops, of_parts, slots=slots, waiting=waiting),
-        group_size=GROUP,
+        settings=GroupSettings(
+            group_size=GROUP,
+            max_new_tokens=NEW_TOKENS,
+            sampling=SamplingConfig(),
+            stop_ids=(config.vocab_size - 1,),
+        ),
         turns=TURNS,
-        limit=NEW_TOKENS,
         impl="threefry2x32",
         aligned=not job.refills,
-        sampling=SamplingConfig(),
-        stop_ids=(config.vocab_size - 1,),
     )
     floor = _bytes(ready, job) + _bytes(block, job) + _bytes(cache, job) / 2
     local = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves((cache, block))]

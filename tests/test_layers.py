@@ -138,6 +138,7 @@ TESTED_IN = {
     "rollout.scoring": "rollout/test_collect.py",
     "rollout._extend": "rollout/test_forced.py",
     "rollout._loop": "rollout/test_slots.py",
+    "rollout._settings": "rollout/test_generate.py",
     "rollout._programs": "rollout/test_generate.py",
     "rollout._stored": "rollout/test_carry_over.py",
     "checkpointing._metadata": "checkpointing/test_checkpoints.py",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from grpo_jax.environments._channel import Channel, LostProcessError
-from grpo_jax.environments._seat import OPEN_SECONDS, Act, Answer, Kit, Name
+from grpo_jax.environments._seat import OPEN_SECONDS, Act, Answer, Kit, Name, Patience
 from grpo_jax.environments.outcome import Failure
 from grpo_jax.workers.process import packed, pickle_for_process
 
@@ -94,6 +94,8 @@ class IsolatedPlace:
 
         A process seeds its own global generators, so groups begin side by side.
         """
+        for worker in self._workers:
+            worker.patience = Patience()
         return list(await asyncio.gather(*map(self._group, groups)))
 
     def rest(self, seat: RemoteSeat) -> None:
@@ -132,17 +134,27 @@ class _Worker:
         self._replacing = asyncio.Lock()
         self._is_closed = False
         self.seats: dict[int, RemoteSeat] = {}
+        self.patience = Patience()
 
     async def act(self, seat: RemoteSeat, act: Act, limit: float | None) -> Answer:
+        answer = await self._act(seat, act, limit)
+        if act.kind == "reset":
+            self.patience.note(seat.name, answer.failure)
+        return answer
+
+    async def _act(self, seat: RemoteSeat, act: Act, limit: float | None) -> Answer:
         deaths = 0
         while True:
-            channel = await self._alive()
+            channel, given = await self._alive(), limit
+            if act.kind == "reset":
+                # After each process that another reset has ended.
+                given = self.patience.limit(seat.name, limit)
             if seat.failure is not None:
                 return self._lost(seat, seat.failure)
             if seat.only_in not in (None, channel):
                 return self._lost(seat, _UNREPEATABLE)
             try:
-                answer = await channel.call(seat.number, seat.name, act, limit)
+                answer = await channel.call(seat.number, seat.name, act, given)
             except LostProcessError as lost:
                 deaths += lost.seat is None
                 mine = lost.seat == seat.number or deaths >= _MOST_DEATHS

@@ -15,7 +15,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_jax.environments._generators import seeded
-from grpo_jax.environments._seat import Act, Answer, Kit, Name, Seat, timed_out
+from grpo_jax.environments._seat import (
+    Act,
+    Answer,
+    Kit,
+    Name,
+    Patience,
+    Seat,
+    timed_out,
+)
 from grpo_jax.environments._steps import Steps
 from grpo_jax.environments.outcome import Failure
 from grpo_jax.workers.event_loop import EventLoop
@@ -28,11 +36,13 @@ class LocalSeat(Seat):
     """A seat in this process.
 
     Attributes:
+      name: of the factory.
       threads: that run its acts when they are free, at most one.
     """
 
     def __init__(self, kit: Kit, name: Name) -> None:
         super().__init__(kit, name)
+        self.name = name
         self.threads: list[_Thread] = []
 
 
@@ -84,7 +94,8 @@ class LocalPlace:
         of the generators.
         """
         plain = [group for group in groups if not _is_async(group)]
-        answers = {id(group): await self._group(group) for group in plain}
+        patience = Patience()
+        answers = {id(group): await self._group(group, patience) for group in plain}
         together = [group for group in groups if _is_async(group)]
         async with self._resets:
             for group, found in zip(
@@ -109,13 +120,17 @@ class LocalPlace:
             self._coroutines.close()
             self._coroutines = None
 
-    async def _group(self, group: Sequence[Request]) -> list[Answer]:
+    async def _group(
+        self, group: Sequence[Request], patience: Patience
+    ) -> list[Answer]:
         answers = []
-        for seat, act, limit in group:
+        for seat, act, most in group:
+            limit = patience.limit(seat.name, most)
             async with self._resets:
                 # The generators come back here, even if the reset never does.
                 with seeded(act.seed):
                     answers.append(await self.act(seat, act, limit))
+            patience.note(seat.name, answers[-1].failure)
             if answers[-1].failure is not None:
                 break
         return answers

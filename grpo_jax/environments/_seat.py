@@ -132,17 +132,16 @@ class Seat:
     async def run_async(self, act: Act) -> Answer:
         """The answer of an act that is `async`.
 
-        A reset has the global random generators to itself in each of its steps.
+        A reset has the global random generators to itself in each of its steps. Who
+        runs the coroutine knows its time.
         """
-        start = time.monotonic()
         try:
             coroutine = self._begin(act)
             if act.kind == "reset":
                 coroutine = Stepped(coroutine, Draws(act.seed).in_use)
-            value = self._finish(act, await coroutine)
-            return Answer(value=value, seconds=time.monotonic() - start)
+            return Answer(value=self._finish(act, await coroutine))
         except BaseException as error:
-            return _failed(error, time.monotonic() - start)
+            return _failed(error)
 
     def _begin(self, act: Act) -> Any:
         """Calls the user's function: its value, or its coroutine."""
@@ -260,6 +259,27 @@ class Seat:
         return columns
 
 
+class Patience:
+    """How long the resets of a play may take that run one after another.
+
+    Directly behind one that hung, a reset of the same factory has half of its time. So
+    all that hang in a row take twice as long as one, however many they are. One that
+    ends gives the next all of its time again.
+    """
+
+    def __init__(self) -> None:
+        self._hung: dict[Name, int] = {}
+
+    def limit(self, name: Name, limit: float | None) -> float | None:
+        """Seconds for the next reset, of those that it would have alone."""
+        return None if limit is None else limit * 0.5 ** self._hung.get(name, 0)
+
+    def note(self, name: Name, failure: Failure | None) -> None:
+        """What became of the last reset."""
+        hung = failure is not None and failure.kind == "timeout"
+        self._hung[name] = self._hung.get(name, 0) + 1 if hung else 0
+
+
 def timed_out(seconds: float) -> Failure:
     """The failure of a call that took too long."""
     return Failure(
@@ -278,7 +298,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function)
 
 
-def _failed(error: BaseException, seconds: float) -> Answer:
+def _failed(error: BaseException, seconds: float = 0.0) -> Answer:
     if isinstance(error, KeyboardInterrupt):
         return Answer(interrupted=True, seconds=seconds)
     try:

@@ -1,6 +1,7 @@
 """Coroutines of users on one event loop: time limits, and whose code runs."""
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -13,13 +14,14 @@ class Steps:
     """Runs calls of one event loop.
 
     A call that never pauses holds up all others, so it must be known whose code runs.
-    The time in which others held the loop does not count for a call.
+    The time in which others held the loop does not count for a call: neither for its
+    limit nor in the seconds of its answer.
     """
 
     def __init__(self, report: Callable[[int | None], None]) -> None:
         """Reports the number of a call at each of its steps, and None after each."""
         self.report = report
-        self.held = 0.0  # seconds in which some call held the loop
+        self.held = 0.0  # seconds in which some call held the loop, or its thread
 
     async def run(
         self, number: int, coroutine: Coroutine[Any, Any, Answer], limit: float | None
@@ -32,10 +34,11 @@ class Steps:
             others = self.held - before - meter.own
             used = time.monotonic() - start - others
             left = None if limit is None else limit - used
+            if task.done():
+                return dataclasses.replace(task.result(), seconds=used)
             if left is not None and left <= 0.0:
                 break
-            if (await asyncio.wait({task}, timeout=left))[0]:
-                return task.result()
+            await asyncio.wait({task}, timeout=left)
         assert limit is not None
         task.cancel()  # which it may ignore: it is not waited for
         return Answer(failure=timed_out(limit), seconds=limit, lost=True)

@@ -6,6 +6,7 @@ rests while a plain act runs.
 """
 
 import asyncio
+import time
 from typing import Any
 
 from grpo_jax.environments._generators import seeded
@@ -65,12 +66,14 @@ class _Desk:
         """Does an order that is not async."""
         number, _, _, act, _ = order
         self._connection.send(number)
-        seat = self._seat(order)
+        start, seat = time.monotonic(), self._seat(order)
         if act.kind == "reset":
             with seeded(act.seed):
                 answer = seat.run(act)
         else:
             answer = seat.run(act)
+        # The event loop rested, off the clocks of its calls.
+        self._steps.held += time.monotonic() - start
         self._send(number, answer)
         if act.kind == "close":
             del self._seats[order[1]]

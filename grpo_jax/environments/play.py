@@ -20,9 +20,9 @@ class Play:
     """Episodes of a number of rows, some for each; made by `Host.play`.
 
     Episode `row * members + member` is one member's. What the environments answer is
-    worked out beside the caller: `send` gives a turn, `wait` or `ready` the reply.
-    `results` ends the episodes. `close` gives the environments back, so call it when
-    nobody looks at them any more.
+    worked out beside the caller: `send` gives a turn, `wait` the reply. `results` ends
+    the episodes. `close` gives the environments back, so call it when nobody looks at
+    them any more.
 
     Attributes:
       openings: for each row, the messages that its episodes begin with, or the failure
@@ -82,10 +82,6 @@ class Play:
             state = "awaits a reply" if episode in self._turns else "is over"
             raise ValueError(f"episode {episode} {state}; it takes no turn.")
         self._turns[episode] = self._pool.loop.start(self._turn(episode, message))
-
-    def ready(self) -> list[int]:
-        """The episodes whose replies `wait` would give at once."""
-        return [episode for episode, turn in self._turns.items() if turn.done()]
 
     def wait(self, episodes: Iterable[int]) -> dict[int, Reply]:
         """The replies to the last turns of these episodes, once all are there.
@@ -156,28 +152,30 @@ class Play:
             *(self._pool.take(self._name(number)) for number in numbers)
         )
         self._seats = [seat for seat, _ in opened]
-        for number, (_, answer) in enumerate(opened):
+        made = [
             self._settled(number, Act("open"), answer)
+            for number, (_, answer) in enumerate(opened)
+        ]
         answers: dict[int, list[Answer]] = {}
         groups = {}
         for index, row in enumerate(self._rows):
             group = range(index * self._members, (index + 1) * self._members)
-            unmade = [opened[n][1] for n in group if opened[n][1].failure is not None]
-            if unmade:
-                answers[index] = unmade[:1]
-                continue
-            act = Act("reset", arguments=row, seed=seeds[index])
-            limit = self._episodes[group[0]].limit
-            groups[index] = [(self._seats[n], act, limit) for n in group]
+            answers[index] = [made[n] for n in group if made[n].failure is not None]
+            if not answers[index]:
+                act = Act("reset", arguments=row, seed=seeds[index])
+                limit = self._episodes[group[0]].limit
+                groups[index] = [(self._seats[n], act, limit) for n in group]
         found = await self._pool.place.resets(list(groups.values()))
-        answers |= dict(zip(groups, found, strict=True))
+        for index, of_group in zip(groups, found, strict=True):
+            answers[index] = [
+                self._settled(number, Act("reset"), answer)
+                for number, answer in enumerate(of_group, index * self._members)
+            ]
         return [self._opening(index, answers[index]) for index in range(len(seeds))]
 
     def _opening(self, index: int, answers: Sequence[Answer]) -> Any:
         """What the episodes of a group begin with, or the failure of one for all."""
         first = index * self._members
-        for number, answer in enumerate(answers, first):
-            self._settled(number, Act("reset"), answer)
         failed = [answer for answer in answers if answer.failure is not None]
         openings = []
         for offset in range(self._members):

@@ -138,13 +138,7 @@ class RewardCall:
         """Calls the function, which must not be `async`; raises only Ctrl-C."""
         try:
             outcome, keywords = self._prepare(inputs)
-            outcome.rewards[:] = checked_rewards(
-                self.function(**keywords),
-                name=self.name,
-                count=len(inputs),
-                first=inputs.first,
-            )
-            return outcome
+            return self._finish(outcome, self.function(**keywords), inputs)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # also sys.exit() in the function
@@ -154,13 +148,7 @@ class RewardCall:
         """Awaits the function, which must be `async`; raises only Ctrl-C."""
         try:
             outcome, keywords = self._prepare(inputs)
-            outcome.rewards[:] = checked_rewards(
-                await self.function(**keywords),
-                name=self.name,
-                count=len(inputs),
-                first=inputs.first,
-            )
-            return outcome
+            return self._finish(outcome, await self.function(**keywords), inputs)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # also a cancellation, by whomever
@@ -200,6 +188,13 @@ class RewardCall:
         if self.accepted is not None:
             keywords = {k: v for k, v in keywords.items() if k in self.accepted}
         return outcome, keywords
+
+    def _finish(self, outcome: Outcome, values: Any, inputs: RewardInputs) -> Outcome:
+        count, first = len(inputs), inputs.first
+        outcome.rewards[:] = checked_rewards(
+            values, name=self.name, count=count, first=first
+        )
+        return outcome
 
     def _check_name(
         self, logger: str, name: Any, is_taken: Callable[[str], bool]

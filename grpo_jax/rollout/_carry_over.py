@@ -18,6 +18,7 @@ from grpo_jax.config import RolloutConfig, SamplingConfig, TrainConfig
 from grpo_jax.models.protocol import LanguageModel, SlotDecoder
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout._engine import Engine
+from grpo_jax.rollout._settings import GroupSettings
 from grpo_jax.rollout.encoding import bucket
 from grpo_jax.rollout.sampler import Completions, Sampler, cut
 
@@ -255,13 +256,10 @@ def carry_over(
     weights: Callable[[], tuple[PyTree, int]],
     prompt_of: Callable[[int], Sequence[int]],
     key: Key[Array, ""],
+    settings: GroupSettings,
     *,
     prompt_tokens: int,
     prompts_per_step: int,
-    group_size: int,
-    max_new_tokens: int,
-    sampling: SamplingConfig,
-    stop_ids: tuple[int, ...],
     rollout: RolloutConfig,
 ) -> CarryOver:
     """A stream with an engine of its own; the arguments are those of both.
@@ -274,16 +272,13 @@ def carry_over(
             f"rollout.carry_over needs a model with slots, got {type(model).__name__}, "
             "which has no `decode_slots`; set it to false."
         )
-    slots = rollout.slots or prompts_per_step * group_size
+    slots = rollout.slots or prompts_per_step * settings.group_size
     engine = Engine(
         model,
+        settings,
         mesh=mesh,
         slots=max(slots // meshes.batch_shards(mesh), 1),
         prompt_tokens=prompt_tokens,
-        group_size=group_size,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop_ids=stop_ids,
         streams=True,
     )
     return CarryOver(

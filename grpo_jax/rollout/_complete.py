@@ -9,11 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Key, PyTree
 
-from grpo_jax.config import SamplingConfig
 from grpo_jax.models.protocol import LanguageModel, SlotDecoder
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout._ended import Told, draw_all, tell
 from grpo_jax.rollout._engine import Engine
+from grpo_jax.rollout._settings import GroupSettings
 from grpo_jax.rollout._together import generate_together
 from grpo_jax.rollout.encoding import pad
 from grpo_jax.rollout.sampler import Completions
@@ -24,15 +24,12 @@ def complete(
     model: LanguageModel,
     variables: PyTree,
     prompts: Sequence[Sequence[int]],
+    settings: GroupSettings,
     *,
     numbers: np.ndarray,
     key: Key[jax.Array, ""],
     mesh: Mesh | None,
     width: int,
-    group_size: int,
-    max_new_tokens: int,
-    sampling: SamplingConfig,
-    stop_ids: tuple[int, ...],
     most: int | None = None,
     batch_size: int | None = None,
     ended: Told | None = None,
@@ -42,24 +39,19 @@ def complete(
     processes = jax.process_count()
     parts = max(1 if mesh is None else meshes.batch_shards(mesh) // processes, 1)
     rows = math.ceil((len(prompts) if most is None else most) / parts)
+    group_size = settings.group_size
     at_once = rows * group_size
     if batch_size is not None:
         at_once = min(at_once, max(batch_size // (parts * processes), 1))
-    how = {
-        "group_size": group_size,
-        "max_new_tokens": max_new_tokens,
-        "sampling": sampling,
-        "stop_ids": stop_ids,
-    }
     if isinstance(model, SlotDecoder):
         engine = Engine(
             model,
+            settings,
             mesh=mesh,
             slots=at_once,
             prompt_tokens=width,
             # Completions that wait for an answer come back.
             streams=turns is not None,
-            **how,
         )
         engine.update(variables)
         groups = engine.add(prompts, numbers.astype(np.uint32).tolist(), key)
@@ -84,7 +76,8 @@ def complete(
         batch: Any = [x.reshape(-1, *x.shape[2:]) for x in of_all]
         if mesh is not None:
             batch = meshes.to_mesh(mesh, batch)
-        part = generate_together(model, variables, *batch[:2], key, batch[2], **how)
+        given = (*batch[:2], key, batch[2])
+        part = generate_together(model, variables, *given, settings=settings)
         if mesh is not None:
             # Each process fetches the rows of its own prompts.
             part = jax.device_put(part, batch[1].sharding)

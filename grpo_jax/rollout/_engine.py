@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
-from grpo_jax.config import SamplingConfig
 from grpo_jax.models.limits import cache_columns, prompt_rows
 from grpo_jax.models.protocol import SlotDecoder
 from grpo_jax.parallel import mesh as meshes
@@ -26,6 +25,7 @@ from grpo_jax.rollout._drawn import Drawn
 from grpo_jax.rollout._extend import extend, run_given
 from grpo_jax.rollout._forced import width
 from grpo_jax.rollout._loop import Held, Loop, Start
+from grpo_jax.rollout._settings import GroupSettings
 from grpo_jax.rollout._slots import NONE, Demand, SlotPlan
 from grpo_jax.rollout._stored import Stored
 from grpo_jax.rollout.sampler import Completions
@@ -53,14 +53,11 @@ class Engine:
     def __init__(
         self,
         model: SlotDecoder,
+        settings: GroupSettings,
         *,
         mesh: Mesh | None,
         slots: int,
         prompt_tokens: int,
-        group_size: int,
-        max_new_tokens: int,
-        sampling: SamplingConfig,
-        stop_ids: tuple[int, ...],
         streams: bool = False,
     ) -> None:
         """An engine without groups, and without weights until `update`.
@@ -72,16 +69,16 @@ class Engine:
             and a turn never lasts until all have ended.
         """
         self._model, self._mesh = model, mesh
-        self._sampling, self._stop_ids = sampling, stop_ids
-        self._group_size, self._limit = group_size, max_new_tokens
+        self._settings = settings
+        self._group_size, self._limit = settings.group_size, settings.max_new_tokens
         self._width, self._streams = prompt_tokens, streams
         own = 1
         if mesh is not None:
             own = max(meshes.batch_shards(mesh) // jax.process_count(), 1)
-        self._plan = SlotPlan(own, group_size=group_size, slots=slots)
-        self.drawn = Drawn(group_size, max_new_tokens)
+        self._plan = SlotPlan(own, group_size=self._group_size, slots=slots)
+        self.drawn = Drawn(self._group_size, self._limit)
         self._column = 0
-        self._columns = cache_columns(max_new_tokens, 0)
+        self._columns = cache_columns(self._limit, 0)
         # Prompts that have a row, and are not computed yet.
         self._new: list[list[tuple[int, int]]] = [[] for _ in range(own)]
         self._stored: Any = None  # a `Stored`, from the first turn on
@@ -170,7 +167,8 @@ class Engine:
         self, groups: Sequence[int]
     ) -> tuple[Completions, Int[np.ndarray, "n G T"]]:
         """What was drawn of groups that have ended, and the version of each token."""
-        pad_id, stop_ids = self._model.config.pad_token_id or 0, self._stop_ids
+        pad_id = self._model.config.pad_token_id or 0
+        stop_ids = self._settings.stop_ids
         return self.drawn.completions(groups, stop_ids=stop_ids, pad_id=pad_id)
 
     def host_state(self, kept: Bool[np.ndarray, " n"]) -> dict[str, np.ndarray]:
@@ -307,7 +305,7 @@ class Engine:
         stored = self._stored
         cache = run_given(
             functools.partial(
-                extend, self._model, self._ready, sampling=self._sampling
+                extend, self._model, self._ready, sampling=self._settings.sampling
             ),
             (stored.last, stored.prompts, stored.cache),
             self._plan,
@@ -356,14 +354,11 @@ class Engine:
             stored.prompts,
             stored.cache,
             Start(**jax.tree.map(self._place, start)),
-            group_size=self._group_size,
+            settings=self._settings,
             turns=turns,
-            limit=self._limit,
             impl=self.drawn.impl,
             aligned=not (demand.scattered or self._streams)
             and plan.slots == stored.last.shape[1] * self._group_size,
-            sampling=self._sampling,
-            stop_ids=self._stop_ids,
         )
         self._stored = stored.replace(cache=cache)
         return meshes.to_host(loop)

@@ -13,11 +13,11 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
-from grpo_jax.config import SamplingConfig
 from grpo_jax.models.cache import Cache, PromptBlock, Slots
 from grpo_jax.models.protocol import SlotDecoder
 from grpo_jax.rollout._forced import Forced
 from grpo_jax.rollout._programs import by_batch
+from grpo_jax.rollout._settings import GroupSettings
 from grpo_jax.rollout.draw import draw
 
 
@@ -98,16 +98,7 @@ class Loop(struct.PyTreeNode):
 
 @functools.partial(
     jax.jit,
-    static_argnames=(
-        "model",
-        "group_size",
-        "turns",
-        "limit",
-        "impl",
-        "aligned",
-        "sampling",
-        "stop_ids",
-    ),
+    static_argnames=("model", "settings", "turns", "impl", "aligned"),
     donate_argnames=("cache",),
 )
 def advance(
@@ -118,13 +109,10 @@ def advance(
     cache: tuple[PyTree, PyTree],
     start: Start,
     *,
-    group_size: int,
+    settings: GroupSettings,
     turns: int,
-    limit: int,
     impl: str,
     aligned: bool,
-    sampling: SamplingConfig,
-    stop_ids: tuple[int, ...],
 ) -> tuple[Loop, tuple[PyTree, PyTree]]:
     """Draw tokens in all slots, and put completions of the queue into free slots.
 
@@ -133,8 +121,6 @@ def advance(
 
     Args:
       last: hidden states behind the prompts.
-      group_size: most completions of a prompt, G.
-      limit: most tokens of a completion.
       impl: of the random keys.
       aligned: whether the prompt of the G slots from m x G on is in row m.
     """
@@ -143,10 +129,10 @@ def advance(
     # rows reads it row by row.
     head: Any = model.apply(variables, method=model.head)
     softcap = model.config.logit_softcap
-    drawn = functools.partial(draw, head=head.T, sampling=sampling, softcap=softcap)
-    drew = functools.partial(
-        _drew, drawn=drawn, impl=impl, limit=limit, stops=jnp.array(stop_ids, jnp.int32)
+    drawn = functools.partial(
+        draw, head=head.T, sampling=settings.sampling, softcap=softcap
     )
+    drew = functools.partial(_drew, drawn=drawn, impl=impl, settings=settings)
 
     def behind_prompts(state: Loop) -> Float[Array, "A S D"]:
         return jax.vmap(lambda x, at: x[at])(last, state.held.row)
@@ -173,7 +159,7 @@ def advance(
         return state, readers, cache
 
     rows = last.shape[1]
-    readers_of = functools.partial(_readers, rows=rows, most=group_size)
+    readers_of = functools.partial(_readers, rows=rows, most=settings.group_size)
     state = _beginning(start, turns)
     # First tokens cost a product with the head, and no pass through the layers.
     fresh = jnp.any(state.alive & (state.index == 0))
@@ -209,8 +195,7 @@ def _drew(
     *,
     drawn: Callable[..., tuple[Array, Array]],
     impl: str,
-    limit: int,
-    stops: Int[Array, " E"],
+    settings: GroupSettings,
 ) -> Loop:
     """The state with one more token for each completion, drawn or forced."""
     held = state.held
@@ -220,10 +205,10 @@ def _drew(
     token, logp = drawn(hidden, keys=keys, forced=forced)
     put = functools.partial(lax.dynamic_update_index_in_dim, index=state.turn, axis=2)
     index = state.index + state.alive
-    ended = jnp.isin(token, stops)
+    ended = jnp.isin(token, jnp.array(settings.stop_ids, jnp.int32))
     if forced is not None:
         ended &= forced < 0
-    ended |= index >= limit
+    ended |= index >= settings.max_new_tokens
     return state.replace(
         turn=state.turn + 1,
         held=held.replace(ticket=jnp.where(ended, -1, held.ticket)),

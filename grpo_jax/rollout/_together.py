@@ -13,16 +13,13 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from grpo_jax.config import SamplingConfig
 from grpo_jax.models.protocol import LanguageModel, in_compute_dtype
+from grpo_jax.rollout._settings import GroupSettings
 from grpo_jax.rollout.draw import draw
 from grpo_jax.rollout.sampler import Completions
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "group_size", "max_new_tokens", "sampling", "stop_ids"),
-)
+@functools.partial(jax.jit, static_argnames=("model", "settings"))
 def generate_together(
     model: LanguageModel,
     variables: PyTree,
@@ -31,15 +28,13 @@ def generate_together(
     key: Key[Array, ""],
     prompt_ids: Int[Array, " N"],
     *,
-    group_size: int,
-    max_new_tokens: int,
-    sampling: SamplingConfig,
-    stop_ids: tuple[int, ...],
+    settings: GroupSettings,
 ) -> Completions:
     """All completions in one loop, for models whose sequences share one step."""
     variables = in_compute_dtype(variables, model.config.dtype)
     head: Any = model.apply(variables, method=model.head).T
     last, prefix = model.apply(variables, prompts, lengths, method=model.prefill)
+    group_size, max_new_tokens = settings.group_size, settings.max_new_tokens
     shape = (prompts.shape[0], group_size)
     cache = model.init_cache(*shape, max_new_tokens)
     # The order (prompt, then sample, then token) fixes all random numbers.
@@ -60,7 +55,7 @@ def generate_together(
             hidden,
             head,
             jax.vmap(jax.vmap(lambda key: fold(key, step)))(keys),
-            sampling=sampling,
+            sampling=settings.sampling,
             softcap=model.config.logit_softcap,
         )
 
@@ -70,7 +65,7 @@ def generate_together(
             new = jnp.where(alive, new, old)
             return lax.dynamic_update_index_in_dim(values, new, step, axis=-1)
 
-        ended = alive & jnp.isin(token, jnp.asarray(stop_ids, jnp.int32))
+        ended = alive & jnp.isin(token, jnp.asarray(settings.stop_ids, jnp.int32))
         return state.replace(
             step=step + 1,
             tokens=put(state.tokens, token),

@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key, PyTree
 
 from grpo_jax.config import RolloutConfig, SamplingConfig
-from grpo_jax.models.limits import check_stop_ids, longest_prompt
+from grpo_jax.models.limits import longest_prompt
 from grpo_jax.models.protocol import LanguageModel, SlotDecoder
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout._carry_over import CarryOver, carry_over
 from grpo_jax.rollout._complete import complete
 from grpo_jax.rollout._ended import Told
+from grpo_jax.rollout._settings import group_settings
 from grpo_jax.rollout._together import generate_together
 from grpo_jax.rollout.encoding import bucket
 from grpo_jax.rollout.sampler import Completions, cut
@@ -64,44 +65,34 @@ def generate(
             f"prompts must be [N, P] with lengths [N], got {prompts.shape} and "
             f"{lengths.shape}."
         )
-    counts = {"group_size": group_size, "max_new_tokens": max_new_tokens}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}.")
+    settings = group_settings(
+        model.config,
+        sampling or SamplingConfig(),
+        group_size=group_size,
+        max_new_tokens=max_new_tokens,
+    )
     context = model.config.max_position_embeddings
     if prompts.shape[1] + max_new_tokens > context:
         raise ValueError(
             f"{prompts.shape[1]} prompt tokens and {max_new_tokens} new tokens exceed "
             f"the model's context of {context}; lower max_new_tokens."
         )
-    sampling = sampling or SamplingConfig()
-    stop_ids = _stop_ids(model, sampling)
     if prompt_ids is None:
         prompt_ids = jnp.arange(prompts.shape[0])
     variables = {"params": params} if lora is None else {"params": params, "lora": lora}
     given = (variables, prompts, lengths, key, prompt_ids)
     if not isinstance(model, SlotDecoder) or not _is_here(given):
-        return generate_together(
-            model,
-            *given,
-            group_size=group_size,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop_ids=stop_ids,
-        )
+        return generate_together(model, *given, settings=settings)
     mesh = jax.sharding.get_mesh()
     completions = complete(
         model,
         variables,
         [row[:n] for row, n in zip(np.asarray(prompts), lengths, strict=True)],
+        settings,
         numbers=np.asarray(prompt_ids),
         key=key,
         mesh=None if mesh.empty else mesh,
         width=prompts.shape[1],
-        group_size=group_size,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop_ids=stop_ids,
     )
     return jax.tree.map(jnp.asarray, completions)
 
@@ -153,12 +144,14 @@ class GroupSampler:
             self._weights,
             prompt_of,
             key,
+            group_settings(
+                self._model.config,
+                sampling,
+                group_size=group_size,
+                max_new_tokens=max_new_tokens,
+            ),
             prompt_tokens=bucket(longest, limit=self._longest_prompt(max_new_tokens)),
             prompts_per_step=prompts_per_step,
-            group_size=group_size,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop_ids=_stop_ids(self._model, sampling),
             rollout=rollout,
         )
 
@@ -193,16 +186,18 @@ class GroupSampler:
             self._model,
             variables,
             prompts[own],
+            group_settings(
+                self._model.config,
+                sampling,
+                group_size=group_size,
+                max_new_tokens=max_new_tokens,
+            ),
             numbers=np.array(numbers[own], np.uint32),
             key=key,
             mesh=self._mesh,
             # All processes pad alike.
             width=bucket(max(map(len, prompts)), limit=limit),
             most=math.ceil(len(prompts) / jax.process_count()),
-            group_size=group_size,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop_ids=_stop_ids(self._model, sampling),
             batch_size=batch_size,
             ended=ended,
             turns=turns,
@@ -211,14 +206,6 @@ class GroupSampler:
         longest = meshes.gather_rows(np.array([completions.lengths.max(initial=0)]))
         kept = bucket(int(longest.max()), limit=max_new_tokens)
         return cut(completions, kept)
-
-
-def _stop_ids(model: LanguageModel, sampling: SamplingConfig) -> tuple[int, ...]:
-    stop_ids = sampling.stop_ids
-    if stop_ids is None:
-        stop_ids = model.config.eos_token_ids
-    check_stop_ids(stop_ids, vocab_size=model.config.vocab_size)
-    return tuple(stop_ids)
 
 
 def _is_here(arrays: PyTree) -> bool:

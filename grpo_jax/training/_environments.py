@@ -39,8 +39,9 @@ def make_host(
         return None
     if config.rollout.carry_over:
         raise ValueError(
-            "rollout.carry_over must be false with tools or environments: an episode "
-            "that continues in the next step would have to be saved with it."
+            "rollout.carry_over cannot be combined with tools or environments: an "
+            "episode that continues in the next step would have to be saved with it. "
+            "Set rollout.carry_over to false."
         )
     return Host(tools or (), environment_factory, config.environments)
 

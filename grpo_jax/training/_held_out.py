@@ -75,7 +75,8 @@ def make_evaluation(
     """A function that measures a run's policy, as the sampler has it, on held-out rows.
 
     It returns the greedy accuracy where the task can tell right from wrong, else the
-    mean reward; nothing if there are no rows. All processes must call it.
+    mean reward, and with episodes what tools and environments did. Nothing if there are
+    no rows. All processes must call it.
 
     Args:
       prompts: the token ids of those rows.
@@ -126,6 +127,9 @@ def make_evaluation(
             given = values[~np.isnan(values)]
             mean = float(given.mean()) if given.size else math.nan
             metrics = {names.EVAL_REWARD: mean}
+        if own.played is not None:
+            counts = names.episode_metrics(meshes.gather_rows(own.played.counts))
+            metrics |= {f"eval/{name}": value for name, value in counts.items()}
         return metrics | {"time/eval": time.perf_counter() - start}
 
     return evaluate

@@ -1,15 +1,21 @@
 """Environments and tools in worker processes: a loss costs its own episode only."""
 
+import asyncio
 import math
+import multiprocessing
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from grpo_jax.config import EnvironmentsConfig
-from grpo_jax.environments import _isolated
+from grpo_jax.environments import _isolated, _steps, _worker
+from grpo_jax.environments._channel import LostProcessError
+from grpo_jax.environments._isolated import IsolatedPlace
+from grpo_jax.environments._seat import Act, Answer, Kit, timed_out
 from grpo_jax.environments.host import Host
 from grpo_jax.environments.outcome import Reply
 
@@ -128,6 +134,21 @@ def test_a_tool_without_an_environment_only_fails_the_call():
     assert (first.failure, first.failed_calls, second.failed_calls) == (None, 1, 0)
 
 
+def test_a_slow_method_costs_the_environment_unless_it_is_async():
+    def check(limit):
+        with host_of(factory=examples.Door, tool_timeout_seconds=limit) as host:
+            with host.play([{"word": "w"}], seeds=[0], members=2) as play:
+                dream = results(turn(play, 0, says("", call("dream"))))
+                assert dream == [f"{{'error': 'No result within {limit:.3g} s.'}}"]
+                assert results(turn(play, 0, says("", call("say", word="w"))))
+                hang = says("", call("trouble", what="hang"))
+                assert turn(play, 1, hang) == Reply(done=True)
+                found = play.results()
+        assert kinds(found) == [None, "timeout"]
+
+    at_some_limit(check)
+
+
 def test_async_tools_of_an_environment_survive_the_loss_by_another():
     rows = [{"word": "w"}]
     with host_of(factory=examples.Door) as host:
@@ -190,6 +211,80 @@ def test_a_reset_that_loses_its_process_costs_its_group(what):
         assert found == [None, None, kind, kind, None, None]
 
     check(None) if what == "die" else at_some_limit(check, 1.0)
+
+
+def test_resets_behind_one_that_ended_the_process_have_half_of_its_time(monkeypatch):
+    given = []
+
+    class Lost:
+        """A channel whose process ends with a reset that is late."""
+
+        lost = None
+
+        @classmethod
+        async def opened(cls, pickled):
+            return cls()
+
+        async def call(self, seat, name, act, limit):
+            if self.lost is None:
+                given.append(limit)
+                if act.arguments["late"]:
+                    self.lost = LostProcessError(seat, timed_out(limit))
+            if self.lost is not None:
+                raise self.lost
+            return Answer()
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr(_isolated, "Channel", Lost)
+    place = IsolatedPlace(Kit((), {None: examples.Echo}), 1)
+
+    def reset(*late):
+        acts = [Act("reset", arguments={"late": one}) for one in late]
+        groups = [[(place.seat(None), act, 8.0)] for act in acts]
+        return asyncio.run(place.resets(groups))
+
+    found = reset(True, True, False, True)
+    assert [one.failure is None for (one,) in found] == [False, False, True, False]
+    assert given == [8.0, 4.0, 2.0, 8.0]
+    reset(True)
+    assert given[-1] == 8.0
+
+
+def test_async_calls_do_not_pay_for_plain_ones_of_their_process(monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(_steps, "time", clock)
+    monkeypatch.setattr(_worker, "time", clock)
+    ours, theirs = multiprocessing.Pipe()
+
+    def work() -> str:
+        """Work for long."""
+        now[0] += 100.0
+        return "worked"
+
+    async def wait() -> str:
+        """Have the work done, and wait for it."""
+        ours.send((2, 0, None, Act("tool", name="work", arguments={}), None))
+        while not now[0]:
+            await asyncio.sleep(0)
+        return "waited"
+
+    ours.send((1, 0, None, Act("tool", name="wait", arguments={}), 10.0))
+    desk = _worker._Desk(Kit((work, wait), {}), theirs)
+    with asyncio.Runner() as runner:
+        desk.run(runner.run(desk.next_plain()))
+        runner.run(asyncio.wait(desk._tasks))
+    answers = {}
+    while ours.poll():
+        if isinstance(report := ours.recv(), tuple):
+            answers[report[0]] = report[1]
+    assert {number: one.value for number, one in answers.items()} == {
+        1: "waited",
+        2: "worked",
+    }
+    assert answers[1].seconds == 0.0
 
 
 def test_what_cannot_be_sent_is_refused_by_name():

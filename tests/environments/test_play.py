@@ -9,11 +9,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from grpo_jax.config import EnvironmentsConfig
+from grpo_jax.environments import _steps
+from grpo_jax.environments._local import LocalPlace
+from grpo_jax.environments._seat import Act, Answer, Kit, Patience, timed_out
 from grpo_jax.environments.base import Step, TextEnvironment
 from grpo_jax.environments.host import Host
 from grpo_jax.environments.outcome import Reply
@@ -296,7 +300,7 @@ def test_plain_tools_run_in_as_many_threads_as_there_are_workers():
     assert max(most) == 3
 
 
-def test_sending_does_not_wait_and_ready_tells_who_has_a_reply():
+def test_sending_does_not_wait_and_others_are_answered_meanwhile():
     go = threading.Event()
 
     def wait() -> str:
@@ -310,8 +314,6 @@ def test_sending_does_not_wait_and_ready_tells_who_has_a_reply():
             play.send(1, says("", call("product", a=2, b=3)))
             with pytest.raises(ValueError, match="episode 0 awaits a reply"):
                 play.send(0, END)
-            while play.ready() != [1]:
-                pass
             assert results(play.wait([1])[1]) == ["6"]
             go.set()
             assert results(play.wait([0])[0]) == ["went"]
@@ -570,7 +572,7 @@ def test_a_group_does_not_go_on_after_a_failed_reset():
     assert tried == [1, 2]
 
 
-def test_an_environment_that_cannot_be_made_costs_its_group():
+def test_an_environment_that_cannot_be_made_costs_its_group(caplog):
     made = []
 
     class Fragile(examples.Count):
@@ -585,6 +587,54 @@ def test_an_environment_that_cannot_be_made_costs_its_group():
             assert play.openings[1].cause == "OSError"
             found = [result.failure is not None for result in play.results()]
     assert found == [False, False, True, True]
+    logged = [record.getMessage().split(";")[0] for record in caplog.records]
+    assert logged == ["Fragile.open failed (OSError)"]
+
+
+def late_or_not(given):
+    """An act that notes the limits of resets; late ones are given up at once."""
+
+    async def act(place, seat, act, limit):
+        if act.kind != "reset":
+            return Answer()
+        given.append((seat.name, limit))
+        late = act.arguments["late"]
+        return Answer(failure=timed_out(limit) if late else None, lost=late)
+
+    return act
+
+
+def resets(place, rows):
+    """Groups of two members, by the names of their factories and whether they hang."""
+    return [
+        [
+            (place.seat(name), Act("reset", arguments={"late": late}), 8.0)
+            for _ in range(2)
+        ]
+        for name, late in rows
+    ]
+
+
+def test_resets_behind_one_that_hung_have_half_of_its_time(monkeypatch):
+    given = []
+    monkeypatch.setattr(LocalPlace, "act", late_or_not(given))
+    place = LocalPlace(Kit((), {"a": examples.Echo, "b": examples.Echo}), 2)
+    rows = [("a", 1), ("a", 1), ("b", 0), ("a", 1), ("a", 0), ("a", 1), ("a", 1)]
+    found = asyncio.run(place.resets(resets(place, rows)))
+    # A group ends with the first reset that hangs.
+    assert [len(answers) for answers in found] == [1, 1, 2, 1, 2, 1, 1]
+    limits = [8.0, 4.0, 8.0, 8.0, 2.0, 1.0, 8.0, 8.0, 4.0]
+    assert given == list(zip("aabbaaaaa", limits, strict=True))
+    # The next play begins anew.
+    asyncio.run(place.resets(resets(place, [("a", 1)])))
+    assert given[-1] == ("a", 8.0)
+
+
+def test_without_a_limit_resets_have_none():
+    patience = Patience()
+    for _ in range(2000):
+        patience.note(None, timed_out(1.0))
+    assert patience.limit(None, None) is None and patience.limit(None, 8.0) == 0.0
 
 
 def test_an_episode_has_a_time_of_its_own():
@@ -722,6 +772,37 @@ def test_time_in_which_others_hold_the_loop_does_not_count():
         assert found == ["waited"] + ["held"] * 4
 
     at_some_limit(check)
+
+
+def test_a_call_is_charged_for_its_own_time_and_its_waiting(monkeypatch):
+    now, go = [0.0], asyncio.Event()
+    monkeypatch.setattr(_steps, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def waits():
+        now[0] += 1.0
+        await go.wait()
+        now[0] += 2.0
+        return Answer(value="waited")
+
+    async def holds():
+        now[0] += 100.0
+        return Answer(value="held")
+
+    async def passes():
+        now[0] += 10.0  # while no call holds the loop
+        go.set()
+
+    async def together():
+        steps = _steps.Steps(lambda number: None)
+        calls = steps.run(1, waits(), 20.0), steps.run(2, holds(), None)
+        return (await asyncio.gather(*calls, passes()))[:2]
+
+    found = asyncio.run(together())
+    # 1 + 2 and 100 of their own, and 10 in which both wait.
+    assert [(one.value, one.seconds) for one in found] == [
+        ("waited", 13.0),
+        ("held", 110.0),
+    ]
 
 
 def test_all_calls_of_an_environment_run_in_its_own_thread_which_ends_with_it():

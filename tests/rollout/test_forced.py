@@ -16,6 +16,7 @@ from grpo_jax.rollout import _engine as engines
 from grpo_jax.rollout import _loop as loops
 from grpo_jax.rollout import _programs as programs
 from grpo_jax.rollout._engine import Ended, Engine
+from grpo_jax.rollout._settings import group_settings
 from grpo_jax.rollout._slots import NONE, SlotPlan
 from grpo_jax.training.step import policy_logprobs
 
@@ -31,13 +32,12 @@ LENGTHS = [0, 1, 7, 16, 17, 30, 0, 40, 3, 25, 0, 59]
 def make_engine(policy, *, slots, mesh=None, variables=None, new=NEW):
     engine = Engine(
         policy.model,
+        group_settings(
+            policy.model.config, SAMPLING, group_size=GROUP, max_new_tokens=new
+        ),
         mesh=mesh,
         slots=slots,
         prompt_tokens=6,
-        group_size=GROUP,
-        max_new_tokens=new,
-        sampling=SAMPLING,
-        stop_ids=SAMPLING.stop_ids,
     )
     engine.update(policy.variables if variables is None else variables)
     return engine

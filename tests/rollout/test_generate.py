@@ -185,12 +185,12 @@ def test_without_stop_ids_completions_fill_the_limit(tiny_policy):
 def test_the_model_s_own_stop_tokens_are_the_default(tiny_policy, monkeypatch):
     chosen = []
     monkeypatch.setattr(
-        generating, "complete", lambda *_, **options: chosen.append(options)
+        generating, "complete", lambda *given, **_: chosen.append(given[3])
     )
     for sampling in (None, SamplingConfig(), SamplingConfig(stop_ids=(7,))):
         sample(tiny_policy, *prompts_and_lengths(), sampling=sampling)
     assert tiny_policy.model.config.eos_token_ids == (257,)
-    assert [one["stop_ids"] for one in chosen] == [(257,), (257,), (7,)]
+    assert [one.stop_ids for one in chosen] == [(257,), (257,), (7,)]
 
 
 def test_the_loop_stops_when_every_completion_has_ended(tiny_policy, monkeypatch):

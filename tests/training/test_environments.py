@@ -80,6 +80,9 @@ def test_a_run_plays_and_measures(whole):
     assert last["rewards/Echo/mean"] == last["reward"] > 0
     assert last["sampler_logp_diff/max"] < 1e-4
     assert last["eval/reward"] > 0
+    # Before the first step as well.
+    turns = [line.get("eval/episodes/turns", 0) for line in whole.history]
+    assert [n > 1 for n in turns] == [True, False, True, False, True]
     (path,) = (whole.run_dir / "completions").glob("*4.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(records) == 16
@@ -104,7 +107,7 @@ def test_a_run_that_is_stopped_ends_in_the_same_bits(whole, config, tmp_path):
 
 def test_environments_cannot_be_carried_over(config, tmp_path):
     carried = config(tmp_path, rollout=RolloutConfig(carry_over=True))
-    with pytest.raises(ValueError, match=r"rollout\.carry_over must be false"):
+    with pytest.raises(ValueError, match=r"Set rollout\.carry_over to false"):
         train(carried, environment_factory=Echo)
 
 

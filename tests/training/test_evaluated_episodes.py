@@ -10,6 +10,7 @@ from grpo_jax.config import RewardsConfig, SamplingConfig, TrainConfig
 from grpo_jax.environments.base import Step, TextEnvironment
 from grpo_jax.environments.host import Host
 from grpo_jax.parallel.agreement import Agreement
+from grpo_jax.reporting.metrics import episode_metrics
 from grpo_jax.rewards.runner import RewardRunner
 from grpo_jax.rollout.generate import GroupSampler
 from grpo_jax.tasks.base import Task
@@ -186,6 +187,8 @@ def test_it_measures_what_a_run_measures_of_itself(tiny_policy):
     # The sampling of an evaluation within a run has the seed 0, and is greedy.
     result = played(tiny_policy, task, seed=3, sampling=greedy)
     assert own["eval/reward"] == pytest.approx(result.reward)
+    expected = episode_metrics(result.played)
+    assert {f"eval/{name}": n for name, n in expected.items()}.items() <= own.items()
 
 
 @pytest.mark.parametrize("tools", [(), (lambda: None,)])

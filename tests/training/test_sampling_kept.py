@@ -38,8 +38,8 @@ def drawn(tiny_policy, monkeypatch):
     """A function that says how each user of a run's policy samples."""
     seen = []
 
-    def record(*_, sampling, **options):
-        seen.append(sampling)
+    def record(model, settings, **options):
+        seen.append(settings.sampling)
         raise Drawn
 
     monkeypatch.setattr(_complete, "Engine", record)

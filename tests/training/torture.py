@@ -34,7 +34,8 @@ CARRY_OVER = ("--rollout.carry-over", "--rollout.slots", "3")
 PLAYED = ("--environment", f"{Path(__file__).parent / 'echoes.py'}:Echo")
 PLAYED += ("--max-new-tokens", "16")
 _PATIENCE = 300.0  # seconds in which what is waited for must happen
-_FREE_METRICS = ("time/", "tokens_per_second/", "mfu/", "compile/", "tools/latency")
+_FREE_METRICS = ("time/", "tokens_per_second/", "mfu/", "compile/")
+_FREE_METRICS += ("tools/latency", "eval/tools/latency")
 
 
 @dataclasses.dataclass
