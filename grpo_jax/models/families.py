@@ -58,15 +58,18 @@ class Family:
     model_type: str
     defaults: Mapping[str, Any]  # optional keys, with what absence means
     default_theta: float = 10_000.0  # rotary base where the file names none
-    local_theta: float | None = None  # second rotary base, on windowed layers
-    windows: Literal["none", "all", "late", "alternating", "patterned", "unrotated"] = (
-        "none"
-    )
+    # Rotary base of windowed layers, which then have a setting of their own.
+    local_theta: float | None = None
+    windows: Literal[
+        "none", "all", "late", "alternating", "patterned", "of_four", "unrotated"
+    ] = "none"
     qkv_bias: bool = False  # always present, whatever the file says
-    qk_norm: bool = False
+    qk_norm: Literal["head", "width", "rotated"] | None = None
     sandwich_norm: bool = False
+    post_norm: bool = False
     norm_offset: float = 0.0
     scaled_embedding: bool = False  # embeddings times sqrt(D)
+    scaled_queries: bool = False  # by position, with a factor of the rotary settings
     required: tuple[str, ...] = ()  # keys, beside REQUIRED_KEYS
     ignored: frozenset[str] = frozenset()  # keys this class alone disregards
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # FIXED_KEYS too
@@ -105,6 +108,14 @@ _GEMMA = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "layer_types": None,
+}
+
+_OLMO = _SHARED | {
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "eos_token_id": 50_279,
+    "pad_token_id": 1,
 }
 
 FAMILIES: Mapping[str, Family] = {
@@ -147,7 +158,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention_bias": False,
         },
         windows="late",
-        qk_norm=True,
+        qk_norm="head",
     ),
     "MixtralForCausalLM": Family(
         model_type="mixtral",
@@ -184,7 +195,7 @@ FAMILIES: Mapping[str, Family] = {
         # The class assumes the sizes of one model, which no other file means.
         required=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
         windows="all",
-        qk_norm=True,
+        qk_norm="head",
         # Unlike in Qwen3, a window in use is one of all layers.
         ignored=_EXPERTS_IGNORED | {"max_window_layers"},
         aliases={"num_local_experts": "num_experts"},
@@ -215,7 +226,7 @@ FAMILIES: Mapping[str, Family] = {
         default_theta=1_000_000.0,
         local_theta=10_000.0,
         windows="patterned",
-        qk_norm=True,
+        qk_norm="head",
         sandwich_norm=True,
         norm_offset=1.0,
         scaled_embedding=True,
@@ -242,5 +253,70 @@ FAMILIES: Mapping[str, Family] = {
         default_theta=2_000_000.0,
         windows="unrotated",
         ignored=frozenset({"max_window_layers"}),
+    ),
+    "Olmo2ForCausalLM": Family(
+        model_type="olmo2",
+        defaults=_OLMO,
+        qk_norm="width",
+        post_norm=True,
+    ),
+    "Olmo3ForCausalLM": Family(
+        model_type="olmo3",
+        defaults=_OLMO | {"sliding_window": 4096, "layer_types": None},
+        default_theta=500_000.0,
+        local_theta=500_000.0,
+        windows="of_four",
+        qk_norm="width",
+        post_norm=True,
+    ),
+    "Phi3ForCausalLM": Family(
+        model_type="phi3",
+        defaults=_SHARED
+        | {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 1.0,
+            "sliding_window": None,
+            "bos_token_id": 1,
+            "eos_token_id": 32_000,
+            "pad_token_id": 32_000,
+        },
+        windows="all",
+        # Of its publisher's own code: attention of all layers to all tokens, and
+        # positions that are not interpolated.
+        fixed={"full_attn_mod": 1, "interpolate_factor": 1},
+    ),
+    "GraniteForCausalLM": Family(
+        model_type="granite",
+        defaults=_SHARED
+        | _LLAMA_BIASES
+        | {
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    "Ministral3ForCausalLM": Family(
+        model_type="ministral3",
+        defaults=_SHARED
+        | {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 262_144,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "sliding_window": None,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 11,
+        },
+        # The class assumes the settings of one model, which no other file means.
+        required=("rope_parameters",),
+        windows="all",
+        scaled_queries=True,
     ),
 }
