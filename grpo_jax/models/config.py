@@ -73,6 +73,7 @@ class ModelConfig:
     pad_token_id: int | None
     post_norm: bool = False  # norms after attention and the MLP instead of before
     rotary_fraction: float = 1.0  # of each head's dimensions, the first ones
+    rotary_neighbors: bool = False  # dimensions 2i and 2i + 1 are a pair, not halves
     residual_scale: float = 1.0  # multiplies what attention and the MLP add
     logit_divisor: float = 1.0  # logits are divided by it
     experts: ExpertsConfig | None = None  # instead of one MLP

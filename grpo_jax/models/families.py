@@ -26,7 +26,7 @@ IGNORED_KEYS = frozenset(
     architectures model_type _name_or_path name_or_path transformers_version
     torch_dtype dtype use_cache cache_implementation _attn_implementation
     attn_implementation _attn_implementation_autoset attention_dropout hidden_dropout
-    resid_pdrop embd_pdrop initializer_range auto_map is_llama_config
+    resid_pdrop embd_pdrop residual_dropout initializer_range auto_map is_llama_config
     transformers.js_config unsloth_fixed unsloth_version id2label label2id num_labels
     problem_type task_specific_params finetuning_task torchscript return_dict
     output_attentions output_hidden_states chunk_size_feed_forward is_decoder
@@ -64,11 +64,14 @@ class Family:
         "none", "all", "late", "alternating", "patterned", "of_four", "unrotated"
     ] = "none"
     qkv_bias: bool = False  # always present, whatever the file says
+    output_bias: str | None = "attention_bias"  # the key that o's bias follows
     qk_norm: Literal["head", "width", "rotated"] | None = None
     sandwich_norm: bool = False
     post_norm: bool = False
     norm_offset: float = 0.0
     scaled_embedding: bool = False  # embeddings times sqrt(D)
+    rotary_neighbors: bool = False
+    only_windows_rotate: bool = False  # in a model with windows
     scaled_queries: bool = False  # by position, with a factor of the rotary settings
     required: tuple[str, ...] = ()  # keys, beside REQUIRED_KEYS
     ignored: frozenset[str] = frozenset()  # keys this class alone disregards
@@ -318,5 +321,56 @@ FAMILIES: Mapping[str, Family] = {
         required=("rope_parameters",),
         windows="all",
         scaled_queries=True,
+    ),
+    "Exaone4ForCausalLM": Family(
+        model_type="exaone4",
+        defaults=_SHARED
+        | {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "num_key_value_heads": 32,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "layer_types": None,
+        },
+        windows="patterned",
+        only_windows_rotate=True,
+        qk_norm="head",
+        post_norm=True,
+    ),
+    "SeedOssForCausalLM": Family(
+        model_type="seed_oss",
+        defaults=_SHARED
+        | {
+            "max_position_embeddings": 524_288,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_bias": True,
+            "attention_out_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+        },
+        output_bias="attention_out_bias",
+    ),
+    "Glm4ForCausalLM": Family(
+        model_type="glm4",
+        defaults=_SHARED
+        | {
+            "rms_norm_eps": 0.00000015625,
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+            "eos_token_id": [151_329, 151_336, 151_338],
+            "pad_token_id": 151_329,
+        },
+        output_bias=None,
+        sandwich_norm=True,
+        rotary_neighbors=True,
     ),
 }

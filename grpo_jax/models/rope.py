@@ -1,7 +1,7 @@
 """Rotary position embeddings: their settings, frequencies, tables and application.
 
 Su et al. 2021, "RoFormer", https://arxiv.org/abs/2104.09864, in the half-split
-convention of Hugging Face: dimension i is paired with dimension i + h/2. Tables are
+convention of Hugging Face, where dimension i is paired with i + h/2. Tables are
 float32, computed from positions, and never stored with the parameters.
 """
 
@@ -163,18 +163,26 @@ def rotary_tables(
     return Rotary(cosines, sines, _query_scales(positions, settings))
 
 
-def apply_rotary(x: Float[Array, "N S H h"], rotary: Rotary) -> Float[Array, "N S H h"]:
+def apply_rotary(
+    x: Float[Array, "N S H h"], rotary: Rotary, *, neighbors: bool
+) -> Float[Array, "N S H h"]:
     """Returns x with dimensions i and i + r rotated by the angle of frequency i.
 
-    r is the number of frequencies. Dimensions from 2 r on stay as they are. Computed in
-    float32 and returned in the dtype of x.
+    r is the number of frequencies. With `neighbors` the pairs are 2 i and 2 i + 1.
+    Dimensions from 2 r on stay as they are. Computed in float32 and returned in the
+    dtype of x.
     """
     cosines, sines = rotary.cosines[:, :, None, :], rotary.sines[:, :, None, :]
     pairs = cosines.shape[-1]
-    parts = jnp.split(x.astype(jnp.float32), [pairs, 2 * pairs], axis=-1)
-    first, second, rest = parts
+    wide, rest = jnp.split(x.astype(jnp.float32), [2 * pairs], axis=-1)
+    if neighbors:
+        first, second = wide[..., 0::2], wide[..., 1::2]
+    else:
+        first, second = jnp.split(wide, 2, axis=-1)
     rotated = [first * cosines - second * sines, second * cosines + first * sines]
-    return jnp.concatenate([*rotated, rest], axis=-1).astype(x.dtype)
+    join = jnp.stack if neighbors else jnp.concatenate
+    turned = join(rotated, axis=-1).reshape(wide.shape)
+    return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)
 
 
 def _query_scales(

@@ -37,6 +37,15 @@ _FUSED = {
         "self_attn.qkv_proj": ("attn/q", "attn/k", "attn/v"),
         "mlp.gate_up_proj": ("mlp/gate", "mlp/up"),
     },
+    "Glm4ForCausalLM": {"mlp.gate_up_proj": ("mlp/gate", "mlp/up")},
+}
+# Architecture -> its own names of norms, by those of the other architectures.
+_NORMS = {
+    "Glm4ForCausalLM": {
+        "pre_feedforward_layernorm": "post_attention_layernorm",
+        "post_attention_layernorm": "post_self_attn_layernorm",
+        "post_feedforward_layernorm": "post_mlp_layernorm",
+    },
 }
 
 
@@ -265,7 +274,8 @@ def _with_fused(
     config: ModelConfig, rows: Iterable[tuple[str, str, str, tuple[int, ...]]]
 ) -> Iterator[Parameter]:
     """The parameters of all layers, where they may be parts of a file's tensors."""
-    kinds = {row[0]: row for row in rows}
+    norms = _NORMS.get(config.architecture, {})
+    kinds = {path: (path, norms.get(hf, hf), *rest) for path, hf, *rest in rows}
     for fused, modules in _FUSED.get(config.architecture, {}).items():
         for kind in ("kernel", "bias"):
             paths = [f"{module}/{kind}" for module in modules]

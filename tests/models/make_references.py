@@ -177,6 +177,22 @@ CASES |= {
     ),
 }
 
+CASES |= {
+    "exaone4": (
+        "Exaone4",
+        {
+            "num_hidden_layers": 3,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "seed_oss": (
+        "SeedOss",
+        {"head_dim": 8, "attention_out_bias": True, "attention_bias": False},
+    ),
+    "glm4": ("Glm4", {"head_dim": 8, "pad_token_id": 3, "eos_token_id": [7, 8]}),
+}
+
 
 def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
     """Gives every parameter values of which none is trivially 0 or 1."""

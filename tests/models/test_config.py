@@ -368,11 +368,32 @@ def test_a_one_in_no_rope_layers_means_that_the_layer_rotates():
     assert every_third.layer_rope == (0, 0, None)
 
 
+def test_full_layers_of_exaone_rotate_only_in_a_model_without_windows():
+    hf = variant("Exaone4ForCausalLM", "exaone4", num_hidden_layers=5)
+    config = ModelConfig.from_hf({**hf, "sliding_window": 5})
+    assert config.layer_window == (5, 5, 5, None, 5)
+    assert config.layer_rope == (0, 0, 0, None, 0)
+    listed = {**hf, "sliding_window_pattern": "LLG"}
+    full = ["full_attention"] * 5
+    whole = ModelConfig.from_hf({**listed, "layer_types": full, "sliding_window": None})
+    assert whole.layer_rope == (0,) * 5 and whole.layer_window == (None,) * 5
+    for one in (config, whole):
+        assert ModelConfig.from_hf(one.to_hf()) == one
+    with pytest.raises(ValueError, match="sliding_window_pattern must be .* got 'LLG'"):
+        ModelConfig.from_hf(listed)
+
+
 def test_biases_follow_the_family():
     qwen2 = ModelConfig.from_hf(QWEN2)
     assert (qwen2.attention_bias, qwen2.output_bias) == (True, False)
     llama = ModelConfig.from_hf({**LLAMA, "attention_bias": True})
     assert (llama.attention_bias, llama.output_bias) == (True, True)
+    seed_oss = variant("SeedOssForCausalLM", "seed_oss", attention_bias=False)
+    config = ModelConfig.from_hf({**seed_oss, "attention_out_bias": True})
+    assert (config.attention_bias, config.output_bias) == (False, True)
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    glm4 = ModelConfig.from_hf(variant("Glm4ForCausalLM", "glm4"))
+    assert (glm4.attention_bias, glm4.output_bias) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from grpo_jax.models.rope import (
 def rotate(x, position, rope):
     tables = rotary_tables(jnp.array([[position]]), [rope], head_dim=x.shape[-1])
     one = Rotary(tables.cosines[0], tables.sines[0])
-    out = apply_rotary(jnp.asarray(x)[None, None, None], one)
+    out = apply_rotary(jnp.asarray(x)[None, None, None], one, neighbors=False)
     return np.asarray(out)[0, 0, 0]
 
 
@@ -93,8 +93,21 @@ def test_dimensions_beyond_the_tables_do_not_rotate():
     tables = rotary_tables(jnp.array([[3]]), [RopeConfig(theta=7.0)], head_dim=4)
     one = Rotary(tables.cosines[0], tables.sines[0])
     x = np.array([1.0, 0, 0, 0, 5.0, 6.0], np.float32)
-    out = np.asarray(apply_rotary(jnp.asarray(x)[None, None, None], one))[0, 0, 0]
+    out = np.asarray(
+        apply_rotary(jnp.asarray(x)[None, None, None], one, neighbors=False)
+    )[0, 0, 0]
     np.testing.assert_allclose(out, [np.cos(3), 0, np.sin(3), 0, 5, 6], atol=1e-6)
+
+
+def test_neighbors_can_be_the_pairs():
+    # h = 5, of which 4 rotate: 0 with 1 and 2 with 3.
+    tables = rotary_tables(jnp.array([[3]]), [RopeConfig(theta=9.0)], head_dim=4)
+    one = Rotary(tables.cosines[0], tables.sines[0])
+    x = jnp.array([1.0, 0, 1.0, 0, 5.0])[None, None, None]
+    out = np.asarray(apply_rotary(x, one, neighbors=True))[0, 0, 0]
+    # The second frequency is 9^(-2/4) = 1/3, so it turns by one radian.
+    expected = [np.cos(3), np.sin(3), np.cos(1), np.sin(1), 5]
+    np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
 def test_queries_grow_with_the_logarithm_of_their_position():
