@@ -205,7 +205,7 @@ class SelfAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "N S D"],
-        rotary: tuple[Float[Array, "N S h2"], Float[Array, "N S h2"]],
+        rotary: rope.Rotary,
         attend: Callable[[Array, Array, Array], tuple[Array, Aux]],
     ) -> tuple[Float[Array, "N S D"], Aux]:
         """Returns the attention output and whatever else `attend` returns.
@@ -213,14 +213,24 @@ class SelfAttention(nn.Module):
         `attend(queries[N, S, H, h], keys[N, S, K, h], values)` does the mixing; it is
         what distinguishes a plain pass from prefill, decode and score.
         """
-        q = self._heads(self.q(x), self.config.num_heads, "heads")
-        k = self._heads(self.k(x), self.config.num_kv_heads, "kv_heads")
-        v = self._heads(self.v(x), self.config.num_kv_heads, "kv_heads")
-        if self.config.qk_norm:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        norms = self.config.qk_norm
+        if norms == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = self._heads(q, self.config.num_heads, "heads")
+        k = self._heads(k, self.config.num_kv_heads, "kv_heads")
+        v = self._heads(v, self.config.num_kv_heads, "kv_heads")
+        if norms == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         # Keys are stored rotated: a score depends on the difference of positions alone,
         # so what is in a cache stays valid whatever follows.
-        q, k = rope.apply_rotary(q, *rotary), rope.apply_rotary(k, *rotary)
+        neighbors = self.config.rotary_neighbors
+        q = rope.apply_rotary(q, rotary, neighbors=neighbors)
+        k = rope.apply_rotary(k, rotary, neighbors=neighbors)
+        if norms == "rotated":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary.queries is not None:
+            q = q * rotary.queries[:, :, None, None].astype(q.dtype)
         context, aux = attend(q, k, v)
         return self.o(context.reshape(*x.shape[:2], -1)), aux
 

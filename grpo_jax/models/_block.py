@@ -6,6 +6,7 @@ Layers are scanned, so their differences (rotary setting, window) are scanned da
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
@@ -31,25 +32,27 @@ class PerLayer:
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each normalized before, and after too if sandwiched."""
+    """Attention and MLP, each normalized before, after, or both."""
 
     config: ModelConfig
 
     def setup(self):
         """Declares the parts of the layer."""
-        self.attn_norm = self._norm()
-        self.attn = SelfAttention(self.config)
-        self.mlp_norm = self._norm()
-        mlp = GatedMLP if self.config.experts is None else ExpertsMLP
-        self.mlp = mlp(self.config)
-        if self.config.sandwich_norm:
+        config = self.config
+        self.attn = SelfAttention(config)
+        mlp = GatedMLP if config.experts is None else ExpertsMLP
+        self.mlp = mlp(config)
+        if not config.post_norm:
+            self.attn_norm = self._norm()
+            self.mlp_norm = self._norm()
+        if config.post_norm or config.sandwich_norm:
             self.post_attn_norm = self._norm()
             self.post_mlp_norm = self._norm()
 
     def __call__(
         self,
         x: Float[Array, "N S D"],
-        tables: tuple[Float[Array, "R N S h2"], Float[Array, "R N S h2"]],
+        tables: rope.Rotary,
         data: PerLayer,
         attend: Callable,
     ) -> tuple[Float[Array, "N S D"], Any]:
@@ -62,12 +65,24 @@ class Layer(nn.Module):
                 `SelfAttention`.
         """
         setting = 0 if data.rope is None else data.rope
-        rotary = (tables[0][setting], tables[1][setting])
-        mixed, aux = self.attn(self.attn_norm(x), rotary, attend)
-        x = x + (self.post_attn_norm(mixed) if self.config.sandwich_norm else mixed)
-        inner = self.mlp(self.mlp_norm(x))
-        x = x + (self.post_mlp_norm(inner) if self.config.sandwich_norm else inner)
+        rotary = jax.tree.map(lambda table: table[setting], tables)
+        before = not self.config.post_norm
+        after = self.config.post_norm or self.config.sandwich_norm
+        mixed, aux = self.attn(self.attn_norm(x) if before else x, rotary, attend)
+        x = self._add(x, self.post_attn_norm(mixed) if after else mixed)
+        inner = self.mlp(self.mlp_norm(x) if before else x)
+        x = self._add(x, self.post_mlp_norm(inner) if after else inner)
         return constrain(x, "batch", "seq", "embed"), aux
+
+    def _add(
+        self, x: Float[Array, "N S D"], update: Float[Array, "N S D"]
+    ) -> Float[Array, "N S D"]:
+        """Returns the residual stream with what a block adds to it."""
+        scale = self.config.residual_scale
+        if scale == 1.0:
+            return x + update
+        # In float32: a scale such as 0.22 is none of bfloat16.
+        return x + (scale * update.astype(jnp.float32)).astype(x.dtype)
 
     def _norm(self) -> RMSNorm:
         return RMSNorm(eps=self.config.norm_eps, offset=self.config.norm_offset)
@@ -85,12 +100,10 @@ def per_layer_data(config: ModelConfig) -> PerLayer:
     )
 
 
-def rotary_tables(
-    config: ModelConfig, positions: Int[Array, "N S"]
-) -> tuple[Float[Array, "R N S h2"], Float[Array, "R N S h2"]]:
-    """Returns cosines and sines of every rotary setting that a layer uses."""
+def rotary_tables(config: ModelConfig, positions: Int[Array, "N S"]) -> rope.Rotary:
+    """Returns the tables of every rotary setting that a layer uses."""
     _, settings = _rope_settings(config)
-    return rope.cosines_and_sines(positions, settings, head_dim=config.head_dim)
+    return rope.rotary_tables(positions, settings, head_dim=config.rotary_dim)
 
 
 def _rope_settings(

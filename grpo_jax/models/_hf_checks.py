@@ -51,7 +51,14 @@ _TYPES = (
         lambda value: value is None or _is_size(value),
         "a positive whole number",
     ),
-    (("rms_norm_eps",), lambda value: isinstance(value, int | float), "a number"),
+    (
+        (
+            *("rms_norm_eps", "embedding_multiplier", "residual_multiplier"),
+            *("attention_multiplier", "logits_scaling", "partial_rotary_factor"),
+        ),
+        lambda value: isinstance(value, int | float),
+        "a number",
+    ),
     (
         ("rope_theta",),
         lambda value: value is None or isinstance(value, int | float),

@@ -1,7 +1,6 @@
 """Reading and writing Hugging Face `config.json` as the fields of a ModelConfig.
 
-Both spellings of rotary settings are read: `rope_theta` and `rope_scaling` of
-transformers 4, `rope_parameters` of 5. A field that the decoder does not support is an
+Rotary settings are read in `_hf_rope`. A field that the decoder does not support is an
 error that names it. A field that no implementation reads is ignored.
 """
 
@@ -10,9 +9,10 @@ from typing import Any
 
 from grpo_jax.models import families
 from grpo_jax.models._hf_checks import check_keys, check_values
+from grpo_jax.models._hf_rope import FULL, SLIDING, read_rope, write_rope
+from grpo_jax.models._hf_wrappers import text_of
 from grpo_jax.models._routing import ExpertsConfig
 from grpo_jax.models.families import FAMILIES, Family
-from grpo_jax.models.rope import RopeConfig
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -21,14 +21,12 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
 }
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 # Written under the same name as the field holds.
 _SAME_NAME = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "head_dim",
-    "max_position_embeddings",
     "attention_bias",
     "mlp_bias",
     "bos_token_id",
@@ -43,6 +41,11 @@ _OTHER_NAME = {
     "attn_logit_softcapping": "attention_softcap",
     "final_logit_softcapping": "logit_softcap",
 }
+# Written under another name, and 1 where the family has no such key.
+_MULTIPLIERS = {
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_divisor",
+}
 _FIELDS = {name: name for name in _SAME_NAME} | _OTHER_NAME
 
 
@@ -52,6 +55,7 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: unknown architecture, missing keys, or an unsupported option.
     """
+    hf = text_of(hf)
     architecture = _architecture(hf)
     family = FAMILIES[architecture]
     for alias, name in family.aliases.items():
@@ -68,19 +72,27 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
     head_dim = values["head_dim"] or width // heads
     bias = bool(values.get("attention_bias"))
     fields = {field: values.get(key) for key, field in _FIELDS.items()}
+    fields |= {field: values.get(key, 1.0) for key, field in _MULTIPLIERS.items()}
     return fields | {
         "architecture": architecture,
         "num_kv_heads": values["num_key_value_heads"] or heads,
         "head_dim": head_dim,
         "attention_bias": bias or family.qkv_bias,
-        "output_bias": bias,
+        "output_bias": bool(values.get(family.output_bias or "")),
         "mlp_bias": bool(values.get("mlp_bias")),
         "qk_norm": family.qk_norm,
         "sandwich_norm": family.sandwich_norm,
+        "post_norm": family.post_norm,
         "norm_offset": family.norm_offset,
+        "rotary_neighbors": family.rotary_neighbors,
         "activation": _activation(values, family),
-        "attention_scale": values.get("query_pre_attn_scalar", head_dim) ** -0.5,
-        "embedding_scale": width**0.5 if family.scaled_embedding else 1.0,
+        "attention_scale": values.get(
+            "attention_multiplier",
+            values.get("query_pre_attn_scalar", head_dim) ** -0.5,
+        ),
+        "embedding_scale": width**0.5
+        if family.scaled_embedding
+        else values.get("embedding_multiplier", 1.0),
         "eos_token_ids": _token_ids(values["eos_token_id"]),
         "experts": _experts(values),
         **_layers(values, family),
@@ -100,10 +112,12 @@ def write(fields: Mapping[str, Any]) -> dict[str, Any]:
     known = (*families.REQUIRED_KEYS, *family.defaults)
     eos = fields["eos_token_ids"]
     values = {
-        **{key: fields[field] for key, field in _FIELDS.items()},
-        "attention_bias": fields["output_bias"],
+        **{key: fields[field] for key, field in (_FIELDS | _MULTIPLIERS).items()},
+        "attention_out_bias": fields["output_bias"],
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "query_pre_attn_scalar": round(fields["attention_scale"] ** -2),
+        "attention_multiplier": fields["attention_scale"],
+        "embedding_multiplier": fields["embedding_scale"],
         **_write_windows(fields, family),
         **_write_experts(fields["experts"]),
     }
@@ -112,10 +126,7 @@ def write(fields: Mapping[str, Any]) -> dict[str, Any]:
     values["hidden_activation"] = values["hidden_act"]
     values["no_rope_layers"] = [int(i is not None) for i in fields["layer_rope"]]
     hf = {key: values[key] for key in known if key in values}
-    rope = fields["rope"]
-    hf |= {"rope_theta": rope[0].theta, "rope_scaling": rope[0].to_hf()}
-    if family.local_theta is not None:
-        hf["rope_local_base_freq"] = rope[-1].theta
+    hf |= write_rope(fields, family)
     return {"architectures": [architecture], "model_type": family.model_type, **hf}
 
 
@@ -197,14 +208,17 @@ def _write_experts(experts: ExpertsConfig | None) -> dict[str, Any]:
 
 
 def _layers(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The fields of a ModelConfig that have an entry per layer, and `rope`."""
-    window, rope = _window(values, family), _rope(values, family)
+    """The fields of a ModelConfig about positions and about single layers."""
+    window, positions = _window(values, family), read_rope(values, family)
     layer_types = _layer_types(values, window, family)
-    windows = {_FULL: None, _SLIDING: window}
-    settings = {_FULL: 0, _SLIDING: len(rope) - 1}
-    rotated = zip(layer_types, _rotates(values), strict=True)
+    windows = {FULL: None, SLIDING: window}
+    settings = {FULL: 0, SLIDING: len(positions["rope"]) - 1}
+    rotates = _rotates(values)
+    if family.only_windows_rotate and window is not None:
+        rotates = [kind == SLIDING for kind in layer_types]
+    rotated = zip(layer_types, rotates, strict=True)
     return {
-        "rope": rope,
+        **positions,
         "layer_rope": tuple(settings[t] if rotates else None for t, rotates in rotated),
         "layer_window": tuple(windows[t] for t in layer_types),
     }
@@ -217,6 +231,7 @@ _HAS_WINDOW: Mapping[str, Callable[[int, Mapping[str, Any]], bool]] = {
     "late": lambda i, values: i >= values["max_window_layers"],
     "alternating": lambda i, values: i % 2 == 0,
     "patterned": lambda i, values: (i + 1) % values["sliding_window_pattern"] != 0,
+    "of_four": lambda i, values: (i + 1) % 4 != 0,
     "unrotated": lambda i, values: not _rotates(values)[i],
 }
 
@@ -226,19 +241,26 @@ def _layer_types(
 ) -> list[str]:
     num_layers, given = values["num_hidden_layers"], values.get("layer_types")
     if given is None:
-        # Gemma's classes window their layers even where the file has no window.
-        windowed = window is not None or family.windows in ("alternating", "patterned")
-        has_window = _HAS_WINDOW[family.windows if windowed else "none"]
-        kinds = (_FULL, _SLIDING)
+        pattern = values.get("sliding_window_pattern", 1)
+        if not isinstance(pattern, int) or pattern < 1:
+            raise ValueError(
+                "config.json: without layer_types, sliding_window_pattern must be a "
+                f"positive whole number, got {pattern!r}"
+            )
+        # Some classes window their layers even where the file has no window.
+        always = family.windows in ("alternating", "patterned", "of_four")
+        in_use = window is not None or always
+        has_window = _HAS_WINDOW[family.windows if in_use else "none"]
+        kinds = (FULL, SLIDING)
         given = [kinds[has_window(i, values)] for i in range(num_layers)]
-    if set(given) - {_FULL, _SLIDING} or len(given) != num_layers:
+    if set(given) - {FULL, SLIDING} or len(given) != num_layers:
         raise ValueError(
             f"config.json: layer_types must have {num_layers} entries, each "
-            f"{_FULL!r} or {_SLIDING!r}; got {given}"
+            f"{FULL!r} or {SLIDING!r}; got {given}"
         )
-    if window is None and _SLIDING in given:
+    if window is None and SLIDING in given:
         raise ValueError(
-            f"layer_types names {_SLIDING!r}, but sliding_window is not set (or "
+            f"layer_types names {SLIDING!r}, but sliding_window is not set (or "
             "use_sliding_window is false)"
         )
     return list(given)
@@ -260,37 +282,17 @@ def _rotates(values: Mapping[str, Any]) -> list[bool]:
     return flags[:num_layers]
 
 
-def _rope(values: Mapping[str, Any], family: Family) -> tuple[RopeConfig, ...]:
-    """The rotary settings of full layers and, where they have their own, windowed."""
-    theta = {_FULL: values.get("rope_theta") or family.default_theta}
-    if family.local_theta is not None:
-        theta[_SLIDING] = values["rope_local_base_freq"]
-    parameters = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    nested = set(parameters) <= {_FULL, _SLIDING}
-    if nested != (_SLIDING in theta) and values.get("rope_parameters"):
-        expected = {1: "one flat entry", 2: "one entry per layer type"}[len(theta)]
-        raise ValueError(
-            f"config.json: rope_parameters of {family.model_type} must be {expected}, "
-            f"got {parameters}"
-        )
-    by_type = parameters if nested else {_FULL: parameters}
-    limit = values["max_position_embeddings"]
-    return tuple(
-        RopeConfig.from_hf(by_type.get(kind) or {}, theta=base, max_positions=limit)
-        for kind, base in theta.items()
-    )
-
-
 def _write_windows(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
     windows = fields["layer_window"]
-    layer_types = [_FULL if window is None else _SLIDING for window in windows]
+    layer_types = [FULL if window is None else SLIDING for window in windows]
     window = max((w for w in windows if w is not None), default=None)
+    in_none = family.windows == "all" or family.only_windows_rotate
     late = next((i for i, w in enumerate(windows) if w is not None), len(windows))
     return {
         "use_sliding_window": window is not None,
         # Gemma's class builds the windowed mask even where no layer uses it.
         "sliding_window": window
-        or (family.defaults.get("sliding_window") if family.windows != "all" else None),
+        or (None if in_none else family.defaults.get("sliding_window")),
         "max_window_layers": late,
         "layer_types": layer_types,
     }

@@ -22,7 +22,7 @@ _BY_ROWS = "kernel_by_rows"
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm: x / sqrt(mean(x^2) + eps) * (offset + scale).
+    """Root mean square norm: x / sqrt(mean(x^2) + eps) * (offset + scale) / divisor.
 
     Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467. It is computed in float32
     and returned in the dtype of x. Gemma stores scale - 1, so its offset is 1.
@@ -30,6 +30,7 @@ class RMSNorm(nn.Module):
 
     eps: float
     offset: float
+    divisor: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -40,7 +41,8 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normalized = wide * jax.lax.rsqrt(mean_square + self.eps)
-        weight = jnp.expand_dims(self.offset + scale, range(x.ndim - 1))
+        weight = (self.offset + scale) / self.divisor
+        weight = jnp.expand_dims(weight, range(x.ndim - 1))
         return (normalized * weight).astype(x.dtype)
 
 

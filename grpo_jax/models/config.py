@@ -20,9 +20,12 @@ _SIZES = (
     "norm_eps",
     "attention_scale",
     "embedding_scale",
+    "residual_scale",
+    "logit_divisor",
 )
 _CHOICES = {
     "activation": ("silu", "gelu_tanh", "gelu"),
+    "qk_norm": (None, "head", "width", "rotated"),
     "dtype": ("float32", "bfloat16", "float16"),
     "remat": ("none", "layer", "dots"),
 }
@@ -46,7 +49,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int  # divides num_heads
     head_dim: int  # h, even; num_heads * head_dim may differ from hidden_size
-    max_position_embeddings: int  # longest sequence of training, in tokens
+    max_position_embeddings: int  # longest sequence with one function, in tokens
     norm_eps: float
     rope: tuple[RopeConfig, ...]  # the distinct rotary settings
     layer_rope: tuple[int | None, ...]  # per layer: index into rope, None = no rotation
@@ -55,7 +58,9 @@ class ModelConfig:
     attention_bias: bool  # biases of q, k and v
     output_bias: bool  # bias of o
     mlp_bias: bool
-    qk_norm: bool  # norms of queries and keys, per head
+    # Norms of queries and keys: of each head, of all heads together ("width"), or of
+    # each head after its rotation.
+    qk_norm: Literal["head", "width", "rotated"] | None
     sandwich_norm: bool  # also norms after attention and after the MLP
     norm_offset: float  # added to every stored norm scale
     activation: Literal["silu", "gelu_tanh", "gelu"]
@@ -66,6 +71,11 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    post_norm: bool = False  # norms after attention and the MLP instead of before
+    rotary_fraction: float = 1.0  # of each head's dimensions, the first ones
+    rotary_neighbors: bool = False  # dimensions 2i and 2i + 1 are a pair, not halves
+    residual_scale: float = 1.0  # multiplies what attention and the MLP add
+    logit_divisor: float = 1.0  # logits are divided by it
     experts: ExpertsConfig | None = None  # instead of one MLP
     dtype: str = "float32"  # of compute; parameters stay float32
     remat: Literal["none", "layer", "dots"] = "none"  # what backward recomputes
@@ -82,6 +92,11 @@ class ModelConfig:
         if self.experts is None:
             return self.intermediate_size
         return self.experts.per_token * self.experts.width
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of each head that rotate."""
+        return int(self.head_dim * self.rotary_fraction)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
@@ -151,6 +166,16 @@ def _relation_problems(config: ModelConfig) -> Iterator[str]:
             f"head_dim must be even for rotary embeddings, got {config.head_dim}",
         ),
         (
+            0 < config.rotary_fraction <= 1 and config.rotary_dim % 2 == 0,
+            f"rotary_fraction must be in (0, 1] and rotate an even number of the "
+            f"{config.head_dim} dimensions, got {config.rotary_fraction}",
+        ),
+        (
+            not (config.post_norm and config.sandwich_norm),
+            "post_norm and sandwich_norm exclude each other",
+        ),
+        *_rope_rules(config),
+        (
             config.experts is None or not config.mlp_bias,
             "mlp_bias must be False: experts have no biases",
         ),
@@ -172,3 +197,20 @@ def _relation_problems(config: ModelConfig) -> Iterator[str]:
         ),
     ]
     return (problem for holds, problem in rules if not holds)
+
+
+def _rope_rules(config: ModelConfig) -> Iterator[tuple[bool, str]]:
+    for rope in config.rope:
+        pairs, lists = config.rotary_dim // 2, (rope.short_factor, rope.long_factor)
+        yield (
+            all(factors is None or len(factors) == pairs for factors in lists),
+            f"short_factor and long_factor of rope must have {pairs} entries, one for "
+            "each pair of dimensions that rotate",
+        )
+        yield (
+            rope.context is None or config.max_position_embeddings <= rope.context,
+            f"max_position_embeddings must be at most {rope.context}: longrope has "
+            "other frequencies for all positions of longer sequences, so those of a "
+            "completion would change while it is sampled; got "
+            f"{config.max_position_embeddings}",
+        )

@@ -51,7 +51,9 @@ class Decoder(nn.Module):
             dtype=config.dtype,
         )
         self.layers = Layer(config)
-        self.final_norm = RMSNorm(eps=config.norm_eps, offset=config.norm_offset)
+        self.final_norm = RMSNorm(
+            eps=config.norm_eps, offset=config.norm_offset, divisor=config.logit_divisor
+        )
         if not config.tie_embeddings:
             self.lm_head = Projection(
                 in_features=config.hidden_size,
@@ -67,8 +69,7 @@ class Decoder(nn.Module):
         """Returns hidden states of a plain causal pass; entry s predicts token s + 1.
 
         Rows are right-padded to S. No real token sees padding, which lies in its
-        future, so `lengths` changes nothing; it is here because hidden states at and
-        beyond it mean nothing.
+        future. So `lengths` changes nothing; states at and beyond it mean nothing.
         """
         del lengths
         x, _ = self._prompt_pass(tokens, keep=False)

@@ -26,7 +26,7 @@ IGNORED_KEYS = frozenset(
     architectures model_type _name_or_path name_or_path transformers_version
     torch_dtype dtype use_cache cache_implementation _attn_implementation
     attn_implementation _attn_implementation_autoset attention_dropout hidden_dropout
-    resid_pdrop embd_pdrop initializer_range auto_map is_llama_config
+    resid_pdrop embd_pdrop residual_dropout initializer_range auto_map is_llama_config
     transformers.js_config unsloth_fixed unsloth_version id2label label2id num_labels
     problem_type task_specific_params finetuning_task torchscript return_dict
     output_attentions output_hidden_states chunk_size_feed_forward is_decoder
@@ -58,15 +58,21 @@ class Family:
     model_type: str
     defaults: Mapping[str, Any]  # optional keys, with what absence means
     default_theta: float = 10_000.0  # rotary base where the file names none
-    local_theta: float | None = None  # second rotary base, on windowed layers
-    windows: Literal["none", "all", "late", "alternating", "patterned", "unrotated"] = (
-        "none"
-    )
+    # Rotary base of windowed layers, which then have a setting of their own.
+    local_theta: float | None = None
+    windows: Literal[
+        "none", "all", "late", "alternating", "patterned", "of_four", "unrotated"
+    ] = "none"
     qkv_bias: bool = False  # always present, whatever the file says
-    qk_norm: bool = False
+    output_bias: str | None = "attention_bias"  # the key that o's bias follows
+    qk_norm: Literal["head", "width", "rotated"] | None = None
     sandwich_norm: bool = False
+    post_norm: bool = False
     norm_offset: float = 0.0
     scaled_embedding: bool = False  # embeddings times sqrt(D)
+    rotary_neighbors: bool = False
+    only_windows_rotate: bool = False  # in a model with windows
+    scaled_queries: bool = False  # by position, with a factor of the rotary settings
     required: tuple[str, ...] = ()  # keys, beside REQUIRED_KEYS
     ignored: frozenset[str] = frozenset()  # keys this class alone disregards
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # FIXED_KEYS too
@@ -105,6 +111,14 @@ _GEMMA = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "layer_types": None,
+}
+
+_OLMO = _SHARED | {
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "eos_token_id": 50_279,
+    "pad_token_id": 1,
 }
 
 FAMILIES: Mapping[str, Family] = {
@@ -147,7 +161,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention_bias": False,
         },
         windows="late",
-        qk_norm=True,
+        qk_norm="head",
     ),
     "MixtralForCausalLM": Family(
         model_type="mixtral",
@@ -184,7 +198,7 @@ FAMILIES: Mapping[str, Family] = {
         # The class assumes the sizes of one model, which no other file means.
         required=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
         windows="all",
-        qk_norm=True,
+        qk_norm="head",
         # Unlike in Qwen3, a window in use is one of all layers.
         ignored=_EXPERTS_IGNORED | {"max_window_layers"},
         aliases={"num_local_experts": "num_experts"},
@@ -215,7 +229,7 @@ FAMILIES: Mapping[str, Family] = {
         default_theta=1_000_000.0,
         local_theta=10_000.0,
         windows="patterned",
-        qk_norm=True,
+        qk_norm="head",
         sandwich_norm=True,
         norm_offset=1.0,
         scaled_embedding=True,
@@ -242,5 +256,121 @@ FAMILIES: Mapping[str, Family] = {
         default_theta=2_000_000.0,
         windows="unrotated",
         ignored=frozenset({"max_window_layers"}),
+    ),
+    "Olmo2ForCausalLM": Family(
+        model_type="olmo2",
+        defaults=_OLMO,
+        qk_norm="width",
+        post_norm=True,
+    ),
+    "Olmo3ForCausalLM": Family(
+        model_type="olmo3",
+        defaults=_OLMO | {"sliding_window": 4096, "layer_types": None},
+        default_theta=500_000.0,
+        local_theta=500_000.0,
+        windows="of_four",
+        qk_norm="width",
+        post_norm=True,
+    ),
+    "Phi3ForCausalLM": Family(
+        model_type="phi3",
+        defaults=_SHARED
+        | {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 1.0,
+            "sliding_window": None,
+            "bos_token_id": 1,
+            "eos_token_id": 32_000,
+            "pad_token_id": 32_000,
+        },
+        windows="all",
+        # Of its publisher's own code: attention of all layers to all tokens, and
+        # positions that are not interpolated.
+        fixed={"full_attn_mod": 1, "interpolate_factor": 1},
+    ),
+    "GraniteForCausalLM": Family(
+        model_type="granite",
+        defaults=_SHARED
+        | _LLAMA_BIASES
+        | {
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    "Ministral3ForCausalLM": Family(
+        model_type="ministral3",
+        defaults=_SHARED
+        | {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 262_144,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "sliding_window": None,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 11,
+        },
+        # The class assumes the settings of one model, which no other file means.
+        required=("rope_parameters",),
+        windows="all",
+        scaled_queries=True,
+    ),
+    "Exaone4ForCausalLM": Family(
+        model_type="exaone4",
+        defaults=_SHARED
+        | {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "num_key_value_heads": 32,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "layer_types": None,
+        },
+        windows="patterned",
+        only_windows_rotate=True,
+        qk_norm="head",
+        post_norm=True,
+    ),
+    "SeedOssForCausalLM": Family(
+        model_type="seed_oss",
+        defaults=_SHARED
+        | {
+            "max_position_embeddings": 524_288,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_bias": True,
+            "attention_out_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+        },
+        output_bias="attention_out_bias",
+    ),
+    "Glm4ForCausalLM": Family(
+        model_type="glm4",
+        defaults=_SHARED
+        | {
+            "rms_norm_eps": 0.00000015625,
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+            "eos_token_id": [151_329, 151_336, 151_338],
+            "pad_token_id": 151_329,
+        },
+        output_bias=None,
+        sandwich_norm=True,
+        rotary_neighbors=True,
     ),
 }

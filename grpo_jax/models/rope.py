@@ -1,20 +1,22 @@
 """Rotary position embeddings: their settings, frequencies, tables and application.
 
 Su et al. 2021, "RoFormer", https://arxiv.org/abs/2104.09864, in the half-split
-convention of Hugging Face: dimension i is paired with dimension i + h/2. Tables are
+convention of Hugging Face, where dimension i is paired with i + h/2. Tables are
 float32, computed from positions, and never stored with the parameters.
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-_SCALING_KEYS = {
+from grpo_jax.models import _frequencies
+
+# The fields that each kind uses, which are also their keys in config.json.
+SCALING_KEYS = {
     "default": (),
     "linear": ("factor",),
     "llama3": (
@@ -22,6 +24,19 @@ _SCALING_KEYS = {
         "low_freq_factor",
         "high_freq_factor",
         "original_max_position_embeddings",
+    ),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+    ),
+    "longrope": (
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
     ),
 }
 
@@ -35,103 +50,100 @@ class RopeConfig:
     """
 
     theta: float  # base of the geometric series of frequencies
-    kind: Literal["default", "linear", "llama3"] = "default"
-    factor: float | None = None  # how much longer than trained (linear, llama3)
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
+    factor: float | None = None  # how much longer than trained (not longrope)
     low_freq_factor: float | None = None  # llama3
     high_freq_factor: float | None = None  # llama3
-    original_max_position_embeddings: int | None = None  # tokens, llama3
+    original_max_position_embeddings: int | None = None  # trained length, in tokens
+    attention_factor: float | None = None  # multiplies what is rotated (yarn, longrope)
+    beta_fast: float | None = None  # turns above which a pair is kept (yarn)
+    beta_slow: float | None = None  # turns below which it is stretched (yarn)
+    short_factor: tuple[float, ...] | None = None  # divisor of each pair (longrope)
+    long_factor: tuple[float, ...] | None = None  # beyond the trained length (longrope)
+    extended: int | None = None  # tokens that the long factors serve (longrope)
+    # Queries at position p are multiplied by 1 + query_beta log(1 + p // trained).
+    query_beta: float | None = None
 
     def __post_init__(self):
-        if self.kind not in _SCALING_KEYS:
+        if self.kind not in SCALING_KEYS:
             raise ValueError(
                 f"rope_type {self.kind!r} is not supported; expected one of "
-                f"{sorted(_SCALING_KEYS)}"
+                f"{sorted(SCALING_KEYS)}"
             )
-        if not self.theta > 0:
+        if not self.theta > 0 or (self.kind == "yarn" and self.theta == 1):
             raise ValueError(f"rope_theta must be positive, got {self.theta}")
-        for name in _SCALING_KEYS[self.kind]:
-            value = self.scaling()[name]
-            if value is None or not value > 0:
+        needed = self.scaling()
+        if self.query_beta is not None:
+            trained = self.original_max_position_embeddings
+            needed |= {"original_max_position_embeddings": trained}
+        for name, value in needed.items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(number is None or not number > 0 for number in numbers):
                 raise ValueError(
                     f"rope_type {self.kind!r} needs a positive {name}, got {value}"
                 )
 
+    @property
+    def context(self) -> int | None:
+        """Tokens up to which a sequence has one function, None for any length.
+
+        Longrope has other frequencies for all positions of a longer sequence, so those
+        of a completion would change while it is sampled.
+        """
+        if self.short_factor == self.long_factor:
+            return None
+        return self.original_max_position_embeddings
+
     def scaling(self) -> dict[str, Any]:
         """Returns the numbers that this kind of scaling uses, by Hugging Face name."""
         values = dataclasses.asdict(self)
-        return {name: values[name] for name in _SCALING_KEYS[self.kind]}
+        return {name: values[name] for name in SCALING_KEYS[self.kind]}
 
-    @classmethod
-    def from_hf(
-        cls, parameters: Mapping[str, Any], *, theta: float, max_positions: int
-    ) -> "RopeConfig":
-        """Returns the setting of a `rope_scaling` or flat `rope_parameters` entry.
 
-        `theta` is what holds where the entry names none; `max_positions` stands in for
-        an absent `original_max_position_embeddings`, as in transformers.
+class Rotary(NamedTuple):
+    """What turns queries and keys by their positions, of one setting or of R.
 
-        Raises:
-            ValueError: an unsupported `rope_type`, or a key that it does not use.
-        """
-        given = {key: value for key, value in parameters.items() if value is not None}
-        kind = given.pop("rope_type", given.pop("type", "default"))
-        given.pop("type", None)
-        theta = float(given.pop("rope_theta", theta))
-        partial = given.pop("partial_rotary_factor", 1.0)
-        if partial != 1.0:
-            raise ValueError(
-                f"partial_rotary_factor {partial} is not supported; only 1.0 is"
-            )
-        if kind not in _SCALING_KEYS:
-            raise ValueError(
-                f"rope_type {kind!r} is not supported; expected one of "
-                f"{sorted(_SCALING_KEYS)}"
-            )
-        unused = sorted(set(given) - set(_SCALING_KEYS[kind]))
-        if kind == "default":
-            # Old exports carry a factor of 1 and the trained length beside "default".
-            unused = [key for key in unused if key not in _SCALING_KEYS["llama3"]]
-            given = {}
-        if unused:
-            raise ValueError(f"rope_type {kind!r} does not use {unused}")
-        if kind == "llama3":
-            given.setdefault("original_max_position_embeddings", max_positions)
-        return cls(theta=theta, kind=kind, **given)
+    `queries` is what multiplies queries beside; None multiplies by 1.
+    """
 
-    def to_hf(self) -> dict[str, Any] | None:
-        """Returns the `rope_scaling` entry, None for unscaled frequencies."""
-        if self.kind == "default":
-            return None
-        return {"rope_type": self.kind, **self.scaling()}
+    cosines: Float[Array, "*R N S r"]
+    sines: Float[Array, "*R N S r"]
+    queries: Float[Array, "*R N S"] | None = None
 
 
 def inverse_frequencies(rope: RopeConfig, *, head_dim: int) -> np.ndarray:
     """Returns the h/2 angular frequencies, in radians per token, as float32.
 
-    w_i = theta^(-2i/h). "linear" divides all by the factor (Chen et al. 2023,
-    https://arxiv.org/abs/2306.15595). "llama3" divides those whose wavelength exceeds
-    original/low_freq_factor, keeps those below original/high_freq_factor, and
-    interpolates between (Llama 3.1, https://arxiv.org/abs/2407.21783, section 3.4.3).
+    w_i = theta^(-2i/h), stretched as the kind says. Of a head that rotates in part, h
+    is the number of dimensions that rotate.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     frequencies = rope.theta**-exponents
+    numbers = rope.scaling()
+    numbers.pop("attention_factor", None)  # of the tables
     match rope.kind:
         case "linear":
-            frequencies = frequencies / rope.scaling()["factor"]
+            frequencies = frequencies / numbers["factor"]
         case "llama3":
-            frequencies = _llama3_frequencies(frequencies, **rope.scaling())
+            frequencies = _frequencies.llama3(frequencies, **numbers)
+        case "yarn":
+            frequencies = _frequencies.yarn(frequencies, rope.theta, **numbers)
+        case "longrope":
+            # No sequence is longer than `context`.
+            frequencies = frequencies / np.asarray(numbers["short_factor"])
     return frequencies.astype(np.float32)
 
 
-def cosines_and_sines(
+def rotary_tables(
     positions: Int[Array, "N S"],
     settings: Sequence[RopeConfig | None],
     *,
     head_dim: int,
-) -> tuple[Float[Array, "R N S h2"], Float[Array, "R N S h2"]]:
+) -> Rotary:
     """Returns cosines and sines of every setting at every position, float32.
 
-    A setting of None is the identity rotation: all its frequencies are 0.
+    A setting of None is the identity rotation: all its frequencies are 0. An attention
+    factor multiplies both.
     """
     zero = np.zeros(head_dim // 2, np.float32)
     frequencies = np.stack(
@@ -143,34 +155,49 @@ def cosines_and_sines(
     # No matrix product: an accelerator would round its factors.
     places = positions.astype(jnp.float32)[None, :, :, None]
     angles = places * frequencies[:, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    factors = [rope.attention_factor if rope else None for rope in settings]
+    cosines, sines = jnp.cos(angles), jnp.sin(angles)
+    if any(factors):
+        factor = jnp.asarray([x or 1.0 for x in factors])[:, None, None, None]
+        cosines, sines = factor * cosines, factor * sines
+    return Rotary(cosines, sines, _query_scales(positions, settings))
 
 
 def apply_rotary(
-    x: Float[Array, "N S H h"],
-    cosines: Float[Array, "N S h2"],
-    sines: Float[Array, "N S h2"],
+    x: Float[Array, "N S H h"], rotary: Rotary, *, neighbors: bool
 ) -> Float[Array, "N S H h"]:
-    """Returns x with dimensions i and i + h/2 rotated by the angle of frequency i.
+    """Returns x with dimensions i and i + r rotated by the angle of frequency i.
 
-    Computed in float32 and returned in the dtype of x.
+    r is the number of frequencies. With `neighbors` the pairs are 2 i and 2 i + 1.
+    Dimensions from 2 r on stay as they are. Computed in float32 and returned in the
+    dtype of x.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cosines, sines = cosines[:, :, None, :], sines[:, :, None, :]
+    cosines, sines = rotary.cosines[:, :, None, :], rotary.sines[:, :, None, :]
+    pairs = cosines.shape[-1]
+    wide, rest = jnp.split(x.astype(jnp.float32), [2 * pairs], axis=-1)
+    if neighbors:
+        first, second = wide[..., 0::2], wide[..., 1::2]
+    else:
+        first, second = jnp.split(wide, 2, axis=-1)
     rotated = [first * cosines - second * sines, second * cosines + first * sines]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    join = jnp.stack if neighbors else jnp.concatenate
+    turned = join(rotated, axis=-1).reshape(wide.shape)
+    return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)
 
 
-def _llama3_frequencies(
-    frequencies: np.ndarray,
-    *,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_max_position_embeddings: int,
-) -> np.ndarray:
-    # turns: how often the pair rotates within the context it was trained on.
-    turns = original_max_position_embeddings * frequencies / (2 * math.pi)
-    smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
-    smooth = np.clip(smooth, 0.0, 1.0)
-    return frequencies * (smooth + (1.0 - smooth) / factor)
+def _query_scales(
+    positions: Int[Array, "N S"], settings: Sequence[RopeConfig | None]
+) -> Float[Array, "R N S"] | None:
+    """Returns 1 + b log(1 + p // trained), by which scores of late tokens grow.
+
+    Llama 4's scaling of attention by position, with `query_beta` for b.
+    """
+    betas = [0.0 if rope is None else rope.query_beta or 0.0 for rope in settings]
+    if not any(betas):
+        return None
+    trained = [
+        rope.original_max_position_embeddings or 1 if rope and beta else 1
+        for rope, beta in zip(settings, betas, strict=True)
+    ]
+    turns = positions[None] // jnp.asarray(trained)[:, None, None]
+    return 1.0 + jnp.asarray(betas)[:, None, None] * jnp.log1p(turns)

@@ -6,14 +6,13 @@ per layer; the tree holds them as [in, out] with the layers stacked on axis 0.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import PyTree
 
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.lora import PATHS
 from grpo_jax.parallel.mesh import named_leaves
 
 # Architecture -> the router, the list of experts, and gate, up and down in each. These
@@ -29,6 +28,24 @@ _EXPERT_NAMES = {
         "mlp.experts",
         ("gate_proj", "up_proj", "down_proj"),
     ),
+}
+
+# Architecture -> the file's tensor, and the projections whose rows it has one after the
+# other.
+_FUSED = {
+    "Phi3ForCausalLM": {
+        "self_attn.qkv_proj": ("attn/q", "attn/k", "attn/v"),
+        "mlp.gate_up_proj": ("mlp/gate", "mlp/up"),
+    },
+    "Glm4ForCausalLM": {"mlp.gate_up_proj": ("mlp/gate", "mlp/up")},
+}
+# Architecture -> its own names of norms, by those of the other architectures.
+_NORMS = {
+    "Glm4ForCausalLM": {
+        "pre_feedforward_layernorm": "post_attention_layernorm",
+        "post_attention_layernorm": "post_self_attn_layernorm",
+        "post_feedforward_layernorm": "post_mlp_layernorm",
+    },
 }
 
 
@@ -60,12 +77,23 @@ class Parameter:
     transposed: bool  # the file holds [out, in]
     names: tuple[str, ...]  # Hugging Face names, the last stacked axis fastest
     gguf_names: tuple[str, ...]  # empty where no GGUF file is read
+    # Of a parameter that is a block of its tensors: the block's first entry, and the
+    # shape of the tensors in the file.
+    start: tuple[int, ...] = ()
+    whole: tuple[int, ...] | None = None
 
     @property
     def file_shape(self) -> tuple[int, ...]:
         """The shape of each of its tensors in a file."""
         shape = self.shape[self.stacked :]
-        return shape[::-1] if self.transposed else shape
+        return self.whole or (shape[::-1] if self.transposed else shape)
+
+    def block(self, part: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Where a part of one layer's parameter, [in, out], is in a file's tensor."""
+        turned = part[::-1] if self.transposed else part
+        start = self.start or (0,) * len(turned)
+        pairs = zip(turned, start, strict=True)
+        return tuple(slice(s.start + at, s.stop + at) for s, at in pairs)
 
 
 def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
@@ -73,43 +101,12 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
     vocab, width = config.vocab_size, config.hidden_size
     rows = [
         _whole("embed/embedding", "model.embed_tokens", "token_embd", (vocab, width)),
-        *(_stacked(config.num_layers, *row) for row in _layer_rows(config)),
+        *_with_fused(config, _layer_rows(config)),
         *_expert_rows(config),
         _whole("final_norm/scale", "model.norm", "output_norm", (width,)),
     ]
     if not config.tie_embeddings:
         rows.append(_whole("lm_head/kernel", "lm_head", "output", (width, vocab)))
-    return tuple(rows)
-
-
-def adapter_table(
-    config: ModelConfig, *, rank: int, targets: Sequence[str]
-) -> tuple[Parameter, ...]:
-    """Both factors of every adapter, with their tensors in the spelling of PEFT."""
-    kernels = {row.path: row for row in parameter_table(config)}
-    rows = []
-    for target in targets:
-        path = PATHS[target]
-        kernel = kernels[f"{path}/kernel"]
-        num_layers, inward, outward = kernel.shape
-        for factor, kind, shape in (
-            ("a", "lora_A", (num_layers, inward, rank)),
-            ("b", "lora_B", (num_layers, rank, outward)),
-        ):
-            ending = f".{kind}.weight"
-            names = tuple(
-                f"base_model.model.{name.removesuffix('.weight')}{ending}"
-                for name in kernel.names
-            )
-            rows.append(
-                dataclasses.replace(
-                    kernel,
-                    path=f"{path}/{factor}",
-                    shape=shape,
-                    names=names,
-                    gguf_names=(),
-                )
-            )
     return tuple(rows)
 
 
@@ -168,10 +165,8 @@ def read_parameter(
     values = np.empty([part.stop - part.start for part in bounds], dtype)
     names = np.reshape(parameter.names, parameter.shape[: parameter.stacked])[stack]
     for piece, name in zip(_pieces(values, parameter), names.flat, strict=True):
-        if parameter.transposed:
-            piece[...] = tensors[name].read(own[::-1]).T
-        else:
-            piece[...] = tensors[name].read(own)
+        part = tensors[name].read(parameter.block(own))
+        piece[...] = part.T if parameter.transposed else part
     return values
 
 
@@ -187,7 +182,8 @@ def table_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The names in files and the values of a tree, one at a time, C-contiguous.
 
-    `dtype` None keeps that of the parameters. One parameter at a time is on the host.
+    `dtype` None keeps that of the parameters. One parameter at a time is on the host,
+    or those that share tensors.
 
     Raises:
         ValueError: the tree is not one of this table.
@@ -203,12 +199,30 @@ def table_tensors(
             if given.get(path) != needed.get(path)
         )
         raise ValueError(f"params do not fit the configuration: {'; '.join(wrong)}")
+    sharing: dict[tuple[str, ...], list[Parameter]] = {}
     for row in table:
-        values = np.asarray(flat[row.path])
-        for piece, name in zip(_pieces(values, row), row.names, strict=True):
-            piece = piece.T if row.transposed else piece
-            # safetensors writes a transposed view as if it were not transposed.
-            yield name, np.ascontiguousarray(piece, dtype=dtype or piece.dtype)
+        sharing.setdefault(row.names, []).append(row)
+    for names, rows in sharing.items():
+        values = [_pieces(np.asarray(flat[row.path]), row) for row in rows]
+        for name, *parts in zip(names, *values, strict=True):
+            parts = [part.T if rows[0].transposed else part for part in parts]
+            kind = dtype or parts[0].dtype
+            if rows[0].whole is None:
+                # safetensors writes a transposed view as if it were not transposed.
+                yield name, np.ascontiguousarray(parts[0], dtype=kind)
+            else:
+                yield name, _joined(rows, parts, kind)
+
+
+def _joined(
+    rows: Sequence[Parameter], parts: Sequence[np.ndarray], dtype: Any
+) -> np.ndarray:
+    """The tensor of a file that these parameters are blocks of; 0 where none is."""
+    whole = np.zeros(rows[0].file_shape, dtype)
+    for row, part in zip(rows, parts, strict=True):
+        ends = zip(row.start, part.shape, strict=True)
+        whole[tuple(slice(at, at + size) for at, size in ends)] = part
+    return whole
 
 
 def _layer_rows(
@@ -220,9 +234,10 @@ def _layer_rows(
     # Where the MLP's input norm is Llama's only norm after attention, Hugging Face
     # names it by that place.
     mlp_norm = "pre_feedforward" if config.sandwich_norm else "post_attention"
-    yield "attn_norm/scale", "input_layernorm", "attn_norm", (width,)
-    yield "mlp_norm/scale", f"{mlp_norm}_layernorm", "ffn_norm", (width,)
-    if config.sandwich_norm:
+    if not config.post_norm:
+        yield "attn_norm/scale", "input_layernorm", "attn_norm", (width,)
+        yield "mlp_norm/scale", f"{mlp_norm}_layernorm", "ffn_norm", (width,)
+    if config.post_norm or config.sandwich_norm:
         yield (
             "post_attn_norm/scale",
             "post_attention_layernorm",
@@ -235,9 +250,10 @@ def _layer_rows(
             "post_ffw_norm",
             (width,),
         )
-    if config.qk_norm:
-        yield "attn/q_norm/scale", "self_attn.q_norm", "attn_q_norm", (head,)
-        yield "attn/k_norm/scale", "self_attn.k_norm", "attn_k_norm", (head,)
+    if config.qk_norm is not None:
+        both = (queries, keys) if config.qk_norm == "width" else (head, head)
+        yield "attn/q_norm/scale", "self_attn.q_norm", "attn_q_norm", both[:1]
+        yield "attn/k_norm/scale", "self_attn.k_norm", "attn_k_norm", both[1:]
     for path, hf, gguf, shape, bias in (
         ("attn/q", "self_attn.q_proj", "attn_q", (width, queries), "attention"),
         ("attn/k", "self_attn.k_proj", "attn_k", (width, keys), "attention"),
@@ -252,6 +268,31 @@ def _layer_rows(
         yield f"{path}/kernel", hf, gguf, shape
         if bias in _biases(config):
             yield f"{path}/bias", hf, gguf, shape[1:]
+
+
+def _with_fused(
+    config: ModelConfig, rows: Iterable[tuple[str, str, str, tuple[int, ...]]]
+) -> Iterator[Parameter]:
+    """The parameters of all layers, where they may be parts of a file's tensors."""
+    norms = _NORMS.get(config.architecture, {})
+    kinds = {path: (path, norms.get(hf, hf), *rest) for path, hf, *rest in rows}
+    for fused, modules in _FUSED.get(config.architecture, {}).items():
+        for kind in ("kernel", "bias"):
+            paths = [f"{module}/{kind}" for module in modules]
+            if paths[0] not in kinds:
+                continue
+            ends = np.cumsum([kinds[path][-1][-1] for path in paths]).tolist()
+            for path, start in zip(paths, [0, *ends], strict=False):
+                _, _, gguf, shape = kinds.pop(path)
+                row = _stacked(config.num_layers, path, fused, gguf, shape)
+                yield dataclasses.replace(
+                    row,
+                    start=(start, *(0 for _ in shape[1:])),
+                    whole=(ends[-1], *shape[:-1]),
+                    gguf_names=(),
+                )
+    for row in kinds.values():
+        yield _stacked(config.num_layers, *row)
 
 
 def _expert_rows(config: ModelConfig) -> Iterator[Parameter]:

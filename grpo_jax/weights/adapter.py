@@ -9,7 +9,7 @@ import json
 import operator
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,8 +22,10 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.lora import PATHS, adaptable
 from grpo_jax.parallel.mesh import named_leaves
 from grpo_jax.weights import _safetensors
+from grpo_jax.weights._adapter_names import adapter_table, fused_modules
 from grpo_jax.weights._names import (
-    adapter_table,
+    Parameter,
+    Tensor,
     check_tensors,
     read_parameter,
     table_tensors,
@@ -49,6 +51,9 @@ _SUPPORTED: Mapping[str, Callable[[Any], bool]] = {
     "bias": lambda value: value == "none",
     # Other kinds of start change the base model as well.
     "init_lora_weights": lambda value: value in (True, False, "gaussian"),
+    # Checked against the model.
+    "rank_pattern": lambda value: not value or isinstance(value, dict),
+    "alpha_pattern": lambda value: not value or isinstance(value, dict),
 }
 
 
@@ -101,12 +106,16 @@ def save_adapter(
     rank = adapter.rank
     table = adapter_table(config, rank=rank, targets=targets)
     modules = sorted({row.names[0].split(".")[-3] for row in table})
+    fused = {m: len(t) for m, t in fused_modules(config).items() if m in modules}
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base_name and find_base(adapter.base_name),
         "r": rank,
-        "lora_alpha": int(adapter.alpha) if adapter.alpha % 1 == 0 else adapter.alpha,
+        "lora_alpha": _number(adapter.alpha),
+        # As one adapter of that rank, with the same alpha / rank.
+        "rank_pattern": {module: n * rank for module, n in fused.items()},
+        "alpha_pattern": {m: _number(n * adapter.alpha) for m, n in fused.items()},
         "target_modules": modules,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -143,7 +152,13 @@ def load_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
             "they run code when they are read"
         )
     tensors = _safetensors.open_file(file)
-    every = adapter_table(config, rank=options["r"], targets=adaptable(config))
+    separate = _separate(path / _CONFIG, options, config)
+    every = adapter_table(
+        config,
+        rank=options["r"],
+        targets=adaptable(config),
+        shared=fused_modules(config).keys() - separate,
+    )
     found = {
         row.path.rpartition("/")[0]
         for row in every
@@ -158,11 +173,65 @@ def load_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
         row.path: jnp.asarray(read_parameter(row, tensors, dtype=np.dtype(np.float32)))
         for row in table
     }
+    flat = _in_use(flat, table, tensors, separate=separate)
     return Adapter(
         params=traverse_util.unflatten_dict(flat, sep="/"),
         alpha=float(options["lora_alpha"]),
         base_name=options.get("base_model_name_or_path"),
     )
+
+
+def _number(value: float) -> float:
+    return int(value) if value % 1 == 0 else value
+
+
+def _separate(
+    file: pathlib.Path, options: Mapping[str, Any], config: ModelConfig
+) -> set[str]:
+    """The modules with an adapter for each of the projections that they are here.
+
+    Raises:
+        ValueError: another rank or scale than that of all.
+    """
+    fused = fused_modules(config)
+    ranks = options.get("rank_pattern") or {}
+    for key, base in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        expected = {m: len(fused.get(m, ())) * options[base] for m in ranks}
+        if (options.get(key) or {}) != expected:
+            raise ValueError(
+                f"{file} has options that are not supported: {key}={options.get(key)!r}"
+            )
+    return set(ranks)
+
+
+def _in_use(
+    flat: Mapping[str, jnp.ndarray],
+    table: Sequence[Parameter],
+    tensors: Mapping[str, Tensor],
+    *,
+    separate: Collection[str],
+) -> dict[str, jnp.ndarray]:
+    """The factors, without those of projections that a separate module leaves out.
+
+    Raises:
+        ValueError: a module has more than the blocks of its projections.
+    """
+    rows = [row for row in table if row.names[0].split(".")[-3] in separate]
+    own = {row.path: flat[row.path] for row in rows}
+    for name, values in table_tensors(rows, traverse_util.unflatten_dict(own, sep="/")):
+        tensor = tensors[name]
+        read = tensor.read(tuple(slice(0, size) for size in tensor.shape))
+        if not np.array_equal(values, read.astype(values.dtype)):
+            raise ValueError(
+                f"{name} in {tensor.file} mixes projections, which are separate here"
+            )
+    # A first factor of an adapter in use is never 0.
+    unused = {
+        row.path.rpartition("/")[0]
+        for row in rows
+        if row.path.endswith("/a") and not np.any(flat[row.path])
+    }
+    return {k: v for k, v in flat.items() if k.rpartition("/")[0] not in unused}
 
 
 def _read_options(file: pathlib.Path) -> dict[str, Any]:

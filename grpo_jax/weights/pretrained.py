@@ -40,6 +40,7 @@ from grpo_jax.weights._names import (
     parameter_tensors,
     read_parameter,
 )
+from grpo_jax.weights._text_tensors import text_tensors
 from grpo_jax.weights.folder import replaced_folder
 from grpo_jax.weights.tokenizer import Tokenizer
 
@@ -145,7 +146,7 @@ def read_model_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
         config, tensors = _read_config(path), None
         # A snapshot of the hub may lack files that nobody asked for yet.
         if path == _local(str(name_or_path)) and any(path.glob("*.safetensors")):
-            tensors = _safetensors.open_folder(path)
+            tensors = text_tensors(_safetensors.open_folder(path))
     if tensors is not None:
         check_tensors(parameter_table(config), tensors, source=str(path))
     return config
@@ -225,7 +226,7 @@ def _open(name: str, revision: str | None) -> _Source:
             tokenizer = Tokenizer.from_folder(path.parent, config)
     else:
         config = _read_config(path)
-        tensors = _safetensors.open_folder(path)
+        tensors = text_tensors(_safetensors.open_folder(path))
         tokenizer = Tokenizer.from_folder(path, config)
     check_tensors(parameter_table(config), tensors, source=str(path))
     _check_head(config, tensors, source=str(path))

@@ -13,7 +13,7 @@ from grpo_jax.models._routing import ExpertsConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params
 from grpo_jax.models.rope import RopeConfig
-from grpo_jax.weights._names import parameter_table
+from grpo_jax.weights._names import parameter_table, read_parameter
 
 REFERENCES = pathlib.Path(__file__).parent / "references"
 CASES = sorted(path.stem for path in REFERENCES.glob("*.npz"))
@@ -36,7 +36,7 @@ PLAIN = ModelConfig(
     attention_bias=False,
     output_bias=False,
     mlp_bias=False,
-    qk_norm=False,
+    qk_norm=None,
     sandwich_norm=False,
     norm_offset=0.0,
     activation="silu",
@@ -59,7 +59,7 @@ FULL = dataclasses.replace(
     attention_bias=True,
     output_bias=True,
     mlp_bias=True,
-    qk_norm=True,
+    qk_norm="head",
     sandwich_norm=True,
     norm_offset=1.0,
     activation="gelu_tanh",
@@ -144,15 +144,20 @@ class Reference:
     weights: dict[str, np.ndarray]
 
     def params(self, config):
-        flat = {}
-        for row in parameter_table(config):
-            parts = [self.weights[name].astype(np.float32) for name in row.names]
-            parts = [part.T for part in parts] if row.transposed else parts
-            flat[row.path] = np.stack(parts).reshape(row.shape)
-        assert {n for row in parameter_table(config) for n in row.names} == {
-            *self.weights
-        }
-        return nested(flat)
+        table, kind = parameter_table(config), np.dtype(np.float32)
+        tensors = {name: ArrayTensor(values) for name, values in self.weights.items()}
+        assert {name for row in table for name in row.names} == {*self.weights}
+        return nested({r.path: read_parameter(r, tensors, dtype=kind) for r in table})
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayTensor:
+    """A tensor of a file, in memory."""
+
+    values: np.ndarray
+
+    def read(self, index):
+        return self.values[index]
 
 
 def nested(flat):

@@ -113,6 +113,86 @@ QWEN3_MOE = {
 # Later than the others, so that theirs keep their seeds.
 CASES |= {"mixtral": ("Mixtral", MIXTRAL), "qwen3_moe": ("Qwen3Moe", QWEN3_MOE)}
 
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "attention_factor": 1.3,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+}
+CASES |= {
+    "olmo2": ("Olmo2", {"attention_bias": True, "rms_norm_eps": 1e-2}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 5,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                "full_attention": YARN_ROPE,
+            },
+        },
+    ),
+    # Fused weights, and six of eight dimensions that rotate.
+    "phi3": (
+        "Phi3",
+        {
+            "hidden_size": 32,
+            "original_max_position_embeddings": 32,
+            "sliding_window": 9,
+            "pad_token_id": 3,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.25, 2.0],
+                "long_factor": [1.0, 3.0, 5.0],
+            },
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 5.0,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "ministral3": (
+        "Ministral3",
+        {
+            "head_dim": 8,
+            "pad_token_id": 3,
+            "rope_parameters": YARN_ROPE
+            | {
+                "original_max_position_embeddings": 5,
+                "llama_4_scaling_beta": 0.7,
+            },
+        },
+    ),
+}
+
+CASES |= {
+    "exaone4": (
+        "Exaone4",
+        {
+            "num_hidden_layers": 3,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "seed_oss": (
+        "SeedOss",
+        {"head_dim": 8, "attention_out_bias": True, "attention_bias": False},
+    ),
+    "glm4": ("Glm4", {"head_dim": 8, "pad_token_id": 3, "eos_token_id": [7, 8]}),
+}
+
 
 def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
     """Gives every parameter values of which none is trivially 0 or 1."""

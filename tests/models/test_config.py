@@ -39,6 +39,25 @@ QWEN3_MOE = variant(
     moe_intermediate_size=20,
 )
 MIXTRAL = variant("MixtralForCausalLM", "mixtral")
+OLMO3 = variant("Olmo3ForCausalLM", "olmo3")
+PHI3 = variant("Phi3ForCausalLM", "phi3", max_position_embeddings=8192)
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0, 9.0]}
+MINISTRAL3 = variant(
+    "Ministral3ForCausalLM",
+    "ministral3",
+    rope_parameters={
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "llama_4_scaling_beta": 0.1,
+    },
+)
+MISTRAL3 = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "model_type": "mistral3",
+    "text_config": MINISTRAL3,
+    "vision_config": {"model_type": "pixtral"},
+}
 GEMMA2 = variant("Gemma2ForCausalLM", "gemma2")
 GEMMA3 = variant("Gemma3ForCausalLM", "gemma3_text")
 
@@ -56,8 +75,10 @@ def test_transformers_reads_to_hf_back_as_the_same_model(reference):
     assert "rope_parameters" in theirs
     assert ModelConfig.from_hf(theirs) == config
     # And it is the model that the reference was made with, not merely ours.
-    for key in ("layer_types", "no_rope_layers", "rope_parameters"):
+    for key in ("layer_types", "no_rope_layers"):
         assert theirs.get(key) == reference.hf.get(key), key
+    rope = reference.hf["rope_parameters"]
+    assert theirs["rope_parameters"] | rope == theirs["rope_parameters"]
 
 
 def test_run_options_are_kept_out_of_config_json():
@@ -188,6 +209,88 @@ def test_both_spellings_of_rotary_settings_give_one_model():
     )
 
 
+def test_the_attention_factor_of_yarn_is_that_of_its_scales():
+    def factor(**options):
+        yarn = {"rope_type": "yarn", "factor": 8.0, **options}
+        return ModelConfig.from_hf({**LLAMA, "rope_scaling": yarn}).rope[0]
+
+    # 0.1 ln 8 + 1 = 1.207944; of two scales, the quotient: (2 * 0.207944 + 1) / that.
+    assert factor().attention_factor == pytest.approx(1.207944)
+    both = factor(mscale=2.0, mscale_all_dim=1.0)
+    assert both.attention_factor == pytest.approx(1.415888 / 1.207944)
+    assert factor(mscale=2.0).attention_factor == pytest.approx(1.207944)
+    assert factor(attention_factor=0.5, mscale=2.0).attention_factor == 0.5
+    assert factor(factor=1.0).attention_factor == 1.0
+    rope = factor()
+    assert (rope.beta_fast, rope.beta_slow) == (32.0, 1.0)
+    assert rope.original_max_position_embeddings == 2048  # the longest position
+
+
+def test_longrope_ends_where_its_factors_would_change():
+    config = ModelConfig.from_hf({**PHI3, "rope_scaling": LONGROPE})
+    # sqrt(1 + ln 2 / ln 4096): the file stretches 4096 tokens, which Phi 3 assumes, to
+    # 8192.
+    assert config.rope[0].attention_factor == pytest.approx(1.040833)
+    assert config.max_position_embeddings == 4096
+    # The file keeps its own length.
+    assert config.to_hf()["max_position_embeddings"] == 8192
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    same = LONGROPE | {"long_factor": LONGROPE["short_factor"]}
+    whole = ModelConfig.from_hf({**PHI3, "rope_scaling": same})
+    assert whole.max_position_embeddings == 8192
+    assert ModelConfig.from_hf(whole.to_hf()) == whole
+    # An older name, and the length in its other place.
+    older = LONGROPE | {"type": "su", "original_max_position_embeddings": 7}
+    assert ModelConfig.from_hf({**PHI3, "rope_scaling": older}) == config
+    with pytest.raises(ValueError, match="max_position_embeddings must be at most"):
+        dataclasses.replace(config, max_position_embeddings=4097)
+
+
+def test_a_share_of_each_head_rotates():
+    hf = {**PHI3, "hidden_size": 32, "partial_rotary_factor": 0.75}
+    config = ModelConfig.from_hf(hf)
+    assert config.rotary_dim == 6  # of 32 / 4
+    parameters = {"rope_type": "default", "partial_rotary_factor": 0.75}
+    newer = {**PHI3, "hidden_size": 32, "rope_parameters": parameters}
+    assert ModelConfig.from_hf(newer) == config
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_windowed_layers_of_olmo_3_rotate_unscaled():
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    hf = {**OLMO3, "num_hidden_layers": 5, "sliding_window": 5, "rope_scaling": yarn}
+    config = ModelConfig.from_hf(hf)
+    assert config.layer_window == (5, 5, 5, None, 5)
+    assert config.layer_rope == (1, 1, 1, 0, 1)
+    assert [rope.kind for rope in config.rope] == ["yarn", "default"]
+    assert config.to_hf()["rope_theta"] == 500_000.0
+    # Two versions of transformers read another base in two ways.
+    with pytest.raises(ValueError, match=r"rope_theta=10000\.0 of olmo3"):
+        ModelConfig.from_hf({**hf, "rope_theta": 10_000.0})
+    entries = {
+        kind: {"rope_type": "default", "rope_theta": 10_000.0}
+        for kind in ("full_attention", "sliding_attention")
+    }
+    config = ModelConfig.from_hf({**OLMO3, "rope_parameters": entries})
+    assert config.to_hf()["rope_parameters"] == entries
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_a_multimodal_model_is_read_as_its_text_model():
+    outer = {"dtype": "bfloat16", "image_token_index": 10, "eos_token_id": [2, 5]}
+    config = ModelConfig.from_hf({**MISTRAL3, **outer})
+    text = {**MINISTRAL3, "tie_word_embeddings": True, "eos_token_id": [2, 5]}
+    assert config == ModelConfig.from_hf(text)
+    assert config.architecture == "Ministral3ForCausalLM"
+    named = {**MISTRAL3, "architectures": None}
+    assert ModelConfig.from_hf(named).architecture == "Ministral3ForCausalLM"
+    # What the whole says holds before what the text model says.
+    untied = {**MISTRAL3["text_config"], "tie_word_embeddings": False}
+    untied = {**MISTRAL3, "text_config": untied}
+    assert not ModelConfig.from_hf(untied).tie_embeddings
+    assert ModelConfig.from_hf({**untied, "tie_word_embeddings": True}).tie_embeddings
+
+
 @pytest.mark.parametrize(
     ("hf", "expected"),
     [
@@ -265,17 +368,38 @@ def test_a_one_in_no_rope_layers_means_that_the_layer_rotates():
     assert every_third.layer_rope == (0, 0, None)
 
 
+def test_full_layers_of_exaone_rotate_only_in_a_model_without_windows():
+    hf = variant("Exaone4ForCausalLM", "exaone4", num_hidden_layers=5)
+    config = ModelConfig.from_hf({**hf, "sliding_window": 5})
+    assert config.layer_window == (5, 5, 5, None, 5)
+    assert config.layer_rope == (0, 0, 0, None, 0)
+    listed = {**hf, "sliding_window_pattern": "LLG"}
+    full = ["full_attention"] * 5
+    whole = ModelConfig.from_hf({**listed, "layer_types": full, "sliding_window": None})
+    assert whole.layer_rope == (0,) * 5 and whole.layer_window == (None,) * 5
+    for one in (config, whole):
+        assert ModelConfig.from_hf(one.to_hf()) == one
+    with pytest.raises(ValueError, match="sliding_window_pattern must be .* got 'LLG'"):
+        ModelConfig.from_hf(listed)
+
+
 def test_biases_follow_the_family():
     qwen2 = ModelConfig.from_hf(QWEN2)
     assert (qwen2.attention_bias, qwen2.output_bias) == (True, False)
     llama = ModelConfig.from_hf({**LLAMA, "attention_bias": True})
     assert (llama.attention_bias, llama.output_bias) == (True, True)
+    seed_oss = variant("SeedOssForCausalLM", "seed_oss", attention_bias=False)
+    config = ModelConfig.from_hf({**seed_oss, "attention_out_bias": True})
+    assert (config.attention_bias, config.output_bias) == (False, True)
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    glm4 = ModelConfig.from_hf(variant("Glm4ForCausalLM", "glm4"))
+    assert (glm4.attention_bias, glm4.output_bias) == (True, False)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GraniteForCausalLM"]}, "GraniteForCausalLM"),
+        ({"architectures": ["GPTNeoForCausalLM"]}, "GPTNeoForCausalLM"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
         ({"model_type": "qwen2"}, "model_type 'qwen2'"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
@@ -288,7 +412,8 @@ def test_biases_follow_the_family():
         ({"residual_multiplier": 0.2}, "residual_multiplier=0.2"),
         ({"sliding_window": 5}, "sliding_window=5"),
         ({"num_local_experts": 8}, "num_local_experts=8"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' needs a positive factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "must be a number"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"rope_scaling": {"type": "linear"}}, "positive factor"),
         (
@@ -335,6 +460,44 @@ def test_what_the_decoder_does_not_honor_is_refused_by_name(change, message):
             "one entry per layer type",
         ),
         ({**GEMMA3, "layer_types": ["chunked_attention"] * 3}, "layer_types"),
+        ({**OLMO3, "sliding_window": None}, "sliding_window is not set"),
+        ({**PHI3, "full_attn_mod": 2}, "full_attn_mod=2"),
+        ({**PHI3, "rope_scaling": {"type": "longrope"}}, "positive short_factor"),
+        (
+            {**PHI3, "rope_scaling": LONGROPE | {"long_factor": [1.0]}},
+            "must have 2 entries",
+        ),
+        (
+            {
+                **PHI3,
+                "rope_scaling": LONGROPE,
+                "original_max_position_embeddings": 1,
+            },
+            "must be more than 1",
+        ),
+        ({**PHI3, "partial_rotary_factor": 0.8}, "rotate an even number"),
+        ({**PHI3, "partial_rotary_factor": 1.5}, r"in \(0, 1\]"),
+        (
+            {**LLAMA, "rope_scaling": {"type": "yarn", "factor": 2, "truncate": False}},
+            "truncate=False",
+        ),
+        (
+            {**LLAMA, "rope_scaling": MINISTRAL3["rope_parameters"]},
+            "does not use .'llama_4_scaling_beta'",
+        ),
+        (
+            {**MINISTRAL3, "rope_parameters": {"rope_type": "default"}},
+            "needs llama_4_scaling_beta",
+        ),
+        ({**MINISTRAL3, "rope_parameters": None}, "needs llama_4_scaling_beta"),
+        (variant("GraniteForCausalLM", "granite", logits_scaling=None), "a number"),
+        (variant("GraniteForCausalLM", "granite", logits_scaling=0), "logit_divisor"),
+        ({**MISTRAL3, "text_config": None}, "text_config must be an object"),
+        ({**MISTRAL3, "text_config": QWEN2}, "model_type 'qwen2', which is not"),
+        ({**MISTRAL3, "model_type": "gemma3"}, "expected 'mistral3'"),
+        ({**MISTRAL3, "quantization_config": {"bits": 8}}, "quantization_config"),
+        ({**MISTRAL3, "audio_config": {"layers": 8}}, "audio_config"),
+        ({**LLAMA, "text_config": LLAMA}, "text_config="),
         ({**GEMMA3, "layer_types": ["full_attention"] * 2}, "layer_types"),
         ({**QWEN2, "layer_types": ["sliding_attention"] * 3}, "sliding_window"),
         (
@@ -372,8 +535,8 @@ def test_keys_that_change_nothing_are_accepted():
 
 
 def test_a_field_that_config_json_cannot_express_is_refused_by_name():
-    config = dataclasses.replace(ModelConfig.from_hf(LLAMA), qk_norm=True)
-    with pytest.raises(ValueError, match="qk_norm=True"):
+    config = dataclasses.replace(ModelConfig.from_hf(LLAMA), qk_norm="head")
+    with pytest.raises(ValueError, match="qk_norm='head'"):
         config.to_hf()
     two_windows = dataclasses.replace(
         ModelConfig.from_hf(GEMMA2), layer_window=(3, 4, None)
@@ -392,6 +555,9 @@ def test_a_field_that_config_json_cannot_express_is_refused_by_name():
         ({"layer_window": (None, 0, None)}, "layer_window must be positive"),
         ({"lora_scale": 0.0}, "lora_scale must be positive"),
         ({"num_layers": 0}, "num_layers must be positive"),
+        ({"qk_norm": True}, "qk_norm must be one of"),
+        ({"post_norm": True, "sandwich_norm": True}, "exclude each other"),
+        ({"residual_scale": 0.0}, "residual_scale must be positive"),
     ],
 )
 def test_invalid_fields_are_refused_by_name(change, message):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from grpo_jax.models import families
 from grpo_jax.models._hf_checks import foreign_keys
+from grpo_jax.models._hf_wrappers import text_of
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.families import FAMILIES
 from grpo_jax.weights._names import parameter_table
@@ -19,7 +20,8 @@ from grpo_jax.weights._names import parameter_table
 PUBLISHED = json.loads(
     (pathlib.Path(__file__).parent / "published_configs.json").read_text()
 )
-# How many parameters the publishers, or the files of the weights, say there are.
+# How many parameters the publishers, or the files of the weights, say there are; of
+# those that also see, what transformers' class of the text model has.
 SIZES = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
@@ -33,8 +35,18 @@ SIZES = {
     "google/gemma-3-270m-it": 268_098_176,
     "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "allenai/OLMo-2-0425-1B-Instruct": 1_484_916_736,
+    "allenai/Olmo-3-7B-Instruct": 7_298_011_136,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "ibm-granite/granite-3.1-2b-instruct": 2_533_531_648,
+    "mistralai/Ministral-3-3B-Instruct-2512-BF16": 3_429_006_336,
+    "google/gemma-3-4b-it": 3_880_263_168,
+    "LGAI-EXAONE/EXAONE-4.0-1.2B": 1_279_391_488,
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": 36_151_104_512,
+    "zai-org/GLM-4-9B-0414": 9_400_279_040,
 }
-BY_FAMILY = {hf["architectures"][0]: hf for hf in PUBLISHED.values()}
+TEXTS = [text_of(hf) for hf in PUBLISHED.values()]
+BY_FAMILY = {hf["architectures"][0]: hf for hf in TEXTS}
 
 # Seen in published files of these families; no implementation computes by them.
 BOOKKEEPING = {
@@ -84,8 +96,10 @@ def test_every_field_of_the_class_is_read_fixed_or_ignored(architecture):
     fields = {key for key in ours().to_dict() if key not in plain}
     refused = fields - listed
     assert refused <= foreign_keys() | {"attn_logit_softcapping"}, refused
-    # A key that only Llama's class has is of no meaning in the others.
-    assert ("pretraining_tp" in family.fixed) == ("pretraining_tp" in fields)
+    # A key of Llama's class is of no meaning in the others. Seed-OSS has, and never
+    # reads it.
+    in_class = "pretraining_tp" in fields and family.model_type != "seed_oss"
+    assert ("pretraining_tp" in family.fixed) == in_class
 
 
 @given(st.sampled_from([*BY_FAMILY]), st.sampled_from([*BOOKKEEPING.items()]))

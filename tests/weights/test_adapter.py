@@ -13,6 +13,8 @@ from flax import traverse_util
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.lora import init_lora, merge_lora
+from grpo_jax.weights import load_pretrained
 from grpo_jax.weights._names import parameter_table
 from grpo_jax.weights.adapter import Adapter, load_adapter, save_adapter
 
@@ -172,6 +174,102 @@ def test_tensors_that_do_not_fit_are_named(reference, tmp_path, tensors, message
     copy_of(reference, tmp_path, tensors=tensors)
     with pytest.raises(ValueError, match=message):
         load_adapter(tmp_path, reference.config)
+
+
+QKV = "base_model.model.model.layers.{}.self_attn.qkv_proj.lora_{}.weight"
+
+
+@pytest.fixture(scope="module")
+def fused(tools):
+    """A model whose files join projections, its parameters, and adapters of some."""
+    with np.load(tools.REFERENCES / "phi3.npz") as data:
+        config = ModelConfig.from_hf(json.loads(str(data["config"])))
+    model, targets = Decoder(config), ("q", "v", "down")
+    adapters = init_lora(model, jax.random.key(0), rank=2, targets=targets)
+    random = np.random.default_rng(0)
+    draw = lambda leaf: random.standard_normal(leaf.shape).astype(np.float32)  # noqa: E731
+    return config, Adapter(
+        params=jax.tree.map(draw, adapters), alpha=3.0, base_name=None
+    )
+
+
+def test_projections_of_one_tensor_have_one_adapter_in_files(fused, tmp_path):
+    config, adapter = fused
+    save_adapter(tmp_path, adapter, config)
+    options = json.loads((tmp_path / "adapter_config.json").read_text())
+    # As q, k and v of rank 2 each: the scale 3 / 2 is also 9 / 6.
+    assert (options["r"], options["rank_pattern"]) == (2, {"qkv_proj": 6})
+    assert (options["lora_alpha"], options["alpha_pattern"]) == (3, {"qkv_proj": 9})
+    assert options["target_modules"] == ["down_proj", "qkv_proj"]
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    # What the file's adapter adds to the joined kernel is what ours add to the parts.
+    a, b = (tensors[QKV.format(1, factor)] for factor in "AB")
+    assert a.shape == (6, 32) and b.shape == (64, 6)
+    added, own = b @ a, adapter.params["layers"]["attn"]
+    parts = {"q": added[:32], "v": added[48:]}
+    for name, part in parts.items():
+        np.testing.assert_allclose(
+            part.T, own[name]["a"][1] @ own[name]["b"][1], atol=1e-6
+        )
+    assert not added[32:48].any()
+    again = load_adapter(tmp_path, config)
+    assert again.targets == ("q", "v", "down")
+    assert (again.rank, again.alpha) == (2, 3.0)
+    jax.tree.map(np.testing.assert_array_equal, again.params, adapter.params)
+    # An adapter that mixes them is none of ours.
+    b[0, 5] = 1.0
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="qkv_proj.lora_B.weight .* mixes projections"):
+        load_adapter(tmp_path, config)
+
+
+def test_an_adapter_of_a_joined_tensor_is_read_as_one_of_each_part(fused, tmp_path):
+    """As PEFT makes it: one first factor, of which each part has a copy."""
+    config, _ = fused
+    random = np.random.default_rng(0)
+    draw = lambda *shape: random.standard_normal(shape).astype(np.float32)  # noqa: E731
+    tensors = {}
+    for layer in range(2):
+        tensors[QKV.format(layer, "A")] = draw(3, 32)
+        tensors[QKV.format(layer, "B")] = draw(64, 3)
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    options = {"peft_type": "LORA", "r": 3, "lora_alpha": 5}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(options))
+    adapter = load_adapter(tmp_path, config)
+    assert adapter.targets == ("q", "k", "v") and adapter.rank == 3
+    added = tensors[QKV.format(1, "B")] @ tensors[QKV.format(1, "A")]
+    own = adapter.params["layers"]["attn"]
+    ours = [np.asarray(own[n]["a"][1] @ own[n]["b"][1]).T for n in "qkv"]
+    np.testing.assert_allclose(np.concatenate(ours), added, atol=1e-5)
+    for wrong in (
+        {"rank_pattern": {"qkv_proj": 6}, "alpha_pattern": {"qkv_proj": 10}},
+        {"rank_pattern": {"qkv_proj": 9}},
+        {"alpha_pattern": {"qkv_proj": 15}},
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(options | wrong))
+        with pytest.raises(ValueError, match="not supported: (rank|alpha)_pattern="):
+            load_adapter(tmp_path, config)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default::FutureWarning")  # between the two libraries
+def test_peft_loads_an_adapter_of_joined_projections(fused, tmp_path, tools):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    config, adapter = fused
+    tools.write_reference(tmp_path, "phi3")
+    loaded = load_pretrained(tmp_path)
+    save_adapter(tmp_path / "out", adapter, config)
+    base = transformers.Phi3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base.eval(), tmp_path / "out")
+    tokens = np.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    merged = dataclasses.replace(config, lora_scale=adapter.scale)
+    params = merge_lora(loaded.params, adapter.params, merged)
+    ours = tools.make_logits(dataclasses.replace(loaded, params=params))
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * expected.std())
 
 
 def test_a_folder_without_adapters_says_what_is_missing(reference, tmp_path):

@@ -91,12 +91,14 @@ def greedy(live):
         max_new_tokens=NEW,
         sampling=SamplingConfig(temperature=0.0, stop_ids=()),
     )
-    options = {"max_new_tokens": NEW, "do_sample": False}
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     live.theirs.generation_config.eos_token_id = None
-    theirs = [
-        live.theirs.generate(torch.tensor([row]), pad_token_id=0, **options)[0]
-        for row in live.rows
-    ]
+    theirs = []
+    for row in live.rows:
+        # Without a mask, transformers hides the tokens of a prompt that are padding's.
+        mask = torch.ones(1, len(row), dtype=torch.long)
+        inputs = {"input_ids": torch.tensor([row]), "attention_mask": mask}
+        theirs.append(live.theirs.generate(**inputs, **options)[0])
     theirs = [
         out[len(row) :].tolist() for out, row in zip(theirs, live.rows, strict=True)
     ]

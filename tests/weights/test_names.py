@@ -15,6 +15,11 @@ from grpo_jax.weights._names import (
     read_parameter,
 )
 
+PHI3 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "partial_rotary_factor": 0.5,
+}
 MIXTRAL = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
@@ -60,8 +65,10 @@ def tensors(untied):
             "sliding_window": 8,
         },
         MIXTRAL,
+        {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"},
+        PHI3,
     ],
-    ids=["plain", "tied", "biases", "gemma3", "mixtral"],
+    ids=["plain", "tied", "biases", "gemma3", "mixtral", "olmo2", "phi3"],
 )
 def test_the_table_has_exactly_the_parameters_of_the_decoder(options, tools):
     config = ModelConfig.from_hf({**tools.HF, **options})
@@ -78,7 +85,7 @@ def test_every_tensor_is_named_once_in_both_formats(table):
         assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("options", [{"attention_bias": True}, MIXTRAL])
+@pytest.mark.parametrize("options", [{"attention_bias": True}, MIXTRAL, PHI3])
 def test_a_part_of_a_parameter_is_that_part_of_the_whole(options, tools):
     config = ModelConfig.from_hf({**tools.HF, **options})
     params = tools.random_params(config)
@@ -89,6 +96,26 @@ def test_a_part_of_a_parameter_is_that_part_of_the_whole(options, tools):
         part = tuple(slice(1, n - 1) if n > 2 else slice(1, 2) for n in row.shape)
         values = read_parameter(row, tensors, part, dtype=np.dtype(np.float32))
         np.testing.assert_array_equal(values, np.asarray(whole[row.path])[part])
+
+
+def test_projections_of_one_tensor_are_its_rows(tools):
+    config = ModelConfig.from_hf({**tools.HF, **PHI3})
+    params = tools.random_params(config)
+    tensors = dict(parameter_tensors(config, params))
+    flat = tools.flatten(params)
+    for name, paths in (
+        ("self_attn.qkv_proj", ("attn/q", "attn/k", "attn/v")),
+        ("mlp.gate_up_proj", ("mlp/gate", "mlp/up")),
+    ):
+        parts = [flat[f"layers/{path}/kernel"][1].T for path in paths]
+        whole = tensors[f"model.layers.1.{name}.weight"]
+        assert whole.flags.c_contiguous
+        np.testing.assert_array_equal(whole, np.concatenate(parts))
+    assert not [
+        name
+        for name in tensors
+        if "q_proj" in name or "_up_proj" not in name and "up_proj" in name
+    ]
 
 
 def test_exported_tensors_are_contiguous(untied):

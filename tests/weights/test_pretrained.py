@@ -1,6 +1,7 @@
 """Loading and saving whole models."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
 
@@ -99,6 +100,49 @@ def test_every_family_is_exported_as_transformers_stores_it(tmp_path, tools, fam
     for name, values in weights.items():
         assert exported[name].tobytes() == values.tobytes(), name
     assert load_pretrained(tmp_path / "out").config == loaded.config
+
+
+@pytest.mark.parametrize(
+    ("text", "head", "images"),
+    [
+        ("language_model.model", "language_model.lm_head", ""),
+        ("model.language_model", "lm_head", "model."),
+    ],
+    ids=["older", "newer"],
+)
+def test_the_text_model_is_read_from_a_multimodal_one(
+    tmp_path, tools, text, head, images
+):
+    _, weights = tools.write_reference(tmp_path, "ministral3")
+    alone = load_pretrained(tmp_path)
+    whole = {
+        name.replace("lm_head", head) if "lm_head" in name else text + name[5:]: values
+        for name, values in weights.items()
+    }
+    whole[f"{images}vision_tower.patch_conv.weight"] = np.zeros(1, np.float32)
+    whole[f"{images}multi_modal_projector.norm.weight"] = np.zeros(1, np.float32)
+    safetensors.numpy.save_file(whole, tmp_path / "model.safetensors")
+    file = tmp_path / "config.json"
+    wrapper = {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "text_config": json.loads(file.read_text()),
+        "vision_config": {"model_type": "pixtral"},
+        "tie_word_embeddings": False,
+    }
+    file.write_text(json.dumps(wrapper))
+    loaded = load_pretrained(tmp_path)
+    assert loaded.config == alone.config
+    assert read_model_config(tmp_path).architecture == "Ministral3ForCausalLM"
+    tools.assert_same_bits(loaded.params, alone.params)
+    # The export is the text model.
+    save_pretrained(tmp_path / "out", loaded, dtype="float16")
+    exported = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == weights.keys()
+    whole["audio_tower.norm.weight"] = np.zeros(1, np.float32)
+    safetensors.numpy.save_file(whole, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 unexpected \(audio_tower.norm.weight"):
+        load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3"])
