@@ -188,10 +188,7 @@ def apply_rotary(
 def _query_scales(
     positions: Int[Array, "N S"], settings: Sequence[RopeConfig | None]
 ) -> Float[Array, "R N S"] | None:
-    """Returns 1 + b log(1 + p // trained), by which scores of late tokens grow.
-
-    Llama 4's scaling of attention by position, with `query_beta` for b.
-    """
+    """Returns 1 + query_beta log(1 + p // trained), Llama 4's scaling by position."""
     betas = [0.0 if rope is None else rope.query_beta or 0.0 for rope in settings]
     if not any(betas):
         return None
@@ -199,5 +196,6 @@ def _query_scales(
         rope.original_max_position_embeddings or 1 if rope and beta else 1
         for rope, beta in zip(settings, betas, strict=True)
     ]
-    turns = positions[None] // jnp.asarray(trained)[:, None, None]
+    # An empty slot has a negative position, whose logarithm would not be finite.
+    turns = jnp.maximum(positions, 0)[None] // jnp.asarray(trained)[:, None, None]
     return 1.0 + jnp.asarray(betas)[:, None, None] * jnp.log1p(turns)

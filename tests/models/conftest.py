@@ -48,11 +48,15 @@ PLAIN = ModelConfig(
     eos_token_ids=(2,),
     pad_token_id=None,
 )
+LATE = {"original_max_position_embeddings": 4, "query_beta": 0.5}
 # Every option at once: two rotary bases and a layer without, windows, caps, biases.
 FULL = dataclasses.replace(
     PLAIN,
     num_layers=3,
-    rope=(RopeConfig(theta=1000.0, kind="linear", factor=2.0), RopeConfig(theta=50.0)),
+    rope=(
+        RopeConfig(theta=1000.0, kind="linear", factor=2.0, **LATE),
+        RopeConfig(theta=50.0),
+    ),
     layer_rope=(1, 0, None),
     layer_window=(3, None, 5),
     tie_embeddings=False,
@@ -67,10 +71,17 @@ FULL = dataclasses.replace(
     embedding_scale=32**0.5,
     attention_softcap=2.0,
     logit_softcap=5.0,
+    rotary_fraction=0.5,
+    residual_scale=0.7,
+    logit_divisor=3.0,
 )
 
+# With norms in their other places.
 EXPERTS = dataclasses.replace(
-    PLAIN, experts=ExpertsConfig(count=5, per_token=2, width=12, normalized=True)
+    PLAIN,
+    experts=ExpertsConfig(count=5, per_token=2, width=12, normalized=True),
+    post_norm=True,
+    qk_norm="width",
 )
 
 

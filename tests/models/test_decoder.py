@@ -196,7 +196,9 @@ def test_scan_equals_an_explicit_loop_over_layers(full):
                 return model._causal(q, k, v, data=mine), None
 
             x, _ = Layer(config).apply({"params": own}, x, tables, mine, attend)
-        norm = RMSNorm(eps=config.norm_eps, offset=config.norm_offset)
+        norm = RMSNorm(
+            eps=config.norm_eps, offset=config.norm_offset, divisor=config.logit_divisor
+        )
         return norm.apply({"params": params["final_norm"]}, x)
 
     scanned = jax.jit(

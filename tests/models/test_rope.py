@@ -118,6 +118,9 @@ def test_queries_grow_with_the_logarithm_of_their_position():
     tables = rotary_tables(positions, [rope, None], head_dim=2)
     np.testing.assert_allclose(tables.queries, [[expected], [[1.0] * 4]], rtol=1e-6)
     assert rotary_tables(positions, [None], head_dim=2).queries is None
+    # Those of empty slots stay finite.
+    negative = rotary_tables(jnp.array([[-1, -9]]), [rope], head_dim=2)
+    np.testing.assert_array_equal(negative.queries, [[[1.0, 1.0]]])
 
 
 def test_rotation_by_hand():
