@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from grpo_jax.config import EnvironmentsConfig
-from grpo_jax.environments._seat import OPEN_SECONDS, Act, Answer, Kind, Name
+from grpo_jax.environments._seat import (
+    OPEN_SECONDS,
+    Act,
+    Answer,
+    Kind,
+    Name,
+    UnknownToolError,
+)
 from grpo_jax.environments.outcome import Failure
 from grpo_jax.workers.event_loop import EventLoop
 
@@ -139,7 +146,9 @@ class Pool:
         if act.kind == "tool":
             what = act.name
             then = "the policy reads the error message"
-        key = (what, failure.cause)
+        # Names that no tool has are of one kind, however many a policy invents.
+        unknown = failure.cause == UnknownToolError.__name__
+        key = ("" if unknown else what, failure.cause)
         if key not in self._logged:
             self._logged.add(key)
             _logger.warning(

@@ -63,6 +63,7 @@ def test_failed_calls_are_messages_of_trls_form_and_logged_once_per_kind(caplog)
         with host.play([{"prompt": "p"}], seeds=[0], members=2) as play:
             calls = [
                 call("nothing"),
+                call("nowhere"),
                 call("trouble", what="raise"),
                 call("product", a=3),
                 call("later", b=1),
@@ -73,19 +74,20 @@ def test_failed_calls_are_messages_of_trls_form_and_logged_once_per_kind(caplog)
             for episode in range(2):
                 found = results(turn(play, episode, says("", *calls)))
             # As str(exception) has it, for the errors of Python.
-            assert found[:4] == [
+            assert found[:5] == [
                 "{'error': 'Tool nothing not found.'}",
+                "{'error': 'Tool nowhere not found.'}",
                 "{'error': \"'no such thing'\"}",
                 "{'error': \"product() missing 1 required positional argument: 'b'\"}",
                 "{'error': \"later() got an unexpected keyword argument 'b'\"}",
             ]
-            assert found[4:6] == [
+            assert found[5:7] == [
                 "{'error': 'bye'}",
                 "{'error': 'Unsupported tool call type: python'}",
             ]
-            assert "argument after ** must be a mapping" in found[6]
+            assert "argument after ** must be a mapping" in found[7]
             result = play.results()[0]
-    assert (result.calls, result.failed_calls, result.failure) == (7, 7, None)
+    assert (result.calls, result.failed_calls, result.failure) == (8, 8, None)
     assert set(result.seconds) == {"product", "later", "trouble"}
     logged = [record.getMessage().split(";")[0] for record in caplog.records]
     assert sorted(logged) == [
