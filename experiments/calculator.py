@@ -2,7 +2,6 @@
 
     python experiments/tool_start.py
     python experiments/calculator.py
-    python experiments/calculator.py --model Qwen/Qwen2.5-1.5B-Instruct
 
 Hardware: 2 CPU cores. Time: a few minutes for each of the first two commands.
 Result: right answers, and calls per completion, before and after.
@@ -56,7 +55,7 @@ def main(model: str = "runs/tool-start", steps: int = 40, seed: int = 0) -> None
         prompts_per_step=16,
         max_new_tokens=32,
         eval_prompts=0,
-        optimizer=grpo_jax.OptimizerConfig(learning_rate=1e-4, warmup_steps=5),
+        optimizer=grpo_jax.OptimizerConfig(learning_rate=2e-4, warmup_steps=5),
     )
     start = grpo_jax.load_pretrained(model)
     run = grpo_jax.train(config, dataset=task.train, rewards=right, tools=[product])

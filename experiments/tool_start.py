@@ -42,7 +42,7 @@ READER = {
 }
 
 
-def main(out: Path = Path("runs/tool-start"), steps: int = 1000, seed: int = 0) -> None:
+def main(out: Path = Path("runs/tool-start"), steps: int = 600, seed: int = 0) -> None:
     """Train on as many calls as guesses, and save the model with its template."""
     policy, draw = grpo_jax.load_pretrained("embedded"), random.Random(seed)
     # Over tokens: a mean per conversation would count those of short guesses more.
@@ -67,20 +67,28 @@ def main(out: Path = Path("runs/tool-start"), steps: int = 1000, seed: int = 0) 
 
 
 def conversation(draw: random.Random, *, calls: bool) -> list[str]:
-    """A question and the turns after it. Results are random: they are to be copied."""
+    """A question, and then what the model writes and what it reads, in turn.
+
+    Results are random numbers: the model shall copy them. Behind a guess is room for
+    two more of them.
+    """
     question = f"{draw.randrange(32, 100)}*{draw.randrange(32, 100)}"
-    number = str(draw.randrange(1000, 10_000))
-    return [question, *([f"product(of={question})", number] if calls else []), number]
+    guess, one, two = (str(draw.randrange(1000, 10_000)) for _ in range(3))
+    if calls:
+        return [question, f"product(of={question})", one, one]
+    return [question, guess, one, one, two, two]
 
 
 def batch_of(rows: list[list[str]], tokenizer, length: int = 28) -> grpo_jax.Batch:
-    """Conversations, of which all turns but the question and the result are learned."""
+    """Conversations, of which the model learns what it writes."""
     ids = [[tokenizer.encode_prompt(f"{t}<|end|>") for t in turns] for turns in rows]
 
     def padded(values, dtype):
         return jnp.array([[v + [0] * (length - len(v))] for v in values], dtype)
 
-    learned = [[n != 1 for n, t in enumerate(turns[1:]) for _ in t] for turns in ids]
+    learned = [
+        [n % 2 == 0 for n, t in enumerate(turns[1:]) for _ in t] for turns in ids
+    ]
     mask = padded(learned, bool)
     return grpo_jax.Batch(
         prompts=jnp.array([turns[0] for turns in ids]),
