@@ -2,7 +2,7 @@
 
     python experiments/tool_start.py
 
-Hardware: 2 CPU cores. Time: a minute.
+Hardware: 2 CPU cores. Time: two minutes.
 Result: the model that experiments/calculator.py starts from. Half of its answers are
 guesses, the others call a calculator, often with wrong digits.
 
