@@ -275,7 +275,9 @@ def _with_fused(
 ) -> Iterator[Parameter]:
     """The parameters of all layers, where they may be parts of a file's tensors."""
     norms = _NORMS.get(config.architecture, {})
-    kinds = {path: (path, norms.get(hf, hf), *rest) for path, hf, *rest in rows}
+    kinds = {
+        path: (path, norms.get(hf, hf), gguf, shape) for path, hf, gguf, shape in rows
+    }
     for fused, modules in _FUSED.get(config.architecture, {}).items():
         for kind in ("kernel", "bias"):
             paths = [f"{module}/{kind}" for module in modules]
