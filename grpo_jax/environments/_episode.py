@@ -36,7 +36,7 @@ class Episode:
         self._rounds = 0  # turns that were answered
         self._used = 0.0  # seconds in calls, of those of the episode
         self._hash = hashlib.sha256()
-        self._step_rewards: list[float] = []
+        self._step_rewards: list[float | None] = []
         self.failure: Failure | None = None
         self.is_over = False
         self.turns = self.calls = self.failed_calls = 0
@@ -96,7 +96,9 @@ class Episode:
         if self.failure is not None or not self._kind.has_reward:
             return math.nan
         if self._kind.is_text:
-            return math.fsum(self._step_rewards) if self._step_rewards else math.nan
+            given = [reward for reward in self._step_rewards if reward is not None]
+            withheld = self._step_rewards and not given
+            return math.nan if withheld else math.fsum(given)
         answer = await self._caller(Act("reward"), self.limit)
         self._account(answer)
         if answer.failure is not None:
@@ -116,8 +118,7 @@ class Episode:
             return Reply(done=True)
         step: CheckedStep = answer.value
         self._observe(step)
-        if step.reward is not None:
-            self._step_rewards.append(step.reward)
+        self._step_rewards.append(step.reward)
         done = step.done or last
         return Reply(messages=() if done else tuple(step.messages), done=done)
 

@@ -16,13 +16,14 @@ class Step(NamedTuple):
     Attributes:
       observation: what the policy reads next: the text of a user's message, or
         messages.
-      reward: for this turn; a trajectory's reward is the sum of those of its turns.
-        None for no reward: if no turn has one, neither has the trajectory.
+      reward: for this turn; a trajectory's reward is the sum of those of its turns,
+        and 0 before the first. None withholds it: a trajectory whose turns all have
+        None has no reward, and is left out of means and of its group.
       done: whether the episode is over. The observation is then not shown.
     """
 
     observation: str | Sequence[Message] = ""
-    reward: float | None = None
+    reward: float | None = 0.0
     done: bool = False
 
 

@@ -39,4 +39,4 @@ def test_an_environment_has_both_methods():
 
     with pytest.raises(TypeError, match="step"):
         Half()
-    assert Step() == ("", None, False)
+    assert Step() == ("", 0.0, False)

@@ -75,7 +75,7 @@ def test_steps_have_messages_unless_they_are_the_last():
         1.0,
         False,
     )
-    assert checked_step(Step(CHAT)) == (CHAT, None, False)
+    assert checked_step(Step(CHAT)) == (CHAT, 0.0, False)
     assert checked_step(Step("never shown", 2.0, True)) == ([], 2.0, True)
     for wrong in (("o", 1.0, False), "o", None):
         with pytest.raises(NonsenseError, match="expected Step"):

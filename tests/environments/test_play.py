@@ -147,13 +147,6 @@ def test_text_environments_have_rewards_by_turn_and_tools_beside():
     assert rewards == [1.5, 1.0]  # "hey" and "bye"; "hey"
 
 
-def test_no_reward_in_any_turn_is_no_reward():
-    with host_of(factory=examples.Echo) as host:
-        with host.play([{}], seeds=[7], members=1) as play:
-            turn(play, 0, says("messages"))
-            assert math.isnan(play.results()[0].rewards["Echo"])
-
-
 def test_environments_have_methods_as_tools_and_their_own_reward():
     rows = [{"prompt": "p"}, {"prompt": [{"role": "user", "content": "q"}]}]
     with host_of(factory=examples.Count) as host:
@@ -847,3 +840,37 @@ def test_all_calls_of_an_environment_run_in_its_own_thread_which_ends_with_it():
     del host, play, replies
     while len(threads()) > before:
         gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [([], 0.0), ([None], math.nan), ([None, 2.0], 2.0), ([0.5, None, 1.0], 1.5)],
+)
+def test_rewards_of_turns_are_summed_and_none_withholds_one(rewards, expected):
+    class Game(TextEnvironment):
+        def reset(self, *, seed, **row):
+            self.rewards = list(rewards)
+
+        def step(self, text):
+            return Step("go on", self.rewards.pop(0))
+
+    with host_of(factory=Game) as host:
+        with host.play([{"prompt": "p"}], seeds=[0], members=1) as play:
+            for _ in rewards:
+                turn(play, 0, says("a"))
+            (result,) = play.results()
+    np.testing.assert_equal(result.rewards["Game"], expected)
+
+
+def test_a_turn_that_has_earned_nothing_yet_has_the_reward_0():
+    class Game(TextEnvironment):
+        def reset(self, *, seed, **row):
+            return "go"
+
+        def step(self, text):
+            return Step("go on")
+
+    with host_of(factory=Game) as host:
+        with host.play([{"prompt": "p"}], seeds=[0], members=1) as play:
+            turn(play, 0, says("a"))
+            assert play.results()[0].rewards == {"Game": 0.0}
