@@ -3,8 +3,8 @@
     python experiments/tool_start.py
 
 Hardware: 2 CPU cores. Time: two minutes.
-Result: the model that experiments/calculator.py starts from. Half of its answers are
-guesses, the others call a calculator, often with wrong digits.
+Result: the model that experiments/calculator.py starts from. It calls a calculator in
+44 % of its answers, often with wrong digits, and else guesses: accuracy 10.8 %.
 
 GRPO strengthens what a model samples at times, and the packaged model knows no tools.
 A language model that was trained to call tools needs no such start.
@@ -36,10 +36,8 @@ CALLS = {
     "transform": {"function": {"name": "{name}", "arguments": "{content}"}},
     "repeats": True,
 }
-READER = {
-    "start_anchor": "<|end|>",
-    "fields": {"tool_calls": CALLS, "content": {"close": "<|end|>"}},
-}
+FIELDS = {"tool_calls": CALLS, "content": {"close": "<|end|>"}}
+READER = {"start_anchor": "<|end|>", "fields": FIELDS}
 
 
 def main(out: Path = Path("runs/tool-start"), steps: int = 600, seed: int = 0) -> None:
@@ -53,11 +51,9 @@ def main(out: Path = Path("runs/tool-start"), steps: int = 600, seed: int = 0) -
     optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 3e-3, 20, steps))
     state = grpo_jax.make_train_state(policy.params, optimizer)
     step = jax.jit(grpo_jax.make_train_step(policy.model, optimizer, config))
-    for done in range(1, steps + 1):
+    for _ in range(steps):
         rows = [conversation(draw, calls=n % 2 == 0) for n in range(32)]
-        state, metrics = step(state, batch_of(rows, policy.tokenizer))
-        if done % 100 == 0:
-            print(f"step {done}: loss {metrics['loss']:.2f}", flush=True)
+        state, _ = step(state, batch_of(rows, policy.tokenizer))
     grpo_jax.save_pretrained(out, dataclasses.replace(policy, params=state.params))
     (out / "chat_template.jinja").write_text(TEMPLATE)
     path = out / "tokenizer_config.json"
@@ -67,11 +63,7 @@ def main(out: Path = Path("runs/tool-start"), steps: int = 600, seed: int = 0) -
 
 
 def conversation(draw: random.Random, *, calls: bool) -> list[str]:
-    """A question, and then what the model writes and what it reads, in turn.
-
-    Results are random numbers: the model shall copy them. Behind a guess is room for
-    two more of them.
-    """
+    """A question, then in turn what the model writes and a random result to copy."""
     question = f"{draw.randrange(32, 100)}*{draw.randrange(32, 100)}"
     guess, one, two = (str(draw.randrange(1000, 10_000)) for _ in range(3))
     if calls:
