@@ -52,6 +52,14 @@ class Host:
             factories = {**environment_factory}
         elif environment_factory is not None:
             factories = {None: environment_factory}
+        if callable(tools):
+            raise ValueError(f"tools must be a list of functions, got {tools!r:.80}.")
+        for name, factory in factories.items():
+            if not callable(factory):
+                raise ValueError(
+                    f"{_place(name)} must be a class, or a function without arguments "
+                    f"that makes an environment, got {factory!r:.80}."
+                )
         kit = Kit(tuple(tools), factories)
         if not (kit.tools or factories):
             raise ValueError("give tools, an environment_factory, or both; got none.")
@@ -62,7 +70,7 @@ class Host:
         self._pool = Pool(place, config)
         try:
             for name in factories or (None,):
-                self._probe(name)
+                self._probe(name, _place(name) if factories else "tools")
         except BaseException:
             self.close()
             raise
@@ -143,11 +151,13 @@ class Host:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _probe(self, name: Name) -> None:
+    def _probe(self, name: Name, where: str) -> None:
         answer = self._pool.probe(name)
         if answer.failure is not None:
-            where = "environment_factory" if name is None else f"environment {name!r}"
-            raise ValueError(f"{where}: {answer.failure.details}")
+            failure = answer.failure
+            error = ValueError(f"{where}: {failure.cause}: {failure.message}")
+            error.add_note(failure.details)
+            raise error
         if answer.interrupted:
             raise KeyboardInterrupt
 
@@ -155,9 +165,11 @@ class Host:
         return row["environment"] if self._by_column else None
 
     def _checked(self, row: Row) -> Kind:
-        if self._by_column and row.get("environment") not in self._kinds:
+        named = row.get("environment")
+        is_known = isinstance(named, str) and named in self._kinds
+        if self._by_column and not is_known:
             raise ValueError(
-                f"a row has the environment {row.get('environment')!r}; expected one "
+                f"a row has the environment {named!r}; expected one "
                 f"of {', '.join(map(repr, self._kinds))}, in the column `environment`."
             )
         kind = self._kinds[self._name(row)]
@@ -175,6 +187,10 @@ class Host:
                 "`def reset(self, **row)`, with those that it uses before `**row`."
             )
         return kind
+
+
+def _place(name: Name) -> str:
+    return "environment_factory" if name is None else f"environment {name!r}"
 
 
 def _reward_names(kinds: Iterable[Kind]) -> dict[str, str]:

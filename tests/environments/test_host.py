@@ -172,3 +172,28 @@ def test_text_environments_are_closed_with_the_host_and_others_are_not():
         assert set(map(id, first)) == set(map(id, second))
         assert not closed
     assert sorted(map(id, closed)) == sorted(map(id, first[:2]))
+
+
+def test_what_makes_no_environments_and_a_tool_in_no_list_are_refused():
+    config = EnvironmentsConfig()
+    with pytest.raises(ValueError, match="environment_factory must be a class"):
+        Host(environment_factory=examples.Count(), config=config)
+    with pytest.raises(ValueError, match="environment 'a' must be a class"):
+        Host(environment_factory={"a": 3}, config=config)
+    with pytest.raises(ValueError, match="tools must be a list of functions"):
+        Host(examples.product, config=config)
+
+
+def test_a_tool_without_a_schema_is_refused_in_one_line():
+    def bare(a):
+        return a
+
+    with pytest.raises(ValueError, match=r"^tools: ValueError: tool 'bare'") as caught:
+        Host([bare])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_names_its_environment_by_a_text():
+    with Host(environment_factory={"a": examples.Count}) as host:
+        with pytest.raises(ValueError, match=r"the environment \['a'\]; expected one"):
+            host.schemas({"environment": ["a"]})
