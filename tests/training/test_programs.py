@@ -20,6 +20,7 @@ from grpo_jax.parallel.collectives import whole_over_fsdp
 from grpo_jax.planning.memory import estimate, evaluation_batch
 from grpo_jax.rollout import _loop as token_loop
 from grpo_jax.rollout import _programs as engine
+from grpo_jax.rollout._settings import GroupSettings
 from grpo_jax.training.optimizer import make_optimizer
 from grpo_jax.training.state import Batch, TrainState
 from grpo_jax.training.step import make_train_step, score_batch
@@ -150,13 +151,15 @@ class Programs:
             block,
             cache,
             start,
-            group_size=group,
+            settings=GroupSettings(
+                group_size=group,
+                max_new_tokens=NEW_TOKENS,
+                sampling=SamplingConfig(),
+                stop_ids=(1,),
+            ),
             turns=NEW_TOKENS,
-            limit=NEW_TOKENS,
             impl="threefry2x32",
             aligned=not refills,
-            sampling=SamplingConfig(),
-            stop_ids=(1,),
         )
 
     def sampling_peak(self, params, *, prompts, group, ahead=0):
