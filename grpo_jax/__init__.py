@@ -74,7 +74,7 @@ _HOMES = {
     "Batch": "grpo_jax.training.state",
     "TrainState": "grpo_jax.training.state",
     "make_train_state": "grpo_jax.training.state",
-    "compile_train_step": "grpo_jax.training.step",
+    "compile_train_step": "grpo_jax.training.compiled",
     "make_train_step": "grpo_jax.training.step",
 }
 

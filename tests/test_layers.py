@@ -74,6 +74,7 @@ SPINE = (
     "models.decoder",
     "models._block",
     "models._layers",
+    "models._rows",
     "models._attention",
     "models.cache",
     "models.rope",
@@ -101,7 +102,7 @@ OF_THE_WINGS = {
     "rollout.draw": {"weights.tokenizer"},
     "rollout.rollout": {"rewards.metrics"},
     "rollout.collect": {"weights.tokenizer", "rewards.runner"},
-    "training.learner": {"training.optimizer"},
+    "training.learner": {"training.compiled", "training.optimizer"},
 }
 # Modules without a test file of their own name -> the file that tests them.
 TESTED_IN = {
@@ -125,6 +126,7 @@ TESTED_IN = {
     "models.limits": "rollout/test_encoding.py",
     "models.protocol": "training/test_own_model.py",
     "models._routing": "models/test_experts.py",
+    "models._rows": "models/test_decoder.py",
     "parallel.agreement": "training/test_preemption.py",
     "parallel.collectives": "training/test_programs.py",
     "reporting.logs": "reporting/test_console.py",
@@ -149,6 +151,7 @@ TESTED_IN = {
     "training.scores": "training/test_evaluate.py",
     "training._held_out": "training/test_evaluate.py",
     "training._judge": "training/test_evaluate.py",
+    "training.compiled": "training/test_step.py",
     "training._policy": "training/test_restore.py",
     "training._reference": "training/test_lora.py",
     "training._run": "training/test_loop.py",

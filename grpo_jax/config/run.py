@@ -227,6 +227,9 @@ class TrainConfig(Section):
     # What the backward pass recomputes to save memory: nothing (none), everything
     # except matrix products (dots), or whole layers (layer). auto: as little as fits.
     remat: Literal["auto", "none", "layer", "dots"] = "auto"
+    # Completions of a prompt that are scored and learned from in shared rows, as long
+    # as this leaves less padding (auto), or each in a row of its own (off).
+    packing: Literal["auto", "off"] = "auto"
     # What is optimized.
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     # How the next token is drawn.

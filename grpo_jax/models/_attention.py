@@ -7,7 +7,7 @@ causal pass is the case without prefix; decoding is the case of one query at an 
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from grpo_jax.models import rope
-from grpo_jax.models._flash import Keys, flash_attention, has_flash
+from grpo_jax.models._flash import all_keys, flash_attention, has_flash
 from grpo_jax.models._layers import Projection, RMSNorm, constrain
 from grpo_jax.models.cache import Prefix, PromptBlock, Slots
 from grpo_jax.models.config import ModelConfig
@@ -35,43 +35,48 @@ def attention(
     window: Int[Array, ""] | int | None,
     scale: float,
     softcap: float | None,
+    index: Int[Array, "N T"] | None = None,
 ) -> Float[Array, "N G T H h"]:
     """Returns softmax(scale q k^T) v over the prefix and the sequence's own tokens.
 
     Query t is the sequence's own token t. It sees own tokens up to itself and the real
     tokens of the prefix, of both only the last `window` positions, itself among them;
-    so no row is ever empty. A softcap c turns scores s into c tanh(s / c) (Gemma Team
-    2024, https://arxiv.org/abs/2408.00118, section 2). Scores and softmax are float32.
-    Query head i reads key/value head i // (H / K) (Ainslie et al. 2023,
+    so no row is ever empty. With `index`, for groups of one, several sequences stand
+    behind each other, query t is token `index[:, t]` of its own and sees none of the
+    others. A softcap c turns scores s into c tanh(s / c) (Gemma Team 2024,
+    https://arxiv.org/abs/2408.00118, section 2). Scores and softmax are float32. Query
+    head i reads key/value head i // (H / K) (Ainslie et al. 2023,
     https://arxiv.org/abs/2305.13245). Several queries at once are left to cuDNN where
     it serves them.
     """
     n, g, t, heads, width = queries.shape
     kv_heads = keys.shape[1]
+    masks = [_own_mask(t, keys.shape[3], window=window, index=index)]
+    if prefix is not None:
+        masks.append(_prefix_mask(t, prefix, window=window, index=index))
     if t > 1 and softcap is None and has_flash(queries):
-        seen = _all_keys(t, keys, values, prefix, window=window)
-        causal = len(seen) == 1 and window is None and t == keys.shape[3]
+        seen = all_keys(keys, values, prefix, masks)
+        plain = prefix is None and window is None and index is None
+        causal = plain and t == keys.shape[3]
         return flash_attention(queries, seen, scale=scale, causal=causal)
     # One layout serves both products: with (N, K) as batch, all rows of a prompt's
     # sequences against its prefix; with (N, K, G), a sequence's rows against its own.
     # Keys and values come in it, so that decoding need not rearrange its cache.
     folded = queries.reshape(n, g, t, kv_heads, heads // kv_heads, width)
     folded = folded.transpose(0, 3, 1, 2, 4, 5)
-    mask = _own_mask(t, keys.shape[3], window=window)
-    parts = [("nkgtrh,nkgsh->nkgtrs", "nkgtrs,nkgsh->nkgtrh", keys, values, mask)]
+    parts = [("nkgtrh,nkgsh->nkgtrs", "nkgtrs,nkgsh->nkgtrh", keys, values)]
     if prefix is not None:
-        mask = _prefix_mask(t, prefix, window=window)
-        shared = (prefix.keys, prefix.values, mask)
+        shared = (prefix.keys, prefix.values)
         parts.append(("nkgtrh,nkph->nkgtrp", "nkgtrp,nkph->nkgtrh", *shared))
 
     # One softmax over two sources of keys. The usual way joins keys and values first,
     # but a joined array repeats the prompt's keys for each of its G sequences. Scores
     # of each part are enough: the parts share one peak and one total.
     scores = []
-    for equation, _, part_keys, _, mask in parts:
+    for (equation, _, part_keys, _), mask in zip(parts, masks, strict=True):
         raw = scale * _product(equation, folded, part_keys)
         capped = raw if softcap is None else softcap * jnp.tanh(raw / softcap)
-        scores.append(jnp.where(mask, capped, _MASKED))
+        scores.append(jnp.where(mask[:, None, None, :, None], capped, _MASKED))
     peaks = [part.max(axis=-1, keepdims=True) for part in scores]
     # The peak cancels in the quotient, so its gradient is 0 and need not be computed.
     peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
@@ -79,7 +84,7 @@ def attention(
     totals = [part.sum(axis=-1, keepdims=True) for part in weights]
     mixed = [
         _product(equation, part.astype(part_values.dtype), part_values)
-        for part, (_, equation, _, part_values, _) in zip(weights, parts, strict=True)
+        for part, (_, equation, _, part_values) in zip(weights, parts, strict=True)
     ]
     # Dividing after the product touches h numbers per query instead of one per key.
     out = functools.reduce(jnp.add, mixed) / functools.reduce(jnp.add, totals)
@@ -256,22 +261,6 @@ class SelfAttention(nn.Module):
         )
 
 
-def _all_keys(
-    num_queries: int,
-    keys: Float[Array, "N K G S h"],
-    values: Float[Array, "N K G S h"],
-    prefix: Prefix | None,
-    **where: Any,
-) -> list[Keys]:
-    mask = _own_mask(num_queries, keys.shape[3], **where)
-    parts = [Keys(keys, values, mask[:, 0, 0, :, 0])]
-    if prefix is not None:
-        mask = _prefix_mask(num_queries, prefix, **where)
-        shared = prefix.keys[:, :, None], prefix.values[:, :, None]
-        parts.append(Keys(*shared, mask[:, 0, 0, :, 0]))
-    return parts
-
-
 def _product(equation: str, left: Array, right: Array) -> Float[Array, "..."]:
     # Scores of bfloat16 are summed in float32, as the softmax after them is.
     return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
@@ -282,13 +271,16 @@ def _own_mask(
     num_keys: int,
     *,
     window: Int[Array, ""] | int | None,
-) -> Bool[Array, "1 1 1 T 1 S"]:
+    index: Int[Array, "N T"] | None,
+) -> Bool[Array, "N|1 T S"]:
     queries = jnp.arange(num_queries)[:, None]
-    distance = queries - jnp.arange(num_keys)[None, :]
+    distance = (queries - jnp.arange(num_keys)[None, :])[None]
     mask = distance >= 0
+    if index is not None:  # its sequence begins so many tokens before a query
+        mask &= distance <= index[..., None]
     if window is not None:
         mask &= distance < window
-    return mask[None, None, None, :, None, :]
+    return mask
 
 
 def _prefix_mask(
@@ -296,12 +288,13 @@ def _prefix_mask(
     prefix: Prefix,
     *,
     window: Int[Array, ""] | int | None,
-) -> Bool[Array, "N 1 1 T 1 P"]:
+    index: Int[Array, "N T"] | None,
+) -> Bool[Array, "N T|1 P"]:
     key_positions = jnp.arange(prefix.keys.shape[-2])[None, None, :]
     lengths = prefix.lengths[:, None, None]
     # No causal mask: every own token comes after the whole prompt. Only padding hides.
     mask = key_positions < lengths
     if window is not None:
-        queries = lengths + jnp.arange(num_queries)[None, :, None]
-        mask &= queries - key_positions < window
-    return mask[:, None, None, :, None, :]
+        own = jnp.arange(num_queries)[None] if index is None else index
+        mask &= lengths + own[..., None] - key_positions < window
+    return mask

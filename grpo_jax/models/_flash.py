@@ -6,11 +6,14 @@ of one row, which have their own keys and values behind copies of the prompt's, 
 mask. Nothing is projected twice.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from grpo_jax.models.cache import Prefix
 
 # Wider heads, and older GPUs than Ampere, are not served on all versions.
 _WIDEST_HEAD = 128
@@ -26,6 +29,20 @@ class Keys(NamedTuple):
     keys: Float[Array, "N K G|1 S h"]
     values: Float[Array, "N K G|1 S h"]
     mask: Bool[Array, "N|1 T|1 S"]
+
+
+def all_keys(
+    keys: Float[Array, "N K G S h"],
+    values: Float[Array, "N K G S h"],
+    prefix: Prefix | None,
+    masks: Sequence[Bool[Array, "N|1 T|1 S"]],
+) -> list[Keys]:
+    """Returns a sequence's own keys and those of the prefix, each with its mask."""
+    parts = [Keys(keys, values, masks[0])]
+    if prefix is not None:
+        shared = prefix.keys[:, :, None], prefix.values[:, :, None]
+        parts.append(Keys(*shared, masks[1]))
+    return parts
 
 
 def has_flash(queries: Float[Array, "N G T H h"]) -> bool:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from grpo_jax.models import _rows
 from grpo_jax.models._attention import attention, head_major, slot_attention
 from grpo_jax.models._block import Layer, PerLayer, per_layer_data, rotary_tables
 from grpo_jax.models._extend import extend_attention
@@ -83,7 +84,7 @@ class Decoder(nn.Module):
         The hidden state predicts the first token of a completion.
         """
         x, (keys, values) = self._prompt_pass(prompts, keep=True)
-        last = self.final_norm(_at_last(x, lengths))
+        last = self.final_norm(_rows.at_last(x, lengths))
         return last, Prefix(keys=keys, values=values, lengths=lengths)
 
     def decode(
@@ -191,35 +192,56 @@ class Decoder(nn.Module):
         lengths: Int[Array, " N"],
         completions: Int[Array, "N G T"],
     ) -> Float[Array, "N G T D"]:
-        """Returns hidden states of which entry t predicts `completions[..., t]`.
-
-        A prompt and the own tokens of its G completions form one row, so that every
-        projection is one product and the prompt is computed, stored and differentiated
-        once. Only attention takes the row apart.
-        """
+        """Returns hidden states of which entry t predicts `completions[..., t]`."""
         own = completions[..., :-1]  # the last token is predicted, never read
-        own_positions = lengths[:, None, None] + jnp.arange(own.shape[2])[None, None]
-        own_positions = jnp.broadcast_to(own_positions, own.shape)
+        # The last real token of a prompt predicts the first token of its completions.
+        first, hidden = self.score_rows(prompts, lengths, own)
+        first = first[:, None, None, :]
+        first = jnp.broadcast_to(first, (*own.shape[:2], 1, first.shape[-1]))
+        return jnp.concatenate([first, hidden], axis=2)
+
+    def score_rows(
+        self,
+        prompts: Int[Array, "N P"],
+        lengths: Int[Array, " N"],
+        own: Int[Array, "A R S"],
+        index: Int[Array, "A R S"] | None = None,
+        owner: Int[Array, "A R"] | None = None,
+    ) -> tuple[Float[Array, "N D"], Float[Array, "A R S D"]]:
+        """Returns hidden states behind each prompt, and behind each own token.
+
+        Without `index` and `owner` row g of `own` is a completion of prompt n, A is N.
+        With them see `RowScorer`.
+
+        The prompts of a part and its own tokens form one row, so that every projection
+        is one product and a prompt is computed, stored and differentiated once. Only
+        attention takes the row apart.
+        """
+        before = lengths[:, None, None]
+        if index is None or owner is None:
+            index = jnp.arange(own.shape[2])[None, None]
+        else:
+            before = _rows.of_owners(lengths, owner).reshape(*owner.shape, 1)
         # Rotary angles depend on the true position. Own tokens follow the last real
         # token of their prompt, and not its padding.
-        positions = _join(_prompt_positions(prompts), own_positions)
+        own_positions = jnp.broadcast_to(before + index, own.shape)
+        of_part = lambda x: x.reshape(len(own), -1)  # noqa: E731
+        positions = _rows.join(of_part(_rows.prompt_positions(prompts)), own_positions)
         tables = rotary_tables(self.config, positions)
 
         def body(layer, x, inputs):
             data, _ = inputs
 
             def attend(q, k, v):
-                parts = [_part(x, own.shape) for x in (q, k, v)]
-                return self._attend_row(parts, lengths, data=data), None
+                parts = [_rows.part(x, own.shape) for x in (q, k, v)]
+                return self._attend_row(parts, lengths, index, owner, data), None
 
             return layer(x, tables, data, attend)
 
-        x, _ = self._scan(body, self.embed(_join(prompts, own)), None)
-        prompt, own_x = _part(x, own.shape)
-        # The last real token of a prompt predicts the first token of its completions.
-        first = _at_last(prompt, lengths)[:, None, None, :]
-        first = jnp.broadcast_to(first, (*own.shape[:2], 1, x.shape[-1]))
-        return self.final_norm(jnp.concatenate([first, own_x], axis=2))
+        x, _ = self._scan(body, self.embed(_rows.join(of_part(prompts), own)), None)
+        prompt, hidden = _rows.part(x, own.shape)
+        last = _rows.at_last(prompt.reshape(*prompts.shape, -1), lengths)
+        return self.final_norm(last), self.final_norm(hidden)
 
     def head(self) -> Float[Array, "D V"]:
         """Returns the matrix that turns hidden states to logits, in compute dtype.
@@ -246,13 +268,13 @@ class Decoder(nn.Module):
         self, tokens: Int[Array, "N S"], *, keep: bool
     ) -> tuple[Float[Array, "N S D"], Any]:
         """Returns hidden states before the final norm, and keys and values if kept."""
-        tables = rotary_tables(self.config, _prompt_positions(tokens))
+        tables = rotary_tables(self.config, _rows.prompt_positions(tokens))
 
         def body(layer, x, inputs):
             data, _ = inputs
 
             def attend(q, k, v):
-                k, v = _of_prompts(k), _of_prompts(v)
+                k, v = _rows.of_prompts(k), _rows.of_prompts(v)
                 out = self._causal(q, k, v, data=data)
                 return out, (k, v) if keep else None
 
@@ -261,22 +283,37 @@ class Decoder(nn.Module):
         return self._scan(body, self.embed(tokens), None)
 
     def _attend_row(
-        self, parts: list[tuple[Array, Array]], lengths: Array, *, data: PerLayer
-    ) -> Float[Array, "N S H h"]:
-        """Returns attention of a row of `score` from its queries, keys and values.
+        self,
+        parts: list[tuple[Array, Array]],
+        lengths: Int[Array, " N"],
+        index: Int[Array, "A|1 R|1 S"],
+        owner: Int[Array, "A R"] | None,
+        data: PerLayer,
+    ) -> Float[Array, "A L H h"]:
+        """Returns attention of a row of `score_rows` from its queries, keys and values.
 
-        Each comes in two parts, the prompt's and that of the completions.
+        Each comes in two parts, that of the prompts and that of the completions.
         """
-        (prompt_q, own_q), (prompt_k, own_k), (prompt_v, own_v) = parts
-        keys, values = _of_prompts(prompt_k), _of_prompts(prompt_v)
+        (prompt_q, own_q), *_ = parts
+        each = lambda x: x.reshape(len(lengths), -1, *x.shape[2:])  # noqa: E731
+        keys, values = (_rows.of_prompts(each(prompt)) for prompt, _ in parts[1:])
         # One causal pass over the whole row would let completions see each other. So
-        # the prompt attends alone, and is then the shared prefix of its completions.
-        out = self._causal(prompt_q, keys, values, data=data)
+        # a prompt attends alone, and is then the shared prefix of its completions.
+        out = self._causal(each(prompt_q), keys, values, data=data)
+        out = out.reshape(prompt_q.shape)
         if own_q.size == 0:  # completions of one token: it is predicted, never read
             return out
         prefix = Prefix(keys=keys, values=values, lengths=lengths)
-        q, k, v = own_q, head_major(own_k), head_major(own_v)
-        return _join(out, self._attention(q, k, v, data=data, prefix=prefix))
+        q, k, v = (own for _, own in parts)
+        within = None
+        if owner is not None:
+            # A row sees one prompt, of which it has a copy: there are few rows.
+            prefix = jax.tree.map(lambda x: _rows.of_owners(x, owner), prefix)
+            q, k, v = (x.reshape(-1, 1, *x.shape[2:]) for x in (q, k, v))
+            within = index.reshape(-1, index.shape[2])
+        k, v = head_major(k), head_major(v)
+        own = self._attention(q, k, v, data=data, prefix=prefix, index=within)
+        return _rows.join(out, own.reshape(own_q.shape))
 
     def _causal(
         self,
@@ -288,25 +325,16 @@ class Decoder(nn.Module):
     ) -> Float[Array, "N S H h"]:
         """Returns attention within rows, which is that of groups of one."""
         k, v = k[:, :, None], v[:, :, None]
-        return self._attention(q[:, None], k, v, data=data)[:, 0]
+        return self._attention(q[:, None], k, v, data=data, prefix=None)[:, 0]
 
-    def _attention(
-        self,
-        q: Float[Array, "N G T H h"],
-        k: Float[Array, "N K G S h"],
-        v: Float[Array, "N K G S h"],
-        *,
-        data: PerLayer,
-        prefix: Prefix | None = None,
-    ) -> Float[Array, "N G T H h"]:
+    def _attention(self, *arrays: Array, data: PerLayer, **which: Any) -> Array:
+        """Returns `attention` of these arrays as this layer of this model has it."""
         return attention(
-            q,
-            k,
-            v,
-            prefix=prefix,
+            *arrays,
             window=data.window,
             scale=self.config.attention_scale,
             softcap=self.config.attention_softcap,
+            **which,
         )
 
     def _run_unrolled(self, body: Callable, carry: PyTree, entries: PyTree) -> Any:
@@ -371,30 +399,3 @@ def _boxed_params(model: Decoder, key: Key[Array, ""]) -> PyTree:
 
     tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
     return model.init(key, tokens, lengths, method=touch)["params"]
-
-
-def _prompt_positions(tokens: Int[Array, "N P"]) -> Int[Array, "N P"]:
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-
-
-def _at_last(x: Float[Array, "N P D"], lengths: Int[Array, " N"]) -> Array:
-    """Returns the rows of x at each prompt's last real token, [N, D]."""
-    return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-
-
-def _join(prompt: Array, own: Array) -> Array:
-    """Returns [N, P, ...] and [N, G, T, ...] as one row [N, P + G * T, ...]."""
-    n, g, t, *rest = own.shape
-    return jnp.concatenate([prompt, own.reshape(n, g * t, *rest)], axis=1)
-
-
-def _of_prompts(x: Float[Array, "N P K h"]) -> Float[Array, "N K P h"]:
-    """Returns keys or values of prompts in the layout of `Prefix`."""
-    return x.transpose(0, 2, 1, 3)
-
-
-def _part(row: Array, own_shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Returns the two arrays that `_join` made one of."""
-    n, g, t = own_shape
-    cut = row.shape[1] - g * t
-    return row[:, :cut], row[:, cut:].reshape(n, g, t, *row.shape[2:])

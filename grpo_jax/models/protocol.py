@@ -116,6 +116,32 @@ class LanguageModel(Protocol):
 
 
 @runtime_checkable
+class RowScorer(LanguageModel, Protocol):
+    """An optional method of a model whose completions can stand behind each other.
+
+    With it the learner scores several completions of a prompt in one row. Without it
+    each has a row of its own, by `score`.
+    """
+
+    def score_rows(
+        self,
+        prompts: Int[Array, "N P"],
+        lengths: Int[Array, " N"],
+        own: Int[Array, "A R S"],
+        index: Int[Array, "A R S"],
+        owner: Int[Array, "A R"],
+    ) -> tuple[Float[Array, "N D"], Float[Array, "A R S D"]]:
+        """Returns hidden states behind each prompt and behind each own token.
+
+        The prompts come in A equal parts. `owner` says which prompt of its part a row
+        belongs to, and `index` which token of its completion stands at a place. A token
+        sees the row's prompt and the `index` tokens before it. Hidden states are those
+        of `score`, up to rounding.
+        """
+        ...
+
+
+@runtime_checkable
 class SlotDecoder(LanguageModel, Protocol):
     """Optional methods of a model whose sequences decode at places of their own.
 

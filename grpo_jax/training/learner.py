@@ -15,12 +15,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree
 
 from grpo_jax.config import TrainConfig
-from grpo_jax.models.protocol import LanguageModel, in_compute_dtype
+from grpo_jax.models.packing import pack
+from grpo_jax.models.protocol import LanguageModel, RowScorer, in_compute_dtype
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel import offload
 from grpo_jax.parallel.collectives import whole_over_fsdp
 from grpo_jax.rollout.rollout import Rollout
 from grpo_jax.training.advantages import advantages_and_mask
+from grpo_jax.training.compiled import compile_train_step
 from grpo_jax.training.optimizer import make_optimizer, make_schedule
 from grpo_jax.training.state import (
     Batch,
@@ -30,7 +32,6 @@ from grpo_jax.training.state import (
 )
 from grpo_jax.training.step import (
     Metrics,
-    compile_train_step,
     make_train_step,
     score_batch,
 )
@@ -79,6 +80,10 @@ class Learner:
         self._minibatch = jax.jit(
             functools.partial(_minibatch, count=config.minibatches), out_shardings=rows
         )
+        # Under pmap each device cuts its own prompts into microbatches.
+        cuts = config.mesh.mode == "pmap" and config.microbatch_size is not None
+        packs = config.packing == "auto" and isinstance(model, RowScorer)
+        self._packs = packs and not cuts
         self._compute_dtype = model.config.dtype
         self._copy_for_sampling: Callable[[PyTree], PyTree] | None = None
         if config.mesh.offload:
@@ -175,13 +180,24 @@ class Learner:
 
         Returns at once, while the devices still compute.
         """
+        mask = rollout.mask & rollout.keep[:, None, None]
+        packing = None
+        if self._packs:
+            packing = pack(
+                mask,
+                rollout.prompts.shape[1],
+                minibatches=self._config.minibatches,
+                microbatch_size=self._config.microbatch_size,
+                shards=meshes.batch_shards(self._mesh),
+            )
         arrays = {
             "prompts": rollout.prompts,
             "prompt_lengths": rollout.prompt_lengths,
             "completions": rollout.tokens,
-            "mask": rollout.mask & rollout.keep[:, None, None],
+            "mask": mask,
             "advantages": np.zeros(rollout.lengths.shape, np.float32),
             "sampler_logp": rollout.logp,
+            "packing": packing,
         }
         if rollout.began_before is not None:
             # Of others the cache has keys and values of earlier policies, which count

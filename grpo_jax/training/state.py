@@ -7,6 +7,8 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from grpo_jax.models.packing import Packing
+
 
 class TrainState(struct.PyTreeNode):
     """Parameters with their optimizer state.
@@ -65,6 +67,8 @@ class Batch(struct.PyTreeNode):
       old_logp: log-probs before the first update of this rollout; None when this is
         that update, whose ratio is 1.
       ref_logp: log-probs under the frozen reference; None without a KL penalty.
+      packing: shared rows for completions, made by `pack` for the same microbatches;
+        None for a row each.
     """
 
     prompts: Int[Array, "N P"]
@@ -76,3 +80,4 @@ class Batch(struct.PyTreeNode):
     fresh: Bool[Array, "N G T"] | None = None
     old_logp: Float[Array, "N G T"] | None = None
     ref_logp: Float[Array, "N G T"] | None = None
+    packing: Packing | None = None

@@ -8,25 +8,23 @@ devices, under pmap) and divided once, so how the work is cut changes rounding o
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jax import lax
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from grpo_jax import objective
 from grpo_jax.config import TrainConfig
+from grpo_jax.models.packing import Packing, packed_hidden
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.objective import Mean
-from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.collectives import place_for_matmul
 from grpo_jax.training.state import Batch, TrainState, policy_variables
 
-# Fields of `Batch` with a group axis behind that of the prompts.
+# Fields of `Batch` with an axis of completions, or of their rows, behind the prompts'.
 _PER_COMPLETION = (
     "completions",
     "mask",
@@ -35,9 +33,8 @@ _PER_COMPLETION = (
     "fresh",
     "old_logp",
     "ref_logp",
+    "packing",
 )
-# Axis name of the devices under pmap.
-_DEVICES = "devices"
 
 Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
@@ -52,30 +49,39 @@ def policy_logprobs(
     *,
     temperature: float,
     with_entropy: bool = False,
+    packing: Packing | None = None,
 ) -> objective.TokenLogprobs:
-    """Log-probability of each completion token, nats, each prompt computed once."""
-    hidden: Any = model.apply(
-        variables, prompts, prompt_lengths, completions, method=model.score
-    )
+    """Log-probability of each completion token, nats, each prompt computed once.
+
+    With `packing` tokens that stand in no row have 0; the others are the same.
+    """
+    given: Any = (variables, prompts, prompt_lengths, completions)
+    if packing is None:
+        hidden, targets = model.apply(*given, method=model.score), completions
+    else:
+        hidden, targets = packed_hidden(model, *given, packing)
     head: Any = model.apply(variables, method=model.head)
     hidden, head = place_for_matmul(hidden, head)
-    return objective.chunked_logprobs(
+    scored = objective.chunked_logprobs(
         hidden,
         head,
-        completions,
+        targets,
         temperature=temperature,
         logit_softcap=model.config.logit_softcap,
         with_entropy=with_entropy,
     )
+    if packing is None:
+        return scored
+    return jax.tree.map(lambda x: packing.unpack(x, completions), scored)
 
 
 def score_batch(
     model: LanguageModel, config: TrainConfig, variables: PyTree, batch: Batch
 ) -> Float[Array, "N G T"]:
     """Log-probs of the completions under `variables`, microbatch by microbatch."""
-    group = batch.completions.shape[1]
-    size = config.microbatch_size
-    whole_groups = None if size is None else max(size, group)
+    prompts, group = batch.completions.shape[:2]
+    # As many as an update holds, and whole groups.
+    size = config.microbatch_size or prompts * group // config.minibatches
 
     def score(part: Batch) -> Float[Array, "n G T"]:
         return policy_logprobs(
@@ -85,9 +91,10 @@ def score_batch(
             part.prompt_lengths,
             part.completions,
             temperature=config.sampling.temperature,
+            packing=part.packing,
         ).logp
 
-    parts = _microbatches(batch, whole_groups)
+    parts = _microbatches(batch, max(size, group))
     if parts.prompts.shape[0] == 1:
         return score(jax.tree.map(lambda leaf: leaf[0], parts))
     logp = lax.map(score, parts)
@@ -107,16 +114,16 @@ def _microbatches(batch: Batch, sequences: int | None) -> Batch:
     parts_of_group = max(group // size, 1)
 
     def by_prompt(leaf: Array) -> Array:
-        parts = leaf.reshape(prompts // count, count, *leaf.shape[1:])
+        parts = leaf.reshape(-1, count, *leaf.shape[1:])
         parts = jnp.moveaxis(parts, 1, 0)
         return jnp.repeat(parts, parts_of_group, axis=0)
 
     def by_completion(leaf: Array) -> Array:
         if parts_of_group == 1:
             return by_prompt(leaf)
-        return leaf.reshape(count * parts_of_group, 1, size, *leaf.shape[2:])
+        return leaf.reshape(count * parts_of_group, 1, -1, *leaf.shape[2:])
 
-    return Batch(
+    parts = Batch(
         prompts=by_prompt(batch.prompts),
         prompt_lengths=by_prompt(batch.prompt_lengths),
         **{
@@ -124,6 +131,10 @@ def _microbatches(batch: Batch, sequences: int | None) -> Batch:
             for name in _PER_COMPLETION
         },
     )
+    if parts.packing is None:
+        return parts
+    tokens = parts.completions[0, 0].size
+    return parts.replace(packing=parts.packing.of_cuts(parts_of_group, tokens))
 
 
 def make_train_step(
@@ -172,83 +183,6 @@ def make_train_step(
     return step
 
 
-def compile_train_step(
-    step: TrainStep, mesh: Mesh, mode: Literal["jit", "pmap"] = "jit"
-) -> TrainStep:
-    """The step compiled for a mesh; the state given to it is donated.
-
-    "jit" follows the shardings of the state, which the new state keeps. "pmap" runs the
-    same step as plain data parallelism: the state is on every device, the batch is
-    split over all of them. A frozen base is not donated: the reference policy shares
-    its arrays.
-
-    Raises:
-      ValueError: for another mode; under pmap, when called, for a number of prompts
-        that the devices do not divide.
-    """
-    if mode == "jit":
-        return _JitStep(step)
-    if mode == "pmap":
-        return _pmap_step(step, mesh)
-    raise ValueError(f"mode must be 'jit' or 'pmap', got {mode!r}.")
-
-
-class _JitStep:
-    """Compiles at the first call, when the shardings of the state are known."""
-
-    def __init__(self, step: TrainStep) -> None:
-        self._step = step
-        self._compiled: Any = None
-
-    def __call__(
-        self, state: TrainState, batch: Batch, base: PyTree | None = None
-    ) -> tuple[TrainState, Metrics]:
-        if self._compiled is None:
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-            # The first call then has the layout of every later one; otherwise jit
-            # compiles the step twice.
-            state = jax.device_put(state, shardings)
-            self._compiled = jax.jit(
-                functools.partial(self._step, places=shardings.params),
-                donate_argnums=0,
-                out_shardings=(shardings, None),
-            )
-        return self._compiled(state, batch, base)
-
-
-def _pmap_step(step: TrainStep, mesh: Mesh) -> TrainStep:
-    devices = list(mesh.devices.flat)
-    own, everywhere = Mesh(devices, (_DEVICES,)), meshes.replicated(mesh)
-    mapped = jax.pmap(
-        functools.partial(step, axis_name=_DEVICES),
-        axis_name=_DEVICES,
-        in_axes=(None, 0, None),
-        out_axes=(None, None),
-        devices=devices,
-        donate_argnums=0,
-    )
-
-    def call(
-        state: TrainState, batch: Batch, base: PyTree | None = None
-    ) -> tuple[TrainState, Metrics]:
-        prompts = batch.prompts.shape[0]
-        if prompts % len(devices):
-            raise ValueError(
-                f"{prompts} prompts cannot be split over {len(devices)} devices; use "
-                f"{-(-prompts // len(devices)) * len(devices)}."
-            )
-        split = lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:])  # noqa: E731
-        batch = jax.tree.map(split, batch)
-        state, base = jax.device_put((state, base), everywhere)
-        # A map has one axis, its own: the names of the mesh's axes mean nothing in it.
-        with jax.set_mesh(own), nn.logical_axis_rules(()):
-            results = mapped(state, batch, base)
-        # The same buffers, as arrays of the mesh that everything else runs on.
-        return jax.device_put(results, everywhere)
-
-    return call
-
-
 def _loss_totals(
     model: LanguageModel,
     config: TrainConfig,
@@ -266,6 +200,7 @@ def _loss_totals(
         batch.completions,
         temperature=config.sampling.temperature,
         with_entropy=True,
+        packing=batch.packing,
     )
     output = objective.grpo_loss(
         scored.logp,

@@ -1,5 +1,7 @@
 """Attention over prefix and own tokens, against a plain softmax over their union."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,27 @@ def test_attention_equals_a_softmax_over_the_visible_keys(window, softcap, with_
     )
     plain = plain_attention(queries, keys, values, prefix, **options)
     np.testing.assert_allclose(ours, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_sequences_behind_each_other_attend_as_each_would_alone(window, softcap):
+    queries, keys, values, prefix = inputs()
+    queries, keys, values = (x[:, :1] for x in (queries, keys, values))
+    options = {"window": window, "scale": 0.8, "softcap": softcap}
+    ours = attention(
+        queries,
+        head_major(keys),
+        head_major(values),
+        prefix=prefix,
+        index=jnp.array([[0, 1, 0, 1], [0, 0, 1, 2]]),
+        **options,
+    )
+    for row, starts in enumerate(([0, 2, 4], [0, 1, 4])):
+        for start, end in itertools.pairwise(starts):
+            own = (x[:, :, start:end] for x in (queries, keys, values))
+            alone = plain_attention(*own, prefix, **options)
+            np.testing.assert_allclose(ours[row, :, start:end], alone[row], atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 3])

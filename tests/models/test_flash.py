@@ -32,7 +32,7 @@ def inputs(tokens):
     return draw(0, N, G, tokens, H, WIDTH), draw(1, *own), draw(2, *own), prefix
 
 
-def attended(arrays, lengths, *, window, scale):
+def attended(arrays, lengths, *, window, scale, index=None):
     """Attention of queries, keys and values, and of a prefix's where lengths are."""
     queries, keys, values, *shared = arrays
     return attentions.attention(
@@ -43,6 +43,7 @@ def attended(arrays, lengths, *, window, scale):
         window=window,
         scale=scale,
         softcap=None,
+        index=index,
     )
 
 
@@ -100,14 +101,34 @@ def test_it_equals_the_plain_form_in_value_and_gradient(
     tokens, window, with_prefix, with_flash
 ):
     queries, keys, values, prefix = inputs(tokens)
-    weights = draw(5, *queries.shape)
-
     lengths = prefix.lengths if with_prefix else None
+    arrays = queries, keys, values, prefix.keys, prefix.values
+    check(with_flash, arrays, lengths, window=window, scale=0.8)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("with_prefix", [True, False])
+def test_it_serves_rows_of_several_sequences(window, with_prefix, with_flash):
+    queries, keys, values, prefix = inputs(4)
+    lengths = prefix.lengths if with_prefix else None
+    arrays = (
+        queries[:, :1],
+        keys[:, :, :1],
+        values[:, :, :1],
+        prefix.keys,
+        prefix.values,
+    )
+    index = jnp.array([[0, 1, 0, 1], [0, 0, 1, 2]])
+    check(with_flash, arrays, lengths, window=window, scale=0.8, index=index)
+
+
+def check(with_flash, arrays, lengths, **options):
+    """Both forms give the same sum of the results with weights, and its gradients."""
+    weights = draw(5, *arrays[0].shape)
 
     def total(*arrays):
-        return jnp.sum(weights * attended(arrays, lengths, window=window, scale=0.8))
+        return jnp.sum(weights * attended(arrays, lengths, **options))
 
-    arrays = queries, keys, values, prefix.keys, prefix.values
     differentiate = jax.value_and_grad(total, argnums=range(len(arrays)))
     expected, expected_gradients = differentiate(*arrays)
     with_flash()

@@ -195,3 +195,43 @@ def test_groups_that_do_not_count_do_not_enter_the_batch_s_deviation(
     np.testing.assert_allclose(batch.advantages[counts], expected, rtol=1e-5)
     np.testing.assert_array_equal(batch.advantages[1], 0.0)
     assert not batch.mask[1].any()
+
+
+@pytest.fixture(scope="module")
+def ragged(tools):
+    """A rollout of which most places of the longest rows are empty."""
+    batch = tools.make_batch(length=25, vocab=256)
+    lengths = np.random.default_rng(1).integers(1, 9, batch.mask.shape[:2])
+    lengths[1, 2] = 25
+    mask = np.arange(25) < lengths[..., None]
+    keep = np.array([True, True, False, True])
+    return make_rollout(batch.replace(mask=mask), keep=keep)
+
+
+def test_shared_rows_change_neither_scores_nor_updates(
+    ragged, tiny_policy, tools, meshes_of, assert_close
+):
+    found = {}
+    for packing in ("auto", "off"):
+        config = tools.make_config(
+            packing=packing, minibatches=2, max_new_tokens=25, microbatch_size=4
+        )
+        params = jax.tree.map(jnp.copy, tiny_policy.params)
+        learner = Learner(tiny_policy.model, params, config, meshes_of(1, 1, 1))
+        batch, metrics = one_step(learner, ragged)
+        assert (batch.packing is None) == (packing == "off")
+        scores = [jnp.where(batch.mask, x, 0) for x in (batch.old_logp, batch.ref_logp)]
+        found[packing] = scores, metrics
+        # The loss of a first update is a sum of advantages, which is 0.
+        for name in ("loss", "policy_loss"):
+            assert metrics.pop(name) == pytest.approx(0.0, abs=1e-4)
+        del metrics["time/update"]
+    assert_close(found["auto"], found["off"], rtol=5e-5)
+
+
+def test_completions_of_equal_length_have_a_row_each(tiny_policy, tools, meshes_of):
+    batch = tools.make_batch(length=25, vocab=256)
+    full = make_rollout(batch.replace(mask=jnp.ones_like(batch.mask)))
+    config = tools.make_config(max_new_tokens=25)
+    learner = Learner(tiny_policy.model, tiny_policy.params, config, meshes_of(1, 1, 1))
+    assert learner.score(full).packing is None

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from grpo_jax.config import PRESETS, ObjectiveConfig, OptimizerConfig
 from grpo_jax.models.decoder import abstract_params, param_axes
+from grpo_jax.models.packing import pack
 from grpo_jax.objective import (
     chunked_logprobs,
     group_softmax_weights,
@@ -19,10 +20,10 @@ from grpo_jax.objective import (
 )
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training.advantages import advantages_from_rewards
+from grpo_jax.training.compiled import compile_train_step
 from grpo_jax.training.state import make_train_state
 from grpo_jax.training.step import (
     _microbatches,
-    compile_train_step,
     make_train_step,
     policy_logprobs,
 )
@@ -129,6 +130,14 @@ def test_pmap_is_jit(size, bigram, tools, assert_close, meshes_of):
     assert int(again.step) == 2
 
 
+def packed(batch, size=None, shards=1):
+    """The batch with the rows that the learner would take."""
+    how = {"microbatch_size": size, "shards": shards}
+    rows = pack(np.asarray(batch.mask), batch.prompts.shape[1], **how)
+    assert rows.source.size < 0.9 * batch.mask.size
+    return batch.replace(packing=jax.tree.map(jnp.asarray, rows))
+
+
 def adam_state(policy, mesh, tx):
     axes, shapes = param_axes(policy.model), abstract_params(policy.model)
     shardings = meshes.parameter_shardings(axes, shapes, mesh)
@@ -151,9 +160,13 @@ def on_one_device(tiny_policy, tools, meshes_of):
     return step_on(meshes_of(1, 1, 1), tiny_policy, tools)[:2]
 
 
-def step_on(mesh, policy, tools):
+def step_on(mesh, policy, tools, *, shared=False):
     config = tools.make_config(prompts_per_step=8, microbatch_size=16)
-    batch = tools.make_batch(prompts=8, vocab=256)
+    batch = tools.make_batch(prompts=8, length=21, vocab=256)
+    most = jnp.where(jnp.arange(4) == 1, 21, 7)[:, None]
+    batch = batch.replace(mask=batch.mask & (jnp.arange(21)[None] < most)[None])
+    if shared:
+        batch = packed(batch, 16, shards=meshes.batch_shards(mesh))
     step = compile_train_step(decoder_step(policy.model, TX, config), mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
         state = adam_state(policy, mesh, TX)
@@ -170,11 +183,13 @@ def step_on(mesh, policy, tools):
     return new, metrics, before, donated
 
 
+@pytest.mark.parametrize("shared", [False, True])
 def test_a_mesh_changes_nothing(
-    tiny_policy, tools, on_one_device, assert_close, meshes_of
+    shared, tiny_policy, tools, on_one_device, assert_close, meshes_of
 ):
     mesh = meshes_of(2, 2, 2)
-    state, metrics, shardings, donated = step_on(mesh, tiny_policy, tools)
+    given = step_on(mesh, tiny_policy, tools, shared=shared)
+    state, metrics, shardings, donated = given
     expected_state, expected_metrics = on_one_device
     assert_close(metrics, expected_metrics, rtol=1e-4)
     # Adam's first moments are the gradients, scaled; its update forgets their size.
@@ -394,3 +409,34 @@ def test_a_wrong_mode_and_a_wrong_count_are_refused(bigram, tools, meshes_of):
     mapped = compile_train_step(step, meshes_of(8, 1, 1), mode="pmap")
     with pytest.raises(ValueError, match="4 prompts cannot be split over 8.* use 8"):
         mapped(make_train_state(params(), GRADIENT), tools.make_batch())
+
+
+@pytest.fixture(scope="module")
+def ragged(tools):
+    """Lengths that leave rows mostly empty, and given tokens in one of them."""
+    batch = tools.make_batch(length=25, vocab=256)
+    lengths = np.random.default_rng(1).integers(1, 9, batch.mask.shape[:2])
+    lengths[1, 2], lengths[0, 0], lengths[3] = 25, 0, 0
+    mask = np.arange(25) < lengths[..., None]
+    mask[1, 2, 4:9] = False
+    return batch.replace(mask=jnp.asarray(mask))
+
+
+@pytest.fixture(scope="module")
+def of_own_rows(tiny_policy, tools, ragged):
+    objective = ObjectiveConfig(**EVERYTHING)
+    config = tools.make_config(max_new_tokens=25, objective=objective)
+    return gradient_of(tiny_policy.model, tiny_policy.params, ragged, config)
+
+
+@pytest.mark.parametrize("size", [None, 8, 2])
+def test_shared_rows_change_nothing(
+    size, tiny_policy, tools, ragged, of_own_rows, assert_close
+):
+    objective = ObjectiveConfig(**EVERYTHING)
+    config = tools.make_config(
+        max_new_tokens=25, objective=objective, microbatch_size=size
+    )
+    batch = packed(ragged, size)
+    found = gradient_of(tiny_policy.model, tiny_policy.params, batch, config)
+    assert_close(found, of_own_rows, rtol=5e-5)
