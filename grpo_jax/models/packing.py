@@ -153,12 +153,12 @@ def pack(
     count, group, width = mask.shape
     if width <= _SHORTEST:
         return None
-    size = microbatch_size or count * jax.process_count() * group
+    update = count * jax.process_count() * group // minibatches
+    size = min(microbatch_size or update, update)
     cuts = max(group // size, 1)
+    each = max(size // group // shards, 1)  # prompts of a part
     read = _read_tokens(mask).reshape(count * cuts, group // cuts)
     everywhere = meshes.gather_rows(read)
-    held = max(size // group, 1) if microbatch_size else len(everywhere) // minibatches
-    each = max(held // shards, 1)  # prompts of a part
     shape = _row_shape(
         _dealt(everywhere, each, shards), longest=width - 1, prompt_tokens=prompt_tokens
     )
