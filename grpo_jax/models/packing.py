@@ -101,6 +101,7 @@ def packed_hidden(
     prompts: Int[Array, "N P"],
     prompt_lengths: Int[Array, " N"],
     completions: Int[Array, "N G T"],
+    *,
     packing: Packing,
 ) -> tuple[Float[Array, "A M D"], Int[Array, "A M"]]:
     """Hidden states, and `packing.targets(completions)`, which they predict.
@@ -165,7 +166,7 @@ def pack(
     if shape is None:
         return None
     own = _dealt(read, each, max(shards // jax.process_count(), 1))
-    source = _place(own, shape, width)
+    source: Any = _place(own, shape, width)
     if cuts > 1:
         before = (group // cuts) * width * (np.arange(len(source)) % cuts)
         empty = source >= (group // cuts) * width

@@ -59,7 +59,7 @@ def policy_logprobs(
     if packing is None:
         hidden, targets = model.apply(*given, method=model.score), completions
     else:
-        hidden, targets = packed_hidden(model, *given, packing)
+        hidden, targets = packed_hidden(model, *given, packing=packing)
     head: Any = model.apply(variables, method=model.head)
     hidden, head = place_for_matmul(hidden, head)
     scored = objective.chunked_logprobs(

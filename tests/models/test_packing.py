@@ -220,4 +220,4 @@ def test_a_model_without_such_rows_is_refused(packed):
         pass
 
     with pytest.raises(ValueError, match="Plain has no score_rows"):
-        packings.packed_hidden(Plain(), {}, *[jnp.zeros(1)] * 3, packed)
+        packings.packed_hidden(Plain(), {}, *[jnp.zeros(1)] * 3, packing=packed)
