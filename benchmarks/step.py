@@ -26,10 +26,21 @@ from workloads import (
 )
 
 from grpo_jax import TrainConfig, train
-from grpo_jax.config import ObjectiveConfig, OptimizerConfig, SamplingConfig
+from grpo_jax.config import (
+    ObjectiveConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    SamplingConfig,
+)
 from grpo_jax.weights.pretrained import load_without_weights
 
 WARMUP = 1
+PHASES = {
+    "rollout": "rollout",
+    "reference": "score",
+    "update": "update",
+    "step": "step",
+}
 
 
 def main(
@@ -40,6 +51,7 @@ def main(
     dtype: str = "float32",
     remat: str = "auto",
     microbatch_size: int | None = None,
+    carry_over: bool = False,
     out: Path | None = None,
 ) -> None:
     """Run the steps of a workload; print floors and, last, a line of JSON.
@@ -51,11 +63,14 @@ def main(
       dtype: number type of the matrix products.
       remat: what the backward pass computes again.
       microbatch_size: sequences held at once; all by default.
+      carry_over: let completions continue in the next step.
       out: a file to which the line is appended.
     """
     work = WORKLOADS[workload]
     folder = work.folder(models)
     count = steps or work.steps
+    model, tokenizer = load_without_weights(str(folder))
+    model = dataclasses.replace(model, dtype=dtype)
     config = lambda run_dir: TrainConfig(  # noqa: E731
         model=str(folder),
         run_dir=run_dir,
@@ -67,11 +82,10 @@ def main(
         remat=remat,
         microbatch_size=microbatch_size,
         objective=ObjectiveConfig.preset("grpo"),
-        sampling=SamplingConfig(stop_ids=()),
+        sampling=SamplingConfig(stop_ids=work.stop_ids(model.vocab_size)),
+        rollout=RolloutConfig(carry_over=carry_over),
         optimizer=OptimizerConfig(learning_rate=1e-6),
     )
-    model, tokenizer = load_without_weights(str(folder))
-    model = dataclasses.replace(model, dtype=dtype)
     machine = measure(dtype, bytes_read=token_bytes(model, work))
     texts = exact_prompts(
         lambda text: tokenizer.encode_prompt(text), 64, work.prompt_tokens
@@ -83,30 +97,28 @@ def main(
                 dataset=[{"prompt": text} for text in texts],
                 rewards=lambda completions, **_: reward(completions),
             )
-    rows = [line for line in result.history if line["step"] > WARMUP]
-    assert all(row["completions/mean_length"] == work.new_tokens for row in rows)
-    middle = medians(rows)
-    phases = {
-        name: middle[f"time/{key}"]
-        for name, key in (
-            ("rollout", "rollout"),
-            ("reference", "score"),
-            ("update", "update"),
-            ("step", "step"),
-        )
-    }
-    least = floors(model, machine, work)
+    rows = [
+        {name: line[f"time/{key}"] for name, key in PHASES.items()}
+        | {"tokens": line["completions/mean_length"] * work.sequences}
+        for line in result.history
+        if line["step"] > WARMUP
+    ]
+    work.check([row["tokens"] / work.sequences for row in rows])
+    mean = work.mean_tokens or work.new_tokens
+    least = floors(model, machine, dataclasses.replace(work, new_tokens=mean))
     rates = f"{machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.1f} GB/s"
-    show(f"{workload}, {dtype}: {rates}", ratios(phases, least))
+    show(f"{workload}, {dtype}: {rates}", ratios(medians(rows), least))
     publish(
         record(
-            f"grpo_jax-{dtype}",
+            f"grpo_jax-{dtype}" + ("-carry-over" if carry_over else ""),
             work,
-            phases,
+            rows,
             floors={name: round(value, 5) for name, value in least.items()},
             machine_rates=dataclasses.asdict(machine),
             rate_left=round(share_left(machine, dtype), 3),
-            sampler_logp_diff=max(row["sampler_logp_diff/max"] for row in rows),
+            sampler_logp_diff=max(
+                line["sampler_logp_diff/max"] for line in result.history[WARMUP:]
+            ),
             device=jax.devices()[0].device_kind,
             versions=own_versions(),
         ),

@@ -33,7 +33,8 @@ class Workload:
     """A step: `prompts` x `group` completions of exactly `new_tokens` tokens.
 
     Every prompt has exactly `prompt_tokens`. `model` is a folder that `models.py`
-    makes, or the name of the model that comes with the package.
+    makes, or the name of the model that comes with the package. With `mean_tokens`
+    completions have geometric lengths of that mean, and `new_tokens` is their limit.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Workload:
     new_tokens: int
     steps: int
     kl_coef: float = 0.04
+    mean_tokens: int | None = None
 
     def folder(self, models: Path) -> Path:
         """Where the model lies."""
@@ -66,8 +68,26 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens that a step samples."""
+        """Tokens that a step samples, if all completions run to the limit."""
         return self.sequences * self.new_tokens
+
+    def stop_ids(self, vocabulary: int) -> tuple[int, ...]:
+        """Tokens that end a completion: a model with random weights takes all alike.
+
+        With k of V tokens the lengths are geometric with mean V / k.
+        """
+        if self.mean_tokens is None:
+            return ()
+        count = round(vocabulary / self.mean_tokens)
+        return tuple(sorted(random.Random(0).sample(range(3, vocabulary), count)))
+
+    def check(self, lengths: Sequence[int]) -> None:
+        """Refuses completions of other lengths than those that were asked for."""
+        if self.mean_tokens is None:
+            assert set(lengths) == {self.new_tokens}, lengths
+        else:
+            mean = statistics.mean(lengths)
+            assert 0.5 < mean / self.mean_tokens < 1.5, mean
 
 
 WORKLOADS = {
@@ -77,6 +97,8 @@ WORKLOADS = {
         Workload("embedded", EMBEDDED.name, 32, 8, 6, 8, steps=24),
         Workload("tiny", "tiny", 8, 8, 32, 32, steps=14),
         Workload("smol", "smol", 4, 8, 128, 64, steps=4),
+        Workload("tiny-geometric", "tiny", 8, 8, 32, 128, steps=14, mean_tokens=32),
+        Workload("smol-geometric", "smol-0", 4, 8, 128, 256, steps=4, mean_tokens=64),
         Workload("long", "tiny", 4, 16, 512, 64, steps=6),
     )
 }
@@ -115,14 +137,21 @@ def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def record(
-    system: str, work: Workload, phases: dict[str, float], **more: Any
+    system: str, work: Workload, rows: Sequence[dict[str, float]], **more: Any
 ) -> dict[str, Any]:
-    """One line of results: seconds per phase with all that they depend on."""
+    """One line of results, with all that they depend on.
+
+    Args:
+      rows: for each step the seconds of each phase, and the "tokens" that it sampled.
+    """
+    phases = medians(rows)
+    tokens = sum(row["tokens"] for row in rows)
+    del phases["tokens"]
     return {
         "system": system,
         "workload": asdict(work),
         "seconds": {name: round(value, 4) for name, value in phases.items()},
-        "tokens_per_second": round(work.tokens / phases["step"], 2),
+        "tokens_per_second": round(tokens / sum(row["step"] for row in rows), 2),
         "peak_gib": round(
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2
         ),

@@ -6,9 +6,11 @@ Held equal to step.py: model and prompts, float32 weights and Adam state, exactl
 tokens (`min_new_tokens`), temperature 1, beta 0.04 with a reference model, one update
 per rollout, the GRPO loss, a gradient norm of at most 1, no weight decay. Phases are
 timed around the trainer's own methods; a step runs from the end of the one before.
+Lengths are geometric by a logits processor that takes the EOS token now and then.
 """
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -21,12 +23,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 from workloads import (
     WORKLOADS,
     exact_prompts,
-    medians,
     publish,
     record,
     reward,
@@ -62,11 +68,25 @@ class Clock(TrainerCallback):
         """Ends a step; what was not preparation was the update."""
         now = time.perf_counter()
         step = now - self.start
-        row = {name: self.row.get(name, 0.0) for name in ("rollout", "reference")}
+        timed = ("rollout", "reference", "tokens")
+        row = {name: self.row.get(name, 0.0) for name in timed}
         update = step - self.row["prepare"]
         self.rows.append(row | {"update": update, "step": step})
         print({name: round(value, 2) for name, value in self.rows[-1].items()})
         self.row, self.start = {}, now
+
+
+class EndsAtRandom(LogitsProcessor):
+    """Ends each completion at each token with probability 1 / mean, and never else."""
+
+    def __init__(self, mean, eos):
+        self.mean, self.eos = mean, eos
+
+    def __call__(self, input_ids, scores):
+        """Scores of which one, or all others, are impossible."""
+        ends = torch.rand(len(scores), 1, device=scores.device) < 1 / self.mean
+        is_eos = torch.arange(scores.shape[1], device=scores.device) == self.eos
+        return scores.masked_fill(ends != is_eos, -torch.inf)
 
 
 def main():
@@ -95,11 +115,16 @@ def main():
             callbacks=[clock],
         )
         watch(trainer, clock, work)
+        if work.mean_tokens is not None:
+            ends = EndsAtRandom(work.mean_tokens, tokenizer.eos_token_id)
+            trainer.model.generate = functools.partial(
+                trainer.model.generate, logits_processor=LogitsProcessorList([ends])
+            )
         trainer.train()
     line = record(
         f"trl-{args.dtype}",
         work,
-        medians(clock.rows[WARMUP:]),
+        clock.rows[WARMUP:],
         steps=len(clock.rows) - WARMUP,
         versions=versions("torch", "trl", "transformers"),
     )
@@ -117,7 +142,9 @@ def config(work, out, *, steps, dtype):
         per_device_train_batch_size=work.sequences,
         num_generations=work.group,
         max_completion_length=work.new_tokens,
-        generation_kwargs={"min_new_tokens": work.new_tokens},
+        generation_kwargs={
+            "min_new_tokens": 1 if work.mean_tokens else work.new_tokens
+        },
         temperature=1.0,
         top_p=1.0,
         top_k=0,
@@ -142,7 +169,9 @@ def watch(trainer, clock, work):
     def checked(prompts):
         result = generate(prompts)
         assert {len(ids) for ids in result[0]} == {work.prompt_tokens}
-        assert [len(ids) for ids in result[1]] == [work.new_tokens] * work.sequences
+        lengths = [len(ids) for ids in result[1]]
+        work.check(lengths)
+        clock.row["tokens"] = sum(lengths)
         return result
 
     trainer._generate = clock.timed(checked, "rollout")

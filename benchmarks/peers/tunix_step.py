@@ -8,7 +8,8 @@ update per rollout, a gradient norm of at most 1, no weight decay. The cache has
 unused slots. Tunix puts its BOS before a prompt, which is one token shorter for it.
 
 Tunix 0.1.7 ignores `rope_theta` of a Llama (`apply_rope` is called without it); it is
-given here, at the same cost. `--micro` prompts are updated at once: a whole batch of
+given here, at the same cost. Geometric lengths come from random weights and many stop
+tokens. `--micro` prompts are updated at once: a whole batch of
 `smol` needs 22 GiB.
 """
 
@@ -38,7 +39,6 @@ from tunix.rl.rollout import base_rollout
 from workloads import (
     WORKLOADS,
     exact_prompts,
-    medians,
     publish,
     record,
     reward,
@@ -85,7 +85,7 @@ def main():
     line = record(
         "tunix-float32",
         work,
-        medians(rows[WARMUP:]),
+        rows[WARMUP:],
         steps=len(rows) - WARMUP,
         micro=args.micro,
         versions=versions("google-tunix", "jax", "jaxlib", "flax", "optax"),
@@ -150,7 +150,7 @@ def make_cluster(work, folder, tokenizer, *, steps, micro):
                 temperature=1.0,
                 top_p=1.0,
                 top_k=None,
-                eos_tokens=[-1],
+                eos_tokens=list(work.stop_ids(config.vocab_size)) or [-1],
                 data_type=jnp.float32,
             ),
         ),
@@ -175,7 +175,9 @@ def watch(learner, cluster, work):
 
     def checked(*args, **options):
         result = generate(*args, **options)
-        assert [len(ids) for ids in result.tokens] == [work.new_tokens] * work.sequences
+        lengths = [len(ids) for ids in result.tokens]
+        work.check(lengths)
+        row["tokens"] = sum(lengths)
         return result
 
     step = learner._run_global_step
