@@ -20,9 +20,9 @@ from grpo_jax.parallel import mesh as meshes
 # Pairs of a query and a key that take as long as all other work for a token, about:
 # this depends on model and device. Memory-bound softmax is part of it.
 _PAIRS_OF_A_TOKEN = 2048
-# Packed rows are used if they take at most this share of the unpacked time, since more
-# shapes mean more programs to compile.
-_WORTHWHILE = 0.9
+# Another form is used if it takes at most this share of the time, since more shapes
+# mean more programs to compile.
+WORTHWHILE = 0.9
 # Completions of up to so many tokens have rows of their own: what would be saved is
 # less than what the compilation of other shapes takes.
 _SHORTEST = 16
@@ -133,6 +133,7 @@ def pack(
     minibatches: int = 1,
     microbatch_size: int | None = None,
     shards: int = 1,
+    rival: float = 1.0,
 ) -> Packing | None:
     """Rows for completions of which the tokens under the mask count, if they pay.
 
@@ -146,10 +147,11 @@ def pack(
       microbatch_size: completions that an update holds at once; None for all. Where a
         group is cut, each of its parts has rows of its own, and A is N.
       shards: devices that split the prompts, over all processes.
+      rival: share of the time that another form takes.
 
     Returns:
-      Rows on the host, or None if they would save less than a tenth of the time, or if
-      attention would hold more scores.
+      Rows on the host, or None if they would save less than a tenth of the rival's
+      time, or if attention would hold more scores.
     """
     count, group, width = mask.shape
     if width <= _SHORTEST:
@@ -161,7 +163,10 @@ def pack(
     read = _read_tokens(mask).reshape(count * cuts, group // cuts)
     everywhere = meshes.gather_rows(read)
     shape = _row_shape(
-        _dealt(everywhere, each, shards), longest=width - 1, prompt_tokens=prompt_tokens
+        _dealt(everywhere, each, shards),
+        longest=width - 1,
+        prompt_tokens=prompt_tokens,
+        at_most=WORTHWHILE * rival,
     )
     if shape is None:
         return None
@@ -190,7 +195,7 @@ def _dealt(
 
 
 def _row_shape(
-    read: Int[np.ndarray, "A n G"], *, longest: int, prompt_tokens: int
+    read: Int[np.ndarray, "A n G"], *, longest: int, prompt_tokens: int, at_most: float
 ) -> _Shape | None:
     """The rows and places of a part that take least time; None for one row each."""
 
@@ -210,7 +215,7 @@ def _row_shape(
         if shape.rows * places**2 <= unpacked.rows * longest**2:
             costs[shape] = cost(*shape)
     best = min(costs, key=lambda shape: costs[shape], default=None)
-    if best is None or costs[best] > _WORTHWHILE * cost(*unpacked):
+    if best is None or costs[best] > at_most * cost(*unpacked):
         return None
     return best
 

@@ -7,6 +7,7 @@ it was), turns rewards into advantages and makes the updates.
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PyTree
 
 from grpo_jax.config import TrainConfig
-from grpo_jax.models.packing import pack
+from grpo_jax.models.packing import WORTHWHILE, pack
 from grpo_jax.models.protocol import LanguageModel, RowScorer, in_compute_dtype
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel import offload
 from grpo_jax.parallel.collectives import whole_over_fsdp
 from grpo_jax.rollout.rollout import Rollout
+from grpo_jax.training._like_lengths import like_lengths
 from grpo_jax.training.advantages import advantages_and_mask
 from grpo_jax.training.compiled import compile_train_step
 from grpo_jax.training.optimizer import make_optimizer, make_schedule
@@ -82,8 +84,8 @@ class Learner:
         )
         # Under pmap each device cuts its own prompts into microbatches.
         cuts = config.mesh.mode == "pmap" and config.microbatch_size is not None
-        packs = config.packing == "auto" and isinstance(model, RowScorer)
-        self._packs = packs and not cuts
+        self._saves_padding = config.packing == "auto" and not cuts
+        self._packs = isinstance(model, RowScorer)
         self._compute_dtype = model.config.dtype
         self._copy_for_sampling: Callable[[PyTree], PyTree] | None = None
         if config.mesh.offload:
@@ -181,15 +183,6 @@ class Learner:
         Returns at once, while the devices still compute.
         """
         mask = rollout.mask & rollout.keep[:, None, None]
-        packing = None
-        if self._packs:
-            packing = pack(
-                mask,
-                rollout.prompts.shape[1],
-                minibatches=self._config.minibatches,
-                microbatch_size=self._config.microbatch_size,
-                shards=meshes.batch_shards(self._mesh),
-            )
         arrays = {
             "prompts": rollout.prompts,
             "prompt_lengths": rollout.prompt_lengths,
@@ -197,8 +190,9 @@ class Learner:
             "mask": mask,
             "advantages": np.zeros(rollout.lengths.shape, np.float32),
             "sampler_logp": rollout.logp,
-            "packing": packing,
         }
+        if self._saves_padding:
+            arrays |= self._without_padding(mask, rollout.prompts.shape[1])
         if rollout.began_before is not None:
             # Of others the cache has keys and values of earlier policies, which count
             # in what the present one draws.
@@ -215,6 +209,22 @@ class Learner:
         elif self._config.updates_per_step > 1:
             old_logp = self._score(self.variables, batch)
         return batch.replace(ref_logp=ref_logp, old_logp=old_logp)
+
+    def _without_padding(
+        self, mask: Bool[np.ndarray, "N G T"], prompt_tokens: int
+    ) -> dict[str, Any]:
+        """The field of the batch that leaves least padding; none if all is full."""
+        how = {
+            "minibatches": self._config.minibatches,
+            "microbatch_size": self._config.microbatch_size,
+            "shards": meshes.batch_shards(self._mesh),
+        }
+        order, share = like_lengths(mask, prompt_tokens, **how)
+        if self._packs:
+            packing = pack(mask, prompt_tokens, rival=share, **how)
+            if packing is not None:
+                return {"packing": packing}
+        return {"like_lengths": order} if share <= WORTHWHILE else {}
 
     def with_advantages(self, batch: Batch, rollout: Rollout) -> Batch:
         """The batch with the advantages of the rollout's rewards."""

@@ -8,6 +8,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from grpo_jax.models.packing import Packing
+from grpo_jax.training._like_lengths import LikeLengths
 
 
 class TrainState(struct.PyTreeNode):
@@ -69,6 +70,7 @@ class Batch(struct.PyTreeNode):
       ref_logp: log-probs under the frozen reference; None without a KL penalty.
       packing: shared rows for completions, made by `pack` for the same microbatches;
         None for a row each.
+      like_lengths: an order for microbatches of like length, instead of `packing`.
     """
 
     prompts: Int[Array, "N P"]
@@ -81,3 +83,4 @@ class Batch(struct.PyTreeNode):
     old_logp: Float[Array, "N G T"] | None = None
     ref_logp: Float[Array, "N G T"] | None = None
     packing: Packing | None = None
+    like_lengths: LikeLengths | None = None

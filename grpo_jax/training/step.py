@@ -22,19 +22,12 @@ from grpo_jax.models.packing import Packing, packed_hidden
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.objective import Mean
 from grpo_jax.parallel.collectives import place_for_matmul
+from grpo_jax.training._like_lengths import at_own_width
 from grpo_jax.training.state import Batch, TrainState, policy_variables
 
+_PER_TOKEN = ("completions", "mask", "sampler_logp", "fresh", "old_logp", "ref_logp")
 # Fields of `Batch` with an axis of completions, or of their rows, behind the prompts'.
-_PER_COMPLETION = (
-    "completions",
-    "mask",
-    "advantages",
-    "sampler_logp",
-    "fresh",
-    "old_logp",
-    "ref_logp",
-    "packing",
-)
+_PER_COMPLETION = (*_PER_TOKEN, "advantages", "packing")
 
 Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
@@ -94,21 +87,35 @@ def score_batch(
             packing=part.packing,
         ).logp
 
-    parts = _microbatches(batch, max(size, group))
+    order = batch.like_lengths
+    if config.minibatches > 1:  # the order is one within a minibatch
+        order = None
+    parts, widths = _microbatches(batch.replace(like_lengths=order), max(size, group))
+
+    def padded(part: Batch, width: int) -> Float[Array, "n G T"]:
+        rest = part.completions.shape[2] - width
+        return jnp.pad(score(_narrow(part, width)), ((0, 0), (0, 0), (0, rest)))
+
+    def at_width(part: Batch) -> Float[Array, "n G T"]:
+        return at_own_width(functools.partial(padded, part), part.mask, widths)
+
     if parts.prompts.shape[0] == 1:
-        return score(jax.tree.map(lambda leaf: leaf[0], parts))
-    logp = lax.map(score, parts)
-    return jnp.moveaxis(logp, 0, 1).reshape(batch.completions.shape)
+        return at_width(jax.tree.map(lambda leaf: leaf[0], parts))
+    logp = lax.map(at_width, parts)
+    logp = jnp.moveaxis(logp, 0, 1).reshape(batch.completions.shape)
+    return logp if order is None else order.unsort(logp)
 
 
-def _microbatches(batch: Batch, sequences: int | None) -> Batch:
+def _microbatches(batch: Batch, sequences: int | None) -> tuple[Batch, tuple[int, ...]]:
     """The batch with a leading axis of microbatches of `sequences` sequences each.
+
+    Beside it, the numbers of tokens of which each microbatch takes its own.
 
     Prompt i goes to microbatch i mod count, so that under a mesh each microbatch is
     spread over all devices as the batch was. A microbatch smaller than a group holds a
     part of the completions of one prompt.
     """
-    prompts, group = batch.completions.shape[:2]
+    prompts, group, width = batch.completions.shape
     size = min(sequences or prompts * group, prompts * group)
     count = prompts * group // max(size, group)
     parts_of_group = max(group // size, 1)
@@ -123,18 +130,27 @@ def _microbatches(batch: Batch, sequences: int | None) -> Batch:
             return by_prompt(leaf)
         return leaf.reshape(count * parts_of_group, 1, -1, *leaf.shape[2:])
 
+    of_prompts = batch.prompts, batch.prompt_lengths
+    of_completions = {name: vars(batch)[name] for name in _PER_COMPLETION}
+    widths = (width,)
+    if batch.like_lengths is not None:
+        widths = batch.like_lengths.widths
+        of_prompts, of_completions = batch.like_lengths.sort(of_prompts, of_completions)
     parts = Batch(
-        prompts=by_prompt(batch.prompts),
-        prompt_lengths=by_prompt(batch.prompt_lengths),
-        **{
-            name: jax.tree.map(by_completion, vars(batch)[name])
-            for name in _PER_COMPLETION
-        },
+        *jax.tree.map(by_prompt, of_prompts),
+        **jax.tree.map(by_completion, of_completions),
     )
     if parts.packing is None:
-        return parts
+        return parts, widths
     tokens = parts.completions[0, 0].size
-    return parts.replace(packing=parts.packing.of_cuts(parts_of_group, tokens))
+    parts = parts.replace(packing=parts.packing.of_cuts(parts_of_group, tokens))
+    return parts, widths
+
+
+def _narrow(part: Batch, width: int) -> Batch:
+    """The microbatch without the tokens of its completions from `width` on."""
+    fields = {name: vars(part)[name] for name in _PER_TOKEN}
+    return part.replace(**jax.tree.map(lambda leaf: leaf[..., :width], fields))
 
 
 def make_train_step(
@@ -161,7 +177,7 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         loss = functools.partial(_loss_totals, model, config, base)
         parts = _microbatches(batch, config.microbatch_size)
-        grads, sums, largest = _accumulate(loss, state.params, parts, places)
+        grads, sums, largest = _accumulate(loss, state.params, *parts, places=places)
         if axis_name is not None:
             grads, sums = lax.psum((grads, sums), axis_name)
             largest = lax.pmax(largest, axis_name)
@@ -232,13 +248,19 @@ def _loss_totals(
 
 
 def _accumulate(
-    loss: Callable[..., Any], params: PyTree, parts: Batch, places: PyTree | None
+    loss: Callable[..., Any],
+    params: PyTree,
+    parts: Batch,
+    widths: tuple[int, ...],
+    *,
+    places: PyTree | None,
 ) -> tuple[PyTree, dict[str, Mean], Metrics]:
     """Sums over the microbatches of the gradient and of the metrics, and the maxima."""
     gradient = jax.grad(loss, has_aux=True)
 
     def totals(part: Batch) -> tuple[PyTree, dict[str, Mean], Metrics]:
-        grads, (sums, largest) = gradient(params, part)
+        at_width = lambda width: gradient(params, _narrow(part, width))  # noqa: E731
+        grads, (sums, largest) = at_own_width(at_width, part.mask, widths)
         if places is not None:
             grads = lax.with_sharding_constraint(grads, places)
         return grads, sums, largest

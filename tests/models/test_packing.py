@@ -105,7 +105,7 @@ def test_values_of_places_come_back_where_their_tokens_are(minibatches, size, sh
     update = jax.tree.map(jnp.asarray, batch)
     for number in range(how["minibatches"]):
         minibatch = _minibatch(update, number, count=how["minibatches"])
-        cut = _microbatches(minibatch, how["microbatch_size"])
+        cut, _ = _microbatches(minibatch, how["microbatch_size"])
         for turn in range(len(cut.prompts)):
             part = jax.tree.map(lambda leaf, turn=turn: leaf[turn], cut)
             targets = part.packing.targets(part.completions)

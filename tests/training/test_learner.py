@@ -1,6 +1,7 @@
 """Several updates per rollout, and the reference policy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -235,3 +236,24 @@ def test_completions_of_equal_length_have_a_row_each(tiny_policy, tools, meshes_
     config = tools.make_config(max_new_tokens=25)
     learner = Learner(tiny_policy.model, tiny_policy.params, config, meshes_of(1, 1, 1))
     assert learner.score(full).packing is None
+
+
+def test_a_model_without_shared_rows_has_microbatches_of_like_length(
+    make_learner, tools
+):
+    batch = tools.make_batch(length=64)
+    lengths = np.random.default_rng(1).integers(1, 20, batch.mask.shape[:2])
+    lengths[1, 2], lengths[3, 0] = 64, 40
+    ragged = make_rollout(batch.replace(mask=np.arange(64) < lengths[..., None]))
+    found = {}
+    for packing in ("auto", "off"):
+        learner = make_learner(packing=packing, max_new_tokens=64, microbatch_size=2)
+        batch, metrics = one_step(learner, ragged)
+        assert batch.packing is None
+        assert (batch.like_lengths is None) == (packing == "off")
+        scores = jnp.where(batch.mask, batch.ref_logp, 0)
+        found[packing] = scores, batch.advantages, metrics.pop("kl"), learner.params
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6),
+        *found.values(),
+    )

@@ -19,6 +19,8 @@ from grpo_jax.objective import (
     weighted_likelihood_loss,
 )
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.training import _like_lengths
+from grpo_jax.training._like_lengths import like_lengths
 from grpo_jax.training.advantages import advantages_from_rewards
 from grpo_jax.training.compiled import compile_train_step
 from grpo_jax.training.state import make_train_state
@@ -26,6 +28,7 @@ from grpo_jax.training.step import (
     _microbatches,
     make_train_step,
     policy_logprobs,
+    score_batch,
 )
 
 # Keeps the gradient as it is in its state.
@@ -87,7 +90,7 @@ def test_microbatches_hold_each_completion_once_with_its_prompt(size, tools):
     batch = batch.replace(
         prompt_lengths=jnp.arange(4), advantages=numbers.astype(jnp.float32)
     )
-    parts = _microbatches(batch, size)
+    parts, _ = _microbatches(batch, size)
     count, rows, group = parts.advantages.shape
     assert count * rows * group == 16 and rows * group == min(size or 16, 16)
     assert sorted(parts.advantages.reshape(-1).tolist()) == sorted(
@@ -102,7 +105,7 @@ def test_a_microbatch_takes_every_so_many_th_prompt(tools):
     # So that each lies on all devices of a mesh, as the batch does.
     batch = tools.make_batch().replace(prompt_lengths=jnp.arange(4))
     np.testing.assert_array_equal(
-        _microbatches(batch, 8).prompt_lengths, [[0, 2], [1, 3]]
+        _microbatches(batch, 8)[0].prompt_lengths, [[0, 2], [1, 3]]
     )
 
 
@@ -138,6 +141,25 @@ def packed(batch, size=None, shards=1):
     return batch.replace(packing=jax.tree.map(jnp.asarray, rows))
 
 
+def sorted_by_length(batch, size, shards=1):
+    """The batch with microbatches of like length."""
+    how = {"minibatches": 1, "microbatch_size": size, "shards": shards}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_like_lengths, "_SHORTEST", 8)
+        order, share = like_lengths(
+            np.asarray(batch.mask), batch.prompts.shape[1], **how
+        )
+    assert share < 0.9
+    return batch.replace(like_lengths=jax.tree.map(jnp.asarray, order))
+
+
+FORMS = {
+    "own rows": lambda batch, size, shards=1: batch,
+    "shared rows": packed,
+    "like lengths": sorted_by_length,
+}
+
+
 def adam_state(policy, mesh, tx):
     axes, shapes = param_axes(policy.model), abstract_params(policy.model)
     shardings = meshes.parameter_shardings(axes, shapes, mesh)
@@ -160,13 +182,14 @@ def on_one_device(tiny_policy, tools, meshes_of):
     return step_on(meshes_of(1, 1, 1), tiny_policy, tools)[:2]
 
 
-def step_on(mesh, policy, tools, *, shared=False):
+def step_on(mesh, policy, tools, form="own rows"):
     config = tools.make_config(prompts_per_step=8, microbatch_size=16)
     batch = tools.make_batch(prompts=8, length=21, vocab=256)
-    most = jnp.where(jnp.arange(4) == 1, 21, 7)[:, None]
-    batch = batch.replace(mask=batch.mask & (jnp.arange(21)[None] < most)[None])
-    if shared:
-        batch = packed(batch, 16, shards=meshes.batch_shards(mesh))
+    # One long completion in a group of each device, not always in the same microbatch.
+    long = np.isin(np.arange(8)[:, None] % 4, (0, 3)) & (np.arange(4) == 1)
+    most = np.where(long, 21, 7)[..., None]
+    batch = batch.replace(mask=batch.mask & (np.arange(21) < most))
+    batch = FORMS[form](batch, 16, shards=meshes.batch_shards(mesh))
     step = compile_train_step(decoder_step(policy.model, TX, config), mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
         state = adam_state(policy, mesh, TX)
@@ -183,13 +206,12 @@ def step_on(mesh, policy, tools, *, shared=False):
     return new, metrics, before, donated
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_mesh_changes_nothing(
-    shared, tiny_policy, tools, on_one_device, assert_close, meshes_of
+    form, tiny_policy, tools, on_one_device, assert_close, meshes_of
 ):
     mesh = meshes_of(2, 2, 2)
-    given = step_on(mesh, tiny_policy, tools, shared=shared)
-    state, metrics, shardings, donated = given
+    state, metrics, shardings, donated = step_on(mesh, tiny_policy, tools, form)
     expected_state, expected_metrics = on_one_device
     assert_close(metrics, expected_metrics, rtol=1e-4)
     # Adam's first moments are the gradients, scaled; its update forgets their size.
@@ -440,3 +462,27 @@ def test_shared_rows_change_nothing(
     batch = packed(ragged, size)
     found = gradient_of(tiny_policy.model, tiny_policy.params, batch, config)
     assert_close(found, of_own_rows, rtol=5e-5)
+
+
+@pytest.mark.parametrize("size", [8, 2])
+def test_microbatches_of_like_length_change_nothing(
+    size, bigram, tools, ragged, assert_close
+):
+    model, params = bigram
+    objective = ObjectiveConfig(**EVERYTHING)
+    config = tools.make_config(
+        max_new_tokens=25, objective=objective, microbatch_size=size
+    )
+    batch = ragged.replace(completions=ragged.completions % 16)
+    expected = gradient_of(model, params(), batch, config)
+    batch = sorted_by_length(batch, size)
+    assert_close(gradient_of(model, params(), batch, config), expected)
+    scores = score_batch(model, config, {"params": params()}, batch)
+    whole = score_batch(
+        model, config, {"params": params()}, batch.replace(like_lengths=None)
+    )
+    assert_close(*(jnp.where(batch.mask, x, 0.0) for x in (scores, whole)))
+    # What no microbatch computes is 0.
+    assert float(jnp.abs(jnp.where(batch.mask, 0.0, scores)).sum()) < float(
+        jnp.abs(jnp.where(batch.mask, 0.0, whole)).sum()
+    )
