@@ -19,13 +19,12 @@ WIDTH = 128
 def cases(draw):
     shards, minibatches = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2]))
     turns, each, group = (draw(st.sampled_from([1, 2, 3])) for _ in range(3))
-    count = shards * minibatches * turns * each
     size = each * shards * group
-    if shards == each == 1 and draw(st.booleans()):
-        group, size = 4, draw(st.sampled_from([1, 2]))
-    lengths = draw(
-        st.lists(st.integers(0, WIDTH), min_size=count * group, max_size=count * group)
-    )
+    if draw(st.booleans()):  # parts of a group, on one device
+        shards, group, size = 1, 4, draw(st.sampled_from([1, 2]))
+    count = shards * minibatches * turns * each
+    some = st.sampled_from([0, 3, 20, 32, 32, 33, 64, 65, WIDTH])
+    lengths = draw(st.lists(some, min_size=count * group, max_size=count * group))
     return np.reshape(lengths, (count, group)), minibatches, size, shards
 
 
