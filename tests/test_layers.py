@@ -102,7 +102,14 @@ OF_THE_WINGS = {
     "rollout.draw": {"weights.tokenizer"},
     "rollout.rollout": {"rewards.metrics"},
     "rollout.collect": {"weights.tokenizer", "rewards.runner"},
-    "training.learner": {"training.compiled", "training.optimizer"},
+    "training.learner": {
+        "training._microbatches": "training/test_step.py",
+    "training._like_lengths",
+        "training.compiled",
+        "training.optimizer",
+    },
+    "training.state": {"training._like_lengths"},
+    "training.step": {"training._like_lengths", "training._microbatches"},
 }
 # Modules without a test file of their own name -> the file that tests them.
 TESTED_IN = {

@@ -227,8 +227,8 @@ class TrainConfig(Section):
     # What the backward pass recomputes to save memory: nothing (none), everything
     # except matrix products (dots), or whole layers (layer). auto: as little as fits.
     remat: Literal["auto", "none", "layer", "dots"] = "auto"
-    # Completions of a prompt that are scored and learned from in shared rows, as long
-    # as this leaves less padding (auto), or each in a row of its own (off).
+    # Scoring and updates with less padding: completions of a prompt in shared rows, or
+    # microbatches of like length, where either is faster (auto), or neither (off).
     packing: Literal["auto", "off"] = "auto"
     # What is optimized.
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

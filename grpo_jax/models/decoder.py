@@ -222,8 +222,7 @@ class Decoder(nn.Module):
             index = jnp.arange(own.shape[2])[None, None]
         else:
             before = _rows.of_owners(lengths, owner).reshape(*owner.shape, 1)
-        # Rotary angles depend on the true position. Own tokens follow the last real
-        # token of their prompt, and not its padding.
+        # Own tokens follow the last real token of their prompt, and not its padding.
         own_positions = jnp.broadcast_to(before + index, own.shape)
         of_part = lambda x: x.reshape(len(own), -1)  # noqa: E731
         positions = _rows.join(of_part(_rows.prompt_positions(prompts)), own_positions)

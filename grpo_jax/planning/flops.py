@@ -15,7 +15,7 @@ from jaxtyping import Int
 from grpo_jax.models.config import ModelConfig
 
 
-class Flops(NamedTuple):
+class _Flops(NamedTuple):
     """Operations of forward passes.
 
     Attributes:
@@ -32,17 +32,17 @@ class Flops(NamedTuple):
         return self.weights + self.attention
 
 
-def prefill_flops(config: ModelConfig, prompts: Int[np.ndarray, " N"]) -> Flops:
+def prefill_flops(config: ModelConfig, prompts: Int[np.ndarray, " N"]) -> _Flops:
     """Operations of a pass over prompts of these lengths, without the head."""
     weights = 2.0 * config.num_layers * layer_weights(config) * prompts.sum()
-    return Flops(weights, _attention(config, _pairs(config, prompts).sum()))
+    return _Flops(weights, _attention(config, _pairs(config, prompts).sum()))
 
 
 def completion_flops(
     config: ModelConfig,
     prompts: Int[np.ndarray, " N"],
     lengths: Int[np.ndarray, "N G"],
-) -> Flops:
+) -> _Flops:
     """Operations of the completions of these lengths, without those of their prompts.
 
     A completion of length l has l products with the head but reads only l - 1 tokens:
@@ -54,20 +54,20 @@ def completion_flops(
     weights = 2.0 * (per_token * read.sum() + head * lengths.sum())
     before = prompts[:, None]
     pairs = _pairs(config, before + read) - _pairs(config, before)
-    return Flops(weights, _attention(config, pairs.sum()))
+    return _Flops(weights, _attention(config, pairs.sum()))
 
 
 def forward_flops(
     config: ModelConfig,
     prompts: Int[np.ndarray, " N"],
     lengths: Int[np.ndarray, "N G"],
-) -> Flops:
+) -> _Flops:
     """Operations of the log-probabilities of completions; sampling needs as many."""
     parts = prefill_flops(config, prompts), completion_flops(config, prompts, lengths)
-    return Flops(*map(sum, zip(*parts, strict=True)))
+    return _Flops(*map(sum, zip(*parts, strict=True)))
 
 
-def gradient_flops(forward: Flops, *, frozen: bool = False) -> float:
+def gradient_flops(forward: _Flops, *, frozen: bool = False) -> float:
     """Operations of a forward pass with its gradient.
 
     Each product has two in the backward pass, one per operand. `frozen` weights, as

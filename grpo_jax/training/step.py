@@ -23,11 +23,8 @@ from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.objective import Mean
 from grpo_jax.parallel.collectives import place_for_matmul
 from grpo_jax.training._like_lengths import at_own_width
+from grpo_jax.training._microbatches import microbatches, narrow
 from grpo_jax.training.state import Batch, TrainState, policy_variables
-
-_PER_TOKEN = ("completions", "mask", "sampler_logp", "fresh", "old_logp", "ref_logp")
-# Fields of `Batch` with an axis of completions, or of their rows, behind the prompts'.
-_PER_COMPLETION = (*_PER_TOKEN, "advantages", "packing")
 
 Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
@@ -90,11 +87,11 @@ def score_batch(
     order = batch.like_lengths
     if config.minibatches > 1:  # the order is one within a minibatch
         order = None
-    parts, widths = _microbatches(batch.replace(like_lengths=order), max(size, group))
+    parts, widths = microbatches(batch.replace(like_lengths=order), max(size, group))
 
     def padded(part: Batch, width: int) -> Float[Array, "n G T"]:
         rest = part.completions.shape[2] - width
-        return jnp.pad(score(_narrow(part, width)), ((0, 0), (0, 0), (0, rest)))
+        return jnp.pad(score(narrow(part, width)), ((0, 0), (0, 0), (0, rest)))
 
     def at_width(part: Batch) -> Float[Array, "n G T"]:
         return at_own_width(functools.partial(padded, part), part.mask, widths)
@@ -104,53 +101,6 @@ def score_batch(
     logp = lax.map(at_width, parts)
     logp = jnp.moveaxis(logp, 0, 1).reshape(batch.completions.shape)
     return logp if order is None else order.unsort(logp)
-
-
-def _microbatches(batch: Batch, sequences: int | None) -> tuple[Batch, tuple[int, ...]]:
-    """The batch with a leading axis of microbatches of `sequences` sequences each.
-
-    Beside it, the numbers of tokens of which each microbatch takes its own.
-
-    Prompt i goes to microbatch i mod count, so that under a mesh each microbatch is
-    spread over all devices as the batch was. A microbatch smaller than a group holds a
-    part of the completions of one prompt.
-    """
-    prompts, group, width = batch.completions.shape
-    size = min(sequences or prompts * group, prompts * group)
-    count = prompts * group // max(size, group)
-    parts_of_group = max(group // size, 1)
-
-    def by_prompt(leaf: Array) -> Array:
-        parts = leaf.reshape(-1, count, *leaf.shape[1:])
-        parts = jnp.moveaxis(parts, 1, 0)
-        return jnp.repeat(parts, parts_of_group, axis=0)
-
-    def by_completion(leaf: Array) -> Array:
-        if parts_of_group == 1:
-            return by_prompt(leaf)
-        return leaf.reshape(count * parts_of_group, 1, -1, *leaf.shape[2:])
-
-    of_prompts = batch.prompts, batch.prompt_lengths
-    of_completions = {name: vars(batch)[name] for name in _PER_COMPLETION}
-    widths = (width,)
-    if batch.like_lengths is not None:
-        widths = batch.like_lengths.widths
-        of_prompts, of_completions = batch.like_lengths.sort(of_prompts, of_completions)
-    parts = Batch(
-        *jax.tree.map(by_prompt, of_prompts),
-        **jax.tree.map(by_completion, of_completions),
-    )
-    if parts.packing is None:
-        return parts, widths
-    tokens = parts.completions[0, 0].size
-    parts = parts.replace(packing=parts.packing.of_cuts(parts_of_group, tokens))
-    return parts, widths
-
-
-def _narrow(part: Batch, width: int) -> Batch:
-    """The microbatch without the tokens of its completions from `width` on."""
-    fields = {name: vars(part)[name] for name in _PER_TOKEN}
-    return part.replace(**jax.tree.map(lambda leaf: leaf[..., :width], fields))
 
 
 def make_train_step(
@@ -176,7 +126,7 @@ def make_train_step(
         places: PyTree | None = None,
     ) -> tuple[TrainState, Metrics]:
         loss = functools.partial(_loss_totals, model, config, base)
-        parts = _microbatches(batch, config.microbatch_size)
+        parts = microbatches(batch, config.microbatch_size)
         grads, sums, largest = _accumulate(loss, state.params, *parts, places=places)
         if axis_name is not None:
             grads, sums = lax.psum((grads, sums), axis_name)
@@ -259,7 +209,7 @@ def _accumulate(
     gradient = jax.grad(loss, has_aux=True)
 
     def totals(part: Batch) -> tuple[PyTree, dict[str, Mean], Metrics]:
-        at_width = lambda width: gradient(params, _narrow(part, width))  # noqa: E731
+        at_width = lambda width: gradient(params, narrow(part, width))  # noqa: E731
         grads, (sums, largest) = at_own_width(at_width, part.mask, widths)
         if places is not None:
             grads = lax.with_sharding_constraint(grads, places)

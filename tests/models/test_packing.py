@@ -13,9 +13,10 @@ from grpo_jax.models import packing as packings
 from grpo_jax.models.decoder import Decoder
 from grpo_jax.models.lora import init_lora
 from grpo_jax.models.packing import Packing, pack
+from grpo_jax.training._microbatches import microbatches
 from grpo_jax.training.learner import _minibatch
 from grpo_jax.training.state import Batch
-from grpo_jax.training.step import _microbatches, policy_logprobs
+from grpo_jax.training.step import policy_logprobs
 
 # Lengths of six completions of up to 21 tokens for each of three prompts.
 LENGTHS = np.array([[21, 15, 14, 12, 2, 3], [1, 9, 6, 5, 2, 8], [0, 0, 0, 18, 0, 1]])
@@ -105,7 +106,7 @@ def test_values_of_places_come_back_where_their_tokens_are(minibatches, size, sh
     update = jax.tree.map(jnp.asarray, batch)
     for number in range(how["minibatches"]):
         minibatch = _minibatch(update, number, count=how["minibatches"])
-        cut, _ = _microbatches(minibatch, how["microbatch_size"])
+        cut, _ = microbatches(minibatch, how["microbatch_size"])
         for turn in range(len(cut.prompts)):
             part = jax.tree.map(lambda leaf, turn=turn: leaf[turn], cut)
             targets = part.packing.targets(part.completions)

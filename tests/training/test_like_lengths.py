@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from grpo_jax.training import _like_lengths
 from grpo_jax.training._like_lengths import at_own_width, like_lengths
+from grpo_jax.training._microbatches import microbatches
 from grpo_jax.training.learner import _minibatch
 from grpo_jax.training.state import Batch
-from grpo_jax.training.step import _microbatches
 
 WIDTH = 128
 
@@ -54,7 +54,7 @@ def test_microbatches_are_of_like_length_and_have_each_completion_once(case):
     seen, widths = [], []
     for number in range(minibatches):
         given = batch.replace(like_lengths=order)
-        parts, _ = _microbatches(_minibatch(given, number, count=minibatches), size)
+        parts, _ = microbatches(_minibatch(given, number, count=minibatches), size)
         longest = parts.mask.sum(axis=-1).max(axis=(1, 2))
         widths += [32 if x <= 32 else 64 if x <= 64 else WIDTH for x in longest]
         seen += np.asarray(parts.advantages).reshape(-1).tolist()

@@ -21,11 +21,11 @@ from grpo_jax.objective import (
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.training import _like_lengths
 from grpo_jax.training._like_lengths import like_lengths
+from grpo_jax.training._microbatches import microbatches
 from grpo_jax.training.advantages import advantages_from_rewards
 from grpo_jax.training.compiled import compile_train_step
 from grpo_jax.training.state import make_train_state
 from grpo_jax.training.step import (
-    _microbatches,
     make_train_step,
     policy_logprobs,
     score_batch,
@@ -90,7 +90,7 @@ def test_microbatches_hold_each_completion_once_with_its_prompt(size, tools):
     batch = batch.replace(
         prompt_lengths=jnp.arange(4), advantages=numbers.astype(jnp.float32)
     )
-    parts, _ = _microbatches(batch, size)
+    parts, _ = microbatches(batch, size)
     count, rows, group = parts.advantages.shape
     assert count * rows * group == 16 and rows * group == min(size or 16, 16)
     assert sorted(parts.advantages.reshape(-1).tolist()) == sorted(
@@ -105,7 +105,7 @@ def test_a_microbatch_takes_every_so_many_th_prompt(tools):
     # So that each lies on all devices of a mesh, as the batch does.
     batch = tools.make_batch().replace(prompt_lengths=jnp.arange(4))
     np.testing.assert_array_equal(
-        _microbatches(batch, 8)[0].prompt_lengths, [[0, 2], [1, 3]]
+        microbatches(batch, 8)[0].prompt_lengths, [[0, 2], [1, 3]]
     )
 
 
