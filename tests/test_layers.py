@@ -103,8 +103,7 @@ OF_THE_WINGS = {
     "rollout.rollout": {"rewards.metrics"},
     "rollout.collect": {"weights.tokenizer", "rewards.runner"},
     "training.learner": {
-        "training._microbatches": "training/test_step.py",
-    "training._like_lengths",
+        "training._like_lengths",
         "training.compiled",
         "training.optimizer",
     },
@@ -159,6 +158,7 @@ TESTED_IN = {
     "training._held_out": "training/test_evaluate.py",
     "training._judge": "training/test_evaluate.py",
     "training.compiled": "training/test_step.py",
+    "training._microbatches": "training/test_step.py",
     "training._policy": "training/test_restore.py",
     "training._reference": "training/test_lora.py",
     "training._run": "training/test_loop.py",
