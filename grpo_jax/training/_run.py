@@ -13,8 +13,10 @@ from jax.sharding import Mesh
 from grpo_jax.checkpointing.checkpoints import Checkpoints
 from grpo_jax.config import TrainConfig
 from grpo_jax.environments.host import Host
+from grpo_jax.models.decoder import Decoder
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.agreement import Agreement
+from grpo_jax.planning.resolve import for_updates
 from grpo_jax.reporting.console import Console
 from grpo_jax.reporting.equal_groups import EqualGroups
 from grpo_jax.reporting.metrics import CompileCounter
@@ -180,7 +182,13 @@ def _load(
     for text in warnings(policy, task, plays=host is not None):
         console.warning(text)
     compiles = stack.enter_context(CompileCounter())
-    learner = Learner(model, policy.params, policy.config, mesh, base=policy.base)
+    scorer = Decoder(for_updates(model.config, config, mesh))
+    if scorer.config.dtype != model.config.dtype:
+        console.note(
+            "updates compute in bfloat16, which is faster on this CPU, and the sampler "
+            "in float32; sampler_logp_diff/max is their difference"
+        )
+    learner = Learner(scorer, policy.params, policy.config, mesh, base=policy.base)
     warn = console.warning
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint, report=warn)
     stack.callback(checkpoints.abandon)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from grpo_jax.planning import devices
 from grpo_jax.planning.devices import DEVICES, find_device, known_flops
 
 SLICES = {  # type: chips, and what each is, by the pages of Google's documentation
@@ -60,3 +61,20 @@ def test_the_page_has_the_devices_of_every_type():
 def test_a_peak_is_known_for_the_names_that_jax_gives_devices():
     assert known_flops("TPU v5p") == DEVICES["v5p"].flops
     assert known_flops("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("version", "flags", "expected"),
+    [
+        ((0, 11, 0), "avx512f amx_bf16 amx_tile", True),
+        ((0, 10, 2), "avx512f amx_bf16 amx_tile", False),
+        ((0, 12, 0), "avx512f avx512_bf16", False),
+        ((0, 12, 0), None, False),
+    ],
+)
+def test_amx_counts_where_jax_uses_it(version, flags, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices.jax, "__version_info__", version)
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags is not None:
+        cpuinfo.write_text(f"model name\t: some\nflags\t\t: fpu {flags}\n")
+    assert devices.has_bfloat16_products(cpuinfo) == expected

@@ -6,6 +6,7 @@ import pytest
 
 from grpo_jax.config import MeshConfig, TrainConfig
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.planning import resolve as resolve_module
 from grpo_jax.planning.memory import activation_bytes, estimate
 from grpo_jax.planning.resolve import GIB, resolve_auto
 
@@ -74,3 +75,24 @@ def test_the_sampler_gathers_its_parameters_if_they_fit(model):
         assert resolve(model, limit)[1].mesh.sampler == sampler
     asked = MeshConfig(sampler="gathered")
     assert resolve(model, 1, mesh=asked)[1].mesh.sampler == "gathered"
+
+
+@pytest.mark.parametrize(
+    ("fast", "large", "devices", "asked", "expected"),
+    [
+        (True, 0, 1, "auto", "bfloat16"),
+        (False, 0, 1, "auto", "float32"),
+        (True, 10**9, 1, "auto", "float32"),
+        (True, 0, 2, "auto", "float32"),
+        (True, 0, 1, "float32", "float32"),
+    ],
+)
+def test_a_cpu_with_fast_bfloat16_updates_large_models_in_it(
+    fast, large, devices, asked, expected, model, monkeypatch
+):
+    monkeypatch.setattr(resolve_module, "has_bfloat16_products", lambda: fast)
+    monkeypatch.setattr(resolve_module, "_LARGE", large)
+    mesh = imagined(devices, 1, 1)
+    config = make_config(compute_dtype=asked)
+    assert resolve_module.for_updates(model, config, mesh).dtype == expected
+    assert resolve_module.compute_dtype(config) == "float32"

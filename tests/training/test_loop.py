@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import gc
 import json
 import os
@@ -30,6 +31,8 @@ from grpo_jax.config import (
     SamplingConfig,
     TrainConfig,
 )
+from grpo_jax.parallel import mesh as meshes
+from grpo_jax.planning import resolve
 from grpo_jax.reporting._run_files import completion_steps, read_completions
 from grpo_jax.reporting.metrics import CALLS, read_metrics
 from grpo_jax.reporting.trackers import _JsonlTracker
@@ -923,3 +926,17 @@ def test_a_run_looks_whether_its_policy_has_stopped_to_call_tools():
             check(step, {CALLS: calls})
     (text,) = told
     assert text.startswith("step 2: no completion called a tool")
+
+
+def test_a_cpu_with_fast_bfloat16_learns_in_it_and_samples_in_float32(
+    config, monkeypatch
+):
+    monkeypatch.setattr(resolve, "has_bfloat16_products", lambda: True)
+    monkeypatch.setattr(resolve, "_LARGE", 0)
+    one = functools.partial(meshes.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(meshes, "make_mesh", one)
+    result = run(dataclasses.replace(without_evaluation(config), steps=1))
+    # As far apart as bfloat16 rounds.
+    assert 1e-4 < result.history[0]["sampler_logp_diff/max"] < 0.1
+    log = (result.run_dir / "log.txt").read_text()
+    assert "updates compute in bfloat16" in log
