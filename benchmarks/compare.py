@@ -19,6 +19,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 from rich.table import Table
+from workloads import WORKLOADS
 
 HERE = Path(__file__).parent
 PHASES = ("rollout", "reference", "update", "step")
@@ -62,8 +63,11 @@ def commands(
     trl = [str(peers / "trl/bin/python"), str(HERE / "peers/trl_step.py"), *given]
     tunix = [str(peers / "tunix/bin/python"), str(HERE / "peers/tunix_step.py"), *given]
     # In one piece its update of `smol` needs 22 GiB, and is slower.
-    tunix += ["--micro", "1"] if work == "smol" else []
-    chosen = [[sys.executable, str(HERE / "step.py"), *given], trl, tunix]
+    tunix += ["--micro", "1"] if work.startswith("smol") else []
+    own = [sys.executable, str(HERE / "step.py"), *given]
+    chosen = [own, trl, tunix]
+    if WORKLOADS[work].mean_tokens is not None:
+        chosen.append([*own, "--carry-over"])
     return chosen + ([[*trl, "--dtype", "bfloat16"]] if bfloat16 else [])
 
 
@@ -76,7 +80,11 @@ def run(command: list[str]) -> dict:
 
 
 def show(work: str, found: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
-    """Prints the table of a workload; returns seconds and ratios by system."""
+    """Prints the table of a workload; returns seconds and ratios by system.
+
+    The ratio of a system is that of tokens per second, since steps of geometric lengths
+    have different numbers of tokens.
+    """
     seconds = {
         system: {
             phase: statistics.median(line["seconds"][phase] for line in lines)
@@ -84,18 +92,23 @@ def show(work: str, found: dict[str, list[dict]]) -> dict[str, dict[str, float]]
         }
         for system, lines in found.items()
     }
-    own = seconds[next(iter(seconds))]
+    speeds = {
+        system: statistics.median(line["tokens_per_second"] for line in lines)
+        for system, lines in found.items()
+    }
+    first = next(iter(seconds))
+    own, tokens_per_second = seconds[first], speeds[first]
     table = Table(title=f"{work}: seconds, and ratio to this library")
     for name in ("system", *PHASES, "tokens/s", "peak GiB"):
         table.add_column(name, justify="left" if name == "system" else "right")
     for system, phases in seconds.items():
         cells = [f"{phases[p]:.3g} ({phases[p] / own[p]:.2f}x)" for p in PHASES]
-        speed = statistics.median(line["tokens_per_second"] for line in found[system])
         peak = max(line["peak_gib"] for line in found[system])
-        table.add_row(system, *cells, f"{speed:.0f}", f"{peak:.1f}")
+        speed = f"{speeds[system]:.0f} ({tokens_per_second / speeds[system]:.2f}x)"
+        table.add_row(system, *cells, speed, f"{peak:.1f}")
     Console(width=120).print(table)
     return {
-        system: phases | {"ratio": phases["step"] / own["step"]}
+        system: phases | {"ratio": tokens_per_second / speeds[system]}
         for system, phases in seconds.items()
     }
 
