@@ -86,7 +86,9 @@ class EndsAtRandom(LogitsProcessor):
         """Scores of which one, or all others, are impossible."""
         ends = torch.rand(len(scores), 1, device=scores.device) < 1 / self.mean
         is_eos = torch.arange(scores.shape[1], device=scores.device) == self.eos
-        return scores.masked_fill(ends != is_eos, -torch.inf)
+        scores = scores.masked_fill(ends != is_eos, -torch.inf)
+        # It may be impossible for others' reasons.
+        return scores.masked_fill(ends & is_eos, 0.0)
 
 
 def main():

@@ -207,7 +207,9 @@ def _row_shape(
     unpacked = _Shape(read[0].size, longest)
     costs = {}
     least = max(read.max(), _SHORTEST)
-    for places in _sizes(least, read.sum(axis=2).max(), of_octave=2):
+    # Widths between powers of two would save 3 % of the places, but then twice as many
+    # shapes occur.
+    for places in _sizes(least, read.sum(axis=2).max(), of_octave=1):
         rows = _first_fit(read, places)[0].max(axis=2) + 1
         most = int(rows.sum(axis=1).max())
         shape = _Shape(_sizes(most, most, of_octave=4)[0], places)
