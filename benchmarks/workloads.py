@@ -145,13 +145,13 @@ def record(
       rows: for each step the seconds of each phase, and the "tokens" that it sampled.
     """
     phases = medians(rows)
-    tokens = sum(row["tokens"] for row in rows)
     del phases["tokens"]
+    speed = statistics.median(row["tokens"] / row["step"] for row in rows)
     return {
         "system": system,
         "workload": asdict(work),
         "seconds": {name: round(value, 4) for name, value in phases.items()},
-        "tokens_per_second": round(tokens / sum(row["step"] for row in rows), 2),
+        "tokens_per_second": round(speed, 2),
         "peak_gib": round(
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2
         ),
