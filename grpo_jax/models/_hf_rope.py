@@ -70,7 +70,7 @@ def _is_local_fixed(family: Family) -> bool:
 def _settings(values: Mapping[str, Any], family: Family) -> tuple[RopeConfig, ...]:
     theta = {FULL: values.get("rope_theta") or family.default_theta}
     if family.local_theta is not None:
-        theta[SLIDING] = values.get("rope_local_base_freq", family.local_theta)
+        theta[SLIDING] = values.get("rope_local_base_freq") or family.local_theta
     parameters = values.get("rope_scaling") or values.get("rope_parameters") or {}
     nested = set(parameters) <= {FULL, SLIDING}
     if nested != (SLIDING in theta) and values.get("rope_parameters"):
@@ -108,6 +108,9 @@ def _setting(
     theta = float(given.pop("rope_theta", theta))
     given.pop("partial_rotary_factor", None)  # `_fraction` reads it
     _check_numbers(given)
+    if family.stretched_base and kind == "dynamic" and given.get("alpha"):
+        theta *= _stretch(given["alpha"], values)
+        kind, given = "default", {}
     own = {}
     if family.scaled_queries:
         # What the class multiplies queries by, and a key that it does not read.
@@ -137,6 +140,21 @@ def _setting(
     if unused:
         raise ValueError(f"rope_type {kind!r} does not use {unused}")
     return RopeConfig(theta=theta, kind=kind, **given, **own)
+
+
+def _stretch(alpha: float, values: Mapping[str, Any]) -> float:
+    """What multiplies the base of HunYuan: alpha to the power of h / (h - 2).
+
+    Its files name this "dynamic", beside numbers of YaRN that the class does not read.
+    """
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    head_dim = values["head_dim"] or width // heads
+    if not (alpha > 0 and head_dim > 2):
+        raise ValueError(
+            f"config.json: alpha of the rotary settings must be positive, and head_dim "
+            f"more than 2, got {alpha} and {head_dim}"
+        )
+    return alpha ** (head_dim / (head_dim - 2))
 
 
 def _check_numbers(given: Mapping[str, Any]) -> None:
