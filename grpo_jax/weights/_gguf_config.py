@@ -116,14 +116,10 @@ def hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str,
     defaults = FAMILIES[architecture].defaults
     hf |= {key: tensor in stored for key, tensor in _BIASES.items() if key in defaults}
     if name == "granite":
-        scales = {theirs: own.pop(key, 0) for key, theirs in _MULTIPLIERS.items()}
-        usual = {"attention_multiplier": head_dim**-0.5}
-        hf |= {key: scale or usual.get(key, 1.0) for key, scale in scales.items()}
+        hf |= _granite_options(own, head_dim)
     if name in _WIDE_GEMMA_LAYERS:
         wide = hf["num_hidden_layers"] == _WIDE_GEMMA_LAYERS[name]
-        hf["query_pre_attn_scalar"] = width // heads if wide else head_dim
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            hf[key] = own.pop(key, None)
+        hf |= _gemma_options(own, width // heads if wide else head_dim)
     hf |= _rotary(own, hf, stored)
     _check_unread(name, own, head_dim)
     return hf
@@ -147,6 +143,21 @@ def _windows(own: dict[str, Any]) -> dict[str, Any]:
         case int(every) if every and window:
             options["sliding_window_pattern"] = every
     return options
+
+
+def _granite_options(own: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    # llama.cpp takes this field of Granite as whether there is a rotation at all.
+    if not own.pop("rope.scaling.finetuned", True):
+        raise ValueError("granite.rope.scaling.finetuned=False is not supported")
+    scales = {theirs: own.pop(key, 0) for key, theirs in _MULTIPLIERS.items()}
+    usual = {"attention_multiplier": head_dim**-0.5}
+    return {key: scale or usual.get(key, 1.0) for key, scale in scales.items()}
+
+
+def _gemma_options(own: dict[str, Any], attention_width: int) -> dict[str, Any]:
+    caps = ("attn_logit_softcapping", "final_logit_softcapping")
+    options = {key: own.pop(key, None) for key in caps}
+    return options | {"query_pre_attn_scalar": attention_width}
 
 
 def _check_unread(name: str, left: Mapping[str, Any], head_dim: int) -> None:
@@ -223,6 +234,7 @@ def _scaling(
         lists = {"short_factor": _SHORT, "long_factor": _LONG}
         return {
             "rope_type": "longrope",
+            "original_max_position_embeddings": trained,
             "attention_factor": own.pop("rope.scaling.attn_factor", 1.0),
             **{key: as_written(stored[name].data) for key, name in lists.items()},
         }

@@ -193,6 +193,18 @@ def test_files_of_newer_families_give_the_model_that_was_converted(
     assert NAMED.get(name, "token_embd.weight").encode() in path.read_bytes()
 
 
+def test_granite_without_rotation_is_refused(tmp_path, tools):
+    options, arch, fields = NEWER["Granite"]
+    model = tools.make_pretrained(
+        architectures=["GraniteForCausalLM"], model_type="granite", **options
+    )
+    fields = fields | {"rope.scaling.finetuned": False}
+    fields = {f"granite.{key}": value for key, value in fields.items()}
+    path = tools.write_gguf(tmp_path / "m.gguf", model, arch=arch, fields=fields)
+    with pytest.raises(ValueError, match="finetuned=False is not supported"):
+        read_model_config(path)
+
+
 def test_exaone_4_without_windows_rotates_in_all_layers(tmp_path, tools):
     model = tools.make_pretrained(
         architectures=["Exaone4ForCausalLM"],
