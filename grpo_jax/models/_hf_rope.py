@@ -108,9 +108,8 @@ def _setting(
     theta = float(given.pop("rope_theta", theta))
     given.pop("partial_rotary_factor", None)  # `_fraction` reads it
     _check_numbers(given)
-    if family.stretched_base and kind == "dynamic" and given.get("alpha"):
-        theta *= _stretch(given["alpha"], values)
-        kind, given = "default", {}
+    if (stretch := _stretch(kind, given, values, family)) is not None:
+        theta, kind, given = theta * stretch, "default", {}
     own = {}
     if family.scaled_queries:
         # What the class multiplies queries by, and a key that it does not read.
@@ -142,11 +141,16 @@ def _setting(
     return RopeConfig(theta=theta, kind=kind, **given, **own)
 
 
-def _stretch(alpha: float, values: Mapping[str, Any]) -> float:
+def _stretch(
+    kind: str, given: Mapping[str, Any], values: Mapping[str, Any], family: Family
+) -> float | None:
     """What multiplies the base of HunYuan: alpha to the power of h / (h - 2).
 
     Its files name this "dynamic", beside numbers of YaRN that the class does not read.
     """
+    alpha = given.get("alpha") if family.stretched_base else None
+    if kind != "dynamic" or not alpha:
+        return None
     width, heads = values["hidden_size"], values["num_attention_heads"]
     head_dim = values["head_dim"] or width // heads
     if not (alpha > 0 and head_dim > 2):

@@ -185,7 +185,7 @@ def _check_unread(name: str, left: Mapping[str, Any], head_dim: int) -> None:
 
 
 def _rotary(
-    own: dict[str, Any], hf: Mapping[str, Any], stored: Mapping[str, Any]
+    own: dict[str, Any], hf: dict[str, Any], stored: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The rotary settings; every field whose name begins with `rope` is taken."""
     family = FAMILIES[hf["architectures"][0]]
@@ -299,4 +299,4 @@ def as_written(numbers: Any) -> Any:
     """
     if isinstance(numbers, float):
         return float(str(np.float32(numbers)))
-    return [float(str(number)) for number in np.float32(numbers)]
+    return [float(str(number)) for number in np.asarray(numbers, np.float32)]
