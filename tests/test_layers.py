@@ -164,6 +164,8 @@ TESTED_IN = {
     "training._run": "training/test_loop.py",
     "training.state": "training/test_step.py",
     "weights._adapter_names": "weights/test_adapter.py",
+    "weights._gguf_config": "weights/test_gguf.py",
+    "weights._gguf_pre_tokenizers": "weights/test_gguf_tokenizer.py",
     "weights._text_tensors": "weights/test_pretrained.py",
     "workers.event_loop": "rewards/test_in_process.py",
     "workers.process": "rewards/test_subprocess.py",

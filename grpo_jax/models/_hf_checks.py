@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -35,6 +36,30 @@ def _is_tokens(value: Any) -> bool:
     return all(index is None or _is_whole(index) for index in ids)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_list(value: Any) -> bool:
+    lists = isinstance(value, list | tuple)
+    return value is None or (lists and all(isinstance(x, str | int) for x in value))
+
+
+def _is_rope(value: Any) -> bool:
+    """Whether this is one rotary setting, or one for each type of layer."""
+    if not value:
+        return True
+    if not isinstance(value, Mapping):
+        return False
+    kinds = [value.get(key) for key in ("full_attention", "sliding_attention")]
+    settings = [value, *(kind for kind in kinds if kind is not None)]
+    return all(
+        isinstance(setting, Mapping)
+        and isinstance(setting.get("rope_type", setting.get("type", "")), str | None)
+        for setting in settings
+    )
+
+
 # Keys, a test of their values, and what a value must be.
 _TYPES = (
     (
@@ -56,23 +81,48 @@ _TYPES = (
             *("rms_norm_eps", "embedding_multiplier", "residual_multiplier"),
             *("attention_multiplier", "logits_scaling", "partial_rotary_factor"),
         ),
-        lambda value: isinstance(value, int | float),
+        _is_number,
         "a number",
     ),
     (
-        ("rope_theta",),
-        lambda value: value is None or isinstance(value, int | float),
+        (
+            *("rope_theta", "rope_local_base_freq", "attn_logit_softcapping"),
+            *("final_logit_softcapping", "original_max_position_embeddings"),
+        ),
+        lambda value: value is None or _is_number(value),
         "a number",
     ),
     (
-        ("rope_scaling", "rope_parameters"),
-        lambda value: not value or isinstance(value, Mapping),
-        "an object",
+        ("query_pre_attn_scalar", "no_rope_layer_interval"),
+        lambda value: _is_number(value) and value > 0,
+        "a positive number",
     ),
+    (("max_window_layers",), _is_whole, "a whole number"),
+    (
+        ("sliding_window",),
+        lambda value: value is None or _is_whole(value),
+        "a whole number",
+    ),
+    (("layer_types", "no_rope_layers"), _is_list, "a list of names or flags"),
+    (
+        ("hidden_act", "hidden_activation"),
+        lambda value: value is None or isinstance(value, str),
+        "a name",
+    ),
+    (("rope_scaling", "rope_parameters"), _is_rope, "an object"),
     (("bos_token_id", "eos_token_id", "pad_token_id"), _is_tokens, "a token id"),
 )
 
 _LOG = logging.getLogger(__name__)
+
+
+def check_names(hf: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `architectures`, if any, is a list of names."""
+    names = hf.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ValueError(
+            f"config.json: architectures must be a list of names, got {names!r}"
+        )
 
 
 def check_keys(hf: Mapping[str, Any], family: Family) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from grpo_jax.models import families
-from grpo_jax.models._hf_checks import check_keys, check_values
+from grpo_jax.models._hf_checks import check_keys, check_names, check_values
 from grpo_jax.models._hf_rope import FULL, SLIDING, read_rope, write_rope
 from grpo_jax.models._hf_wrappers import text_of
 from grpo_jax.models._routing import ExpertsConfig
@@ -55,14 +55,16 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: unknown architecture, missing keys, or an unsupported option.
     """
+    check_names(hf)
     hf = text_of(hf)
     architecture = _architecture(hf)
     family = FAMILIES[architecture]
     for alias, name in family.aliases.items():
-        if hf.get(alias, hf.get(name)) != hf.get(name, hf.get(alias)):
+        one, other = hf.get(alias), hf.get(name)
+        if alias in hf and name in hf and one != other:
             raise ValueError(
-                f"config.json: {alias}={hf[alias]!r} and {name}={hf[name]!r} are two "
-                "names of one key and differ"
+                f"config.json: {alias}={one!r} and {name}={other!r} are two names of "
+                "one key and differ"
             )
     hf = {family.aliases.get(key, key): value for key, value in hf.items()}
     check_keys(hf, family)

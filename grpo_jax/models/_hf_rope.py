@@ -70,7 +70,7 @@ def _is_local_fixed(family: Family) -> bool:
 def _settings(values: Mapping[str, Any], family: Family) -> tuple[RopeConfig, ...]:
     theta = {FULL: values.get("rope_theta") or family.default_theta}
     if family.local_theta is not None:
-        theta[SLIDING] = values.get("rope_local_base_freq", family.local_theta)
+        theta[SLIDING] = values.get("rope_local_base_freq") or family.local_theta
     parameters = values.get("rope_scaling") or values.get("rope_parameters") or {}
     nested = set(parameters) <= {FULL, SLIDING}
     if nested != (SLIDING in theta) and values.get("rope_parameters"):
@@ -108,6 +108,8 @@ def _setting(
     theta = float(given.pop("rope_theta", theta))
     given.pop("partial_rotary_factor", None)  # `_fraction` reads it
     _check_numbers(given)
+    if (stretch := _stretch(kind, given, values, family)) is not None:
+        theta, kind, given = theta * stretch, "default", {}
     own = {}
     if family.scaled_queries:
         # What the class multiplies queries by, and a key that it does not read.
@@ -137,6 +139,26 @@ def _setting(
     if unused:
         raise ValueError(f"rope_type {kind!r} does not use {unused}")
     return RopeConfig(theta=theta, kind=kind, **given, **own)
+
+
+def _stretch(
+    kind: str, given: Mapping[str, Any], values: Mapping[str, Any], family: Family
+) -> float | None:
+    """What multiplies the base of HunYuan: alpha to the power of h / (h - 2).
+
+    Its files name this "dynamic", beside numbers of YaRN that the class does not read.
+    """
+    alpha = given.get("alpha") if family.stretched_base else None
+    if kind != "dynamic" or not alpha:
+        return None
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    head_dim = values["head_dim"] or width // heads
+    if not (alpha > 0 and head_dim > 2):
+        raise ValueError(
+            f"config.json: alpha of the rotary settings must be positive, and head_dim "
+            f"more than 2, got {alpha} and {head_dim}"
+        )
+    return alpha ** (head_dim / (head_dim - 2))
 
 
 def _check_numbers(given: Mapping[str, Any]) -> None:

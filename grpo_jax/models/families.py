@@ -72,6 +72,7 @@ class Family:
     scaled_embedding: bool = False  # embeddings times sqrt(D)
     rotary_neighbors: bool = False
     only_windows_rotate: bool = False  # in a model with windows
+    stretched_base: bool = False  # by `alpha` of the rotary settings
     scaled_queries: bool = False  # by position, with a factor of the rotary settings
     required: tuple[str, ...] = ()  # keys, beside REQUIRED_KEYS
     ignored: frozenset[str] = frozenset()  # keys this class alone disregards
@@ -120,6 +121,14 @@ _OLMO = _SHARED | {
     "eos_token_id": 50_279,
     "pad_token_id": 1,
 }
+
+# Of its publisher's other models; the class reads none of them.
+_HUNYUAN_IGNORED = frozenset(
+    """
+    attention_head_dim cla_share_factor dense_list eod_token_id im_end_id im_newline_id
+    im_start_id mask_init_id org_vocab_size pad_id pool_type text_end_id text_start_id
+    """.split()
+)
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(
@@ -372,5 +381,16 @@ FAMILIES: Mapping[str, Family] = {
         output_bias=None,
         sandwich_norm=True,
         rotary_neighbors=True,
+    ),
+    "HunYuanDenseV1ForCausalLM": Family(
+        model_type="hunyuan_v1_dense",
+        defaults=_SHARED
+        | {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
+        | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        | {"attention_bias": False},
+        qk_norm="rotated",
+        stretched_base=True,
+        fixed={"use_qk_norm": True, "use_rotary_pos_emb": True, "norm_type": "rms"},
+        ignored=_HUNYUAN_IGNORED,
     ),
 }

@@ -1,15 +1,14 @@
 """Builds the tokenizer that a GGUF file describes in its fields.
 
-Byte-level BPE ("gpt2") needs a pre-tokenizer, and a file stores only its name. The
-patterns are those of llama.cpp under that name (src/llama-vocab.cpp). SentencePiece BPE
-("llama") is built from pieces and scores.
+Byte-level BPE ("gpt2") needs a pre-tokenizer, and a file stores only its name.
+SentencePiece BPE ("llama") is built from pieces and scores.
 """
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
 
+from grpo_jax.weights._gguf_pre_tokenizers import RULES
 from grpo_jax.weights.tokenizer import Tokenizer, import_fast_tokenizer
 
 # Token types of the format.
@@ -19,57 +18,6 @@ _PREFIX = "tokenizer.ggml."
 # Kinds of tokenizers, and the fields that each needs.
 _NEEDS = {"gpt2": ("merges",), "llama": ("scores", "token_type")}
 
-_GPT2_SPLITS = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
-)
-# {} is how many digits stay together.
-_TIKTOKEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}"
-    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _PreTokenizer:
-    """How text is split before merges apply, and what else follows from the name."""
-
-    names: str  # all names of these rules in llama.cpp
-    splits: tuple[str, ...]
-    ignore_merges: bool = False  # for a piece that is a token
-    adds_bos: bool = False  # unless the file says otherwise
-    nfc: bool = False  # normalize to NFC, as the tokenizers of Hugging Face do
-
-
-_PRE_TOKENIZERS = (
-    _PreTokenizer(
-        names="gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 "
-        "mellum modern-bert exaone4",
-        splits=_GPT2_SPLITS,
-    ),
-    _PreTokenizer(names="smollm", splits=(r"\p{N}", *_GPT2_SPLITS)),
-    _PreTokenizer(
-        names="llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 "
-        "jina-v5-nano",
-        splits=(_TIKTOKEN.format("{1,3}"),),
-        ignore_merges=True,
-        adds_bos=True,
-    ),
-    _PreTokenizer(
-        names="qwen2 deepseek-r1-qwen megrez kormo f2llmv2",
-        splits=(_TIKTOKEN.format(""),),
-        nfc=True,
-    ),
-    _PreTokenizer(
-        names="default",
-        splits=(
-            r"[\p{P}\$\+<=>\^~\|]+",
-            *_GPT2_SPLITS,
-            r"\p{N}+",
-            "[0-9][0-9][0-9]",
-        ),
-    ),
-)
-_BY_NAME = {name: rules for rules in _PRE_TOKENIZERS for name in rules.names.split()}
 # Tokens whose ids a file may state.
 _NAMED = ("bos", "eos", "eot", "eom", "unknown", "padding")
 # Tokens that end a text or a turn. A file names one of them; some models use several.
@@ -77,6 +25,7 @@ _ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
     "<|eom_id|>",
+    "<|end|>",
     "<end_of_turn>",
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -135,9 +84,9 @@ def check_tokenizer(fields: Mapping[str, Any], *, file: str) -> None:
         raise ValueError(f"{file} has no tokenizer")
     if kind not in _NEEDS:
         raise _unsupported(f"tokenizer of kind {kind!r}", file=file)
-    if kind == "gpt2" and pre not in _BY_NAME:
+    if kind == "gpt2" and pre not in RULES:
         raise _unsupported(
-            f"pre-tokenizer {pre!r}; supported are {sorted(_BY_NAME)}", file=file
+            f"pre-tokenizer {pre!r}; supported are {sorted(RULES)}", file=file
         )
     problems = [
         *(f"no {_PREFIX}{name}" for name in _NEEDS[kind] if name not in own),
@@ -236,7 +185,7 @@ def _byte_level_bpe(own: Mapping[str, Any], *, file: str) -> tuple[Any, bool]:
             "again, or put its tokenizer.json and tokenizer_config.json beside it",
             file,
         )
-    rules = _BY_NAME[own.get("pre", "default")]
+    rules = RULES[own.get("pre", "default")]
     vocabulary = {token: index for index, token in enumerate(own["tokens"])}
     merges = [tuple(merge.partition(" ")[::2]) for merge in own["merges"]]
     try:

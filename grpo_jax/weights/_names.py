@@ -39,14 +39,22 @@ _FUSED = {
     },
     "Glm4ForCausalLM": {"mlp.gate_up_proj": ("mlp/gate", "mlp/up")},
 }
-# Architecture -> its own names of norms, by those of the other architectures.
+# Their names in GGUF files.
+_FUSED_GGUF = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+# Architecture -> its own names of norms, by those of the other architectures. The
+# second table is about GGUF files.
 _NORMS = {
     "Glm4ForCausalLM": {
         "pre_feedforward_layernorm": "post_attention_layernorm",
         "post_attention_layernorm": "post_self_attn_layernorm",
         "post_feedforward_layernorm": "post_mlp_layernorm",
     },
+    "HunYuanDenseV1ForCausalLM": {
+        "self_attn.q_norm": "self_attn.query_layernorm",
+        "self_attn.k_norm": "self_attn.key_layernorm",
+    },
 }
+_GGUF_NORMS = {"SeedOssForCausalLM": {"ffn_norm": "post_attention_norm"}}
 
 
 class Tensor(Protocol):
@@ -275,8 +283,10 @@ def _with_fused(
 ) -> Iterator[Parameter]:
     """The parameters of all layers, where they may be parts of a file's tensors."""
     norms = _NORMS.get(config.architecture, {})
+    gguf_norms = _GGUF_NORMS.get(config.architecture, {})
     kinds = {
-        path: (path, norms.get(hf, hf), gguf, shape) for path, hf, gguf, shape in rows
+        path: (path, norms.get(hf, hf), gguf_norms.get(gguf, gguf), shape)
+        for path, hf, gguf, shape in rows
     }
     for fused, modules in _FUSED.get(config.architecture, {}).items():
         for kind in ("kernel", "bias"):
@@ -285,13 +295,13 @@ def _with_fused(
                 continue
             ends = np.cumsum([kinds[path][-1][-1] for path in paths]).tolist()
             for path, start in zip(paths, [0, *ends], strict=False):
-                _, _, gguf, shape = kinds.pop(path)
+                *_, shape = kinds.pop(path)
+                gguf = _FUSED_GGUF[fused]
                 row = _stacked(config.num_layers, path, fused, gguf, shape)
                 yield dataclasses.replace(
                     row,
                     start=(start, *(0 for _ in shape[1:])),
                     whole=(ends[-1], *shape[:-1]),
-                    gguf_names=(),
                 )
     for row in kinds.values():
         yield _stacked(config.num_layers, *row)

@@ -191,6 +191,20 @@ CASES |= {
         {"head_dim": 8, "attention_out_bias": True, "attention_bias": False},
     ),
     "glm4": ("Glm4", {"head_dim": 8, "pad_token_id": 3, "eos_token_id": [7, 8]}),
+    "hunyuan": (
+        "HunYuanDenseV1",
+        {
+            "head_dim": 8,
+            "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 100.0,
+                "alpha": 7.0,
+                "factor": 1.0,
+                "mscale": 1.0,
+            },
+        },
+    ),
 }
 
 

@@ -1,12 +1,13 @@
 """Published config.json files, and keys that are ignored, honored or refused."""
 
+import itertools
 import json
 import math
 import pathlib
 
 import pytest
 import transformers
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from grpo_jax.models import families
@@ -44,6 +45,7 @@ SIZES = {
     "LGAI-EXAONE/EXAONE-4.0-1.2B": 1_279_391_488,
     "ByteDance-Seed/Seed-OSS-36B-Instruct": 36_151_104_512,
     "zai-org/GLM-4-9B-0414": 9_400_279_040,
+    "tencent/HunyuanImage-2.1/reprompt": 7_504_568_320,
 }
 TEXTS = [text_of(hf) for hf in PUBLISHED.values()]
 BY_FAMILY = {hf["architectures"][0]: hf for hf in TEXTS}
@@ -96,9 +98,10 @@ def test_every_field_of_the_class_is_read_fixed_or_ignored(architecture):
     fields = {key for key in ours().to_dict() if key not in plain}
     refused = fields - listed
     assert refused <= foreign_keys() | {"attn_logit_softcapping"}, refused
-    # A key of Llama's class is of no meaning in the others. Seed-OSS has, and never
-    # reads it.
-    in_class = "pretraining_tp" in fields and family.model_type != "seed_oss"
+    # A key of Llama's class is of no meaning in the others. Two have it, and never read
+    # it.
+    unread = family.model_type in ("seed_oss", "hunyuan_v1_dense")
+    in_class = "pretraining_tp" in fields and not unread
     assert ("pretraining_tp" in family.fixed) == in_class
 
 
@@ -110,7 +113,8 @@ def test_bookkeeping_changes_nothing(architecture, item):
 
 @given(st.sampled_from([*BY_FAMILY]), st.sampled_from(sorted(foreign_keys())))
 def test_a_key_by_which_another_architecture_changes_is_refused(architecture, key):
-    hf = BY_FAMILY[architecture]
+    hf, family = BY_FAMILY[architecture], FAMILIES[architecture]
+    assume(key not in {*family.ignored, *family.fixed})
     with pytest.raises(ValueError, match=f"{key}=0.5 is not supported"):
         ModelConfig.from_hf({**hf, key: 0.5})
     assert ModelConfig.from_hf({**hf, key: False}) == ModelConfig.from_hf(hf)
@@ -194,8 +198,31 @@ def test_a_size_that_is_none_is_refused_by_key(key, value):
         ({"eos_token_id": "</s>"}, "eos_token_id must be a token id, got '</s>'"),
         ({"eos_token_id": [2, 1.5]}, "eos_token_id must be a token id"),
         ({"head_dim": 0}, "head_dim must be a positive whole number, got 0"),
+        ({"hidden_act": ["silu"]}, r"hidden_act must be a name, got \['silu'\]"),
+        ({"rope_scaling": {"rope_type": 3}}, "rope_scaling must be an object"),
     ],
 )
 def test_other_values_of_the_wrong_kind_are_refused_by_key(change, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_hf(BY_FAMILY["LlamaForCausalLM"] | change)
+
+
+NONSENSE = (None, "x", "", -1, 0, 1.5, math.nan, True, [], ["x"], [[]], {"x": [[]]})
+NONSENSE += (
+    {"rope_type": []},
+    {"full_attention": 3},
+    {"alpha": -1.0, "type": "dynamic"},
+)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_nonsense_in_any_key_is_refused_in_words_or_means_something(architecture):
+    hf = BY_FAMILY[architecture]
+    keys = {*hf, *FAMILIES[architecture].defaults, *families.ROPE_KEYS}
+    for key, value in itertools.product(sorted(keys), NONSENSE):
+        try:
+            ModelConfig.from_hf({**hf, key: value})
+        except ValueError as error:
+            assert str(error), (key, value)
+        except Exception as error:
+            raise AssertionError(f"{key}={value!r}: {error!r}") from error

@@ -133,11 +133,14 @@ def gguf_fields(config, arch):
 
 
 def write_gguf(path, pretrained, *, arch="llama", kind=lambda name: "F32", **extra):
-    """A GGUF file as llama.cpp's converter makes it; `extra` adds or removes fields."""
+    """A GGUF file as llama.cpp's converter makes it; `extra` adds fields and tensors.
+
+    With `per_part` it is several files of so many tensors; `path` names none of them.
+    """
     import gguf
 
     config = pretrained.config
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=extra.pop("per_part", 0))
     fields = gguf_fields(config, arch) | extra.pop("fields", {})
     for key, value in fields.items():
         add_field(writer, key, value)
@@ -147,7 +150,8 @@ def write_gguf(path, pretrained, *, arch="llama", kind=lambda name: "F32", **ext
         for name, gguf_name in zip(row.names, row.gguf_names, strict=True)
     }
     for name, values in parameter_tensors(config, pretrained.params):
-        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+        paired = arch in ("llama", "granite", "smollm3")
+        if paired and ("q_proj" in name or "k_proj" in name):
             heads = config.num_heads if "q_proj" in name else config.num_kv_heads
             values = gguf_pair_rows(values, heads)
         if arch.startswith("gemma") and name.endswith("norm.weight"):

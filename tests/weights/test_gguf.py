@@ -1,13 +1,17 @@
 """GGUF files: tensors, configuration, and what is refused."""
 
+import dataclasses
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import abstract_params
+from grpo_jax.models.families import FAMILIES
 from grpo_jax.models.rope import RopeConfig, inverse_frequencies
 from grpo_jax.weights import load_pretrained, save_pretrained
 from grpo_jax.weights.pretrained import read_model_config
@@ -66,6 +70,204 @@ def test_qwen_files_are_not_reordered(tmp_path, tools, kind):
     loaded = load_pretrained(path)
     tools.assert_same_bits(loaded.params, model.params)
     assert loaded.config == model.config
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+YARN_FIELDS = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
+# Name -> options of config.json, architecture of the file, and its fields.
+NEWER = {
+    "SmolLM3": ({"num_hidden_layers": 4}, "smollm3", {}),
+    "Olmo2": ({}, "olmo2", {}),
+    "Olmo3": (
+        {
+            "rope_theta": None,
+            "rope_parameters": {
+                "full_attention": {"rope_theta": 1000.0, **YARN},
+                "sliding_attention": {"rope_theta": 1000.0, "rope_type": "default"},
+            },
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "olmo2",
+        {
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [True, False],
+            "rope.scaling.yarn_attn_factor": 1.138629,  # 1 + 0.1 log 4
+            "rope.scaling.yarn_ext_factor": 1.0,
+            **{f"rope.scaling.{key}": value for key, value in YARN_FIELDS.items()},
+        },
+    ),
+    "Phi3": (
+        {
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 64,
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 2.0, 3.0, 4.5],
+                "attention_factor": 1.19,
+            },
+        },
+        "phi3",
+        {
+            "context_length": 128,
+            "rope.dimension_count": 8,
+            "rope.scaling.original_context_length": 64,
+            "rope.scaling.attn_factor": 1.19,
+            "attention.sliding_window": 0,
+        },
+    ),
+    "Granite": (
+        {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+        "granite",
+        {
+            "attention.scale": 0.2,
+            "embedding_scale": 12.0,
+            "residual_scale": 0.22,
+            "logit_scale": 8.0,
+        },
+    ),
+    "Exaone4": (
+        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        "exaone4",
+        {
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [True, False],
+        },
+    ),
+    "SeedOss": ({"attention_out_bias": False}, "seed_oss", {}),
+    "Glm4": ({"attention_bias": True}, "glm4", {"rope.dimension_count": 8}),
+    "HunYuanDenseV1": (
+        {"rope_scaling": {"rope_type": "dynamic", "alpha": 7.0}},
+        "hunyuan-dense",
+        # 1000 * 7 ** (16 / 14), which is all that such a file says.
+        {"rope.freq_base": 9243.285, "rope.scaling.type": "none"},
+    ),
+}
+# As llama.cpp names tensors whose names differ from those of the other families.
+NAMED = {
+    "SeedOss": "blk.0.post_attention_norm.weight",
+    "Phi3": "blk.0.attn_qkv.weight",
+    "Glm4": "blk.1.post_ffw_norm.weight",
+    "Olmo2": "blk.1.post_attention_norm.weight",
+}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_files_of_newer_families_give_the_model_that_was_converted(
+    tmp_path, tools, name
+):
+    options, arch, fields = NEWER[name]
+    architecture = f"{name}ForCausalLM"
+    kind = FAMILIES[architecture].model_type
+    model = tools.make_pretrained(
+        architectures=[architecture], model_type=kind, **options
+    )
+    scaling = options.get("rope_scaling") or {}
+    factors = {
+        f"rope_factors_{length}__weight": np.float32(scaling[f"{length}_factor"])
+        for length in ("short", "long")
+        if f"{length}_factor" in scaling
+    }
+    fields = {f"{arch}.{key}": value for key, value in fields.items()}
+    path = tools.write_gguf(
+        tmp_path / "m.gguf", model, arch=arch, fields=fields, **factors
+    )
+    loaded = load_pretrained(path)
+    tools.assert_same_bits(loaded.params, model.params)
+    thetas = [rope.theta for rope in model.config.rope]
+    assert [rope.theta for rope in loaded.config.rope] == pytest.approx(thetas)
+    kept = dataclasses.replace(
+        loaded.config,
+        rope=tuple(
+            dataclasses.replace(rope, theta=theta)
+            for rope, theta in zip(loaded.config.rope, thetas, strict=True)
+        ),
+    )
+    assert kept == model.config
+    assert NAMED.get(name, "token_embd.weight").encode() in path.read_bytes()
+
+
+def test_granite_without_rotation_is_refused(tmp_path, tools):
+    options, arch, fields = NEWER["Granite"]
+    model = tools.make_pretrained(
+        architectures=["GraniteForCausalLM"], model_type="granite", **options
+    )
+    fields = fields | {"rope.scaling.finetuned": False}
+    fields = {f"granite.{key}": value for key, value in fields.items()}
+    path = tools.write_gguf(tmp_path / "m.gguf", model, arch=arch, fields=fields)
+    with pytest.raises(ValueError, match="finetuned=False is not supported"):
+        read_model_config(path)
+
+
+def test_exaone_4_without_windows_rotates_in_all_layers(tmp_path, tools):
+    model = tools.make_pretrained(
+        architectures=["Exaone4ForCausalLM"],
+        model_type="exaone4",
+        sliding_window=None,
+        layer_types=["full_attention"] * 2,
+        rope_theta=500_000.0,
+    )
+    rope, factors = llama3_factors(16.0)
+    path = tools.write_gguf(
+        tmp_path / "m.gguf", model, arch="exaone4", rope_freqs__weight=factors
+    )
+    config = read_model_config(path)
+    assert (config.rope, config.layer_rope) == ((rope,), (0, 0))
+    assert config.layer_window == (None, None)
+
+
+def test_yarn_is_read(tmp_path, untied, tools):
+    fields = {f"llama.rope.scaling.{key}": value for key, value in YARN_FIELDS.items()}
+    fields |= {"llama.rope.scaling.yarn_beta_fast": 16.0}
+    path = tools.write_gguf(tmp_path / "m.gguf", untied, fields=fields)
+    hf = {**tools.HF, "attention_bias": True, "mlp_bias": True}
+    hf["rope_scaling"] = YARN | {"beta_fast": 16.0}
+    assert read_model_config(path) == ModelConfig.from_hf(hf)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, untied, tools):
+    """The folder of a model in three files."""
+    folder = tmp_path_factory.mktemp("parts")
+    tools.write_gguf(folder / "m.gguf", untied, per_part=12)
+    return folder
+
+
+def test_a_model_in_parts_is_the_model_in_one_file(parts, untied, tools):
+    assert len(list(parts.iterdir())) == 3
+    loaded = load_pretrained(parts / "m-00001-of-00003.gguf")
+    tools.assert_same_bits(loaded.params, untied.params)
+    assert loaded.config == untied.config
+
+
+def test_another_part_than_the_first_is_refused_with_its_name(parts):
+    with pytest.raises(ValueError, match=r"-00002.* load .*m-00001-of-00003\.gguf"):
+        load_pretrained(parts / "m-00002-of-00003.gguf")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda part, third: part.unlink(), r"missing: m-00002-of-00003\.gguf"),
+        (lambda part, third: part.write_bytes(third), "00002.* is not part 2 of 3"),
+        (lambda part, third: part.write_bytes(b"GGUF"), "00002.* not a complete GGUF"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(
+    parts, tmp_path, change, problem
+):
+    for part in parts.iterdir():
+        shutil.copy(part, tmp_path)
+    second, third = (tmp_path / f"m-0000{i}-of-00003.gguf" for i in (2, 3))
+    change(second, third.read_bytes())
+    with pytest.raises(ValueError, match=problem):
+        read_model_config(tmp_path / "m-00001-of-00003.gguf")
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
@@ -145,13 +347,31 @@ def test_other_divisors_are_refused(tmp_path, tools):
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"split.count": 3}, "is one part of 3.*gguf-split --merge"),
+        ({"split.count": 3}, "is one part of 3.*such as model-00001-of-00003.gguf"),
         ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"llama.rope.dimension_count": 8}, "rotary embeddings of 8 of 16"),
         (
-            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
-            "rotary scaling 'yarn'",
+            {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0},
+            "rotary scaling 'longrope'",
         ),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.yarn_attn_factor": 1.0,
+            },
+            "yarn_attn_factor=1.0 is not supported; only 1.1386 is",
+        ),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.yarn_log_multiplier": 0.1,
+            },
+            "not supported: llama.rope.scaling.yarn_log_multiplier=0.1",
+        ),
+        ({"llama.rope.freq_base_swa": 5.0}, "llama.rope.freq_base_swa=5.0"),
+        ({"llama.rope.dimension_sections": [2, 2]}, "rope.dimension_sections=2"),
         ({"llama.residual_scale": 0.5}, "not supported: llama.residual_scale=0.5"),
         ({"llama.attention.causal": False}, "llama.attention.causal=False"),
         ({"llama.attention.value_length": 8}, "llama.attention.value_length=8"),

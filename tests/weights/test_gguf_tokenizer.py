@@ -50,6 +50,11 @@ TEXT = "It's 12345 o'clock, x=1.5!"
         ("llama-bpe", "It 's Ġ 123 45 Ġo 'clock , Ġx = 1 . 5 !"),
         ("qwen2", "It 's Ġ 1 2 3 4 5 Ġo 'clock , Ġx = 1 . 5 !"),
         ("default", "It ' s Ġ 123 45 Ġo ' clock , Ġx = 1 . 5 !"),
+        ("dbrx", "It 's Ġ 123 45 Ġo 'clock , Ġx = 1 . 5 !"),
+        ("seed-coder", "It 's Ġ 1 2 3 4 5 Ġo 'clock , Ġx = 1 . 5 !"),
+        ("gpt-4o", "It's Ġ 123 45 Ġo 'clock , Ġx = 1 . 5 !"),
+        ("tekken", "It 's Ġ 1 2 3 4 5 Ġo 'clock , Ġx = 1 . 5 !"),
+        ("deepseek-v3", "It 's Ġ 123 45 Ġo 'clock , Ġx = 1 . 5 !"),
     ],
 )
 def test_text_is_cut_as_the_named_pre_tokenizer_cuts_it(pre, expected):
@@ -59,7 +64,12 @@ def test_text_is_cut_as_the_named_pre_tokenizer_cuts_it(pre, expected):
 @pytest.mark.parametrize(
     ("names", "base"),
     [
-        ("phi-2 mellum modern-bert exaone4 jina-v2-de gigachat", "gpt-2"),
+        ("phi-2 mellum modern-bert exaone4 jina-v2-de gigachat olmo", "gpt-2"),
+        ("refact starcoder", "smollm"),
+        ("glm4 chatglm-bpe smaug-bpe", "dbrx"),
+        ("llama4", "gpt-4o"),
+        ("hunyuan-dense", "deepseek-v3"),
+        ("qwen35 hunyuan", "qwen2"),
         ("llama3 llama-v3 falcon3 pixtral lfm2 midm-2.0", "llama-bpe"),
         ("deepseek-r1-qwen megrez kormo", "qwen2"),
     ],
@@ -81,6 +91,30 @@ def test_a_file_that_does_not_name_its_rules_is_told(caplog):
     build_tokenizer(fields, file="x.gguf")
     (message,) = caplog.messages
     assert "x.gguf names no pre-tokenizer (tokenizer.ggml.pre)" in message
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "expected"),
+    [
+        # Line ends follow signs in all but one.
+        ("dbrx", "a!\n\nb", "a !ĊĊ b"),
+        ("seed-coder", "a!\n\nb", "a ! ĊĊ b"),
+        ("gpt-4o", "a!\n/b", "a !Ċ/ b"),
+        # A capital letter begins a word.
+        ("gpt-4o", "camelCaseHTML", "camel Case HTML"),
+        ("tekken", "camelCaseHTML", "camel Case HTML"),
+        ("dbrx", "camelCaseHTML", "camelCaseHTML"),
+        # A combining mark (here U+0301) belongs to the letter before it.
+        ("qwen2", "e\u0301a", "e Ìģa"),
+        ("qwen35", "e\u0301a", "eÌģa"),
+        # Chinese and other letters are cut apart.
+        ("deepseek-v3", "一a", "ä¸Ģ a"),
+        ("qwen2", "一a", "ä¸Ģa"),
+        ("deepseek-v3", "a.b", "a .b"),
+    ],
+)
+def test_rules_that_differ_cut_differently(pre, text, expected):
+    assert pieces(pre, text) == expected.split(" ")
 
 
 @given(st.text(max_size=20))
@@ -252,7 +286,7 @@ def test_gemma_is_cut_as_sentencepiece_cuts_it(parts):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken'"),
+        ({"tokenizer.ggml.pre": "viking"}, "pre-tokenizer 'viking'"),
         ({"tokenizer.ggml.model": "t5"}, "tokenizer of kind 't5'"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer with no .*scores"),
         ({"tokenizer.ggml.token_type": [1]}, "tokenizer with 1 .*token_type for 98"),
@@ -287,11 +321,11 @@ def test_a_file_without_tokenizer_is_refused():
 
 
 def test_hugging_face_files_beside_the_gguf_file_stand_in(tmp_path, untied, tools):
-    fields = {"tokenizer.ggml.pre": "tekken"}
+    fields = {"tokenizer.ggml.pre": "viking"}
     path = tools.write_gguf(tmp_path / "m.gguf", untied, fields=fields)
-    with pytest.raises(ValueError, match="pre-tokenizer 'tekken'"):
+    with pytest.raises(ValueError, match="pre-tokenizer 'viking'"):
         load_pretrained(path)
-    with pytest.raises(ValueError, match="pre-tokenizer 'tekken'"):
+    with pytest.raises(ValueError, match="pre-tokenizer 'viking'"):
         read_model_config(path)
     tools.make_fast().save_pretrained(tmp_path)
     read_model_config(path)

@@ -6,6 +6,7 @@ largest errors down, each relative to the spread of the logits.
 
 import dataclasses
 import importlib.util
+import os
 import pathlib
 
 import jax
@@ -130,6 +131,31 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(live, record_propert
     for name, error in worst.items():
         record_property(name, error)
     assert max(worst.values()) < 1e-4
+
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, there was a little",
+    "def fibonacci(n):\n    ",
+    "2, 3, 5, 7, 11, 13,",
+    "Zwei plus zwei ist",
+)
+GEMMA = "GRPO_JAX_GEMMA_GGUF"
+
+
+@pytest.mark.skipif(GEMMA not in os.environ, reason=f"{GEMMA} names no file")
+def test_a_gguf_file_answers_as_transformers_that_reads_it():
+    """Both dequantize the file by themselves. It needs accelerate."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    path = pathlib.Path(os.environ[GEMMA])
+    ours = load_pretrained(path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype="float32"
+    ).eval()
+    rows = [ours.tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
+    tokens, expected = greedy(Live(theirs, ours, path.parent, rows))
+    np.testing.assert_array_equal(tokens[:, 0], expected)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
