@@ -106,7 +106,8 @@ def _setting(
     given.pop("type", None)
     kind = _KINDS.get(kind, kind)
     theta = float(given.pop("rope_theta", theta))
-    given.pop("partial_rotary_factor", None)  # `_fraction` reads it
+    for key in ("partial_rotary_factor", *family.ignored_rope):
+        given.pop(key, None)  # `_fraction` reads the first
     _check_numbers(given)
     own = {}
     if family.scaled_queries:

@@ -20,7 +20,7 @@ REQUIRED_KEYS = (
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 # Keys without effect on the function that the decoder computes: bookkeeping, training
-# and generation settings, and dropout, which acts in training by supervision only.
+# and generation settings, dropout, and layers that predict later tokens.
 IGNORED_KEYS = frozenset(
     """
     architectures model_type _name_or_path name_or_path transformers_version
@@ -38,7 +38,8 @@ IGNORED_KEYS = frozenset(
     max_sequence_length seq_length model_max_length tokenizer_model_max_length
     tokenizer_padding_side pad_token neftune_noise_alpha gradient_checkpointing
     use_flash_attention use_flash_attention_2 _flash_attn_2_enabled
-    _attn_implementation_internal
+    _attn_implementation_internal mtp_num_hidden_layers mtp_use_dedicated_embeddings
+    mamba_ssm_dtype
     """.split()
 )
 
@@ -73,6 +74,8 @@ class Family:
     rotary_neighbors: bool = False
     only_windows_rotate: bool = False  # in a model with windows
     scaled_queries: bool = False  # by position, with a factor of the rotary settings
+    attention_gate: bool = False  # q_proj also projects a gate of each head's output
+    ignored_rope: frozenset[str] = frozenset()  # rotary settings about images
     required: tuple[str, ...] = ()  # keys, beside REQUIRED_KEYS
     ignored: frozenset[str] = frozenset()  # keys this class alone disregards
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # FIXED_KEYS too
@@ -372,5 +375,26 @@ FAMILIES: Mapping[str, Family] = {
         output_bias=None,
         sandwich_norm=True,
         rotary_neighbors=True,
+    ),
+    "Qwen3_5ForCausalLM": Family(
+        model_type="qwen3_5_text",
+        defaults=_SHARED
+        | {
+            "max_position_embeddings": 32_768,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "attention_bias": False,
+            "partial_rotary_factor": 0.25,
+            "linear_conv_kernel_dim": 4,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+        }
+        | dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 128)
+        | {"layer_types": None, "full_attention_interval": 4},
+        qk_norm="head",
+        norm_offset=1.0,
+        attention_gate=True,
+        fixed={"attn_output_gate": True, "output_gate_type": "swish"},
+        ignored_rope=frozenset({"mrope_section", "mrope_interleaved"}),
     ),
 }
