@@ -80,8 +80,8 @@ class Cache:
             return jnp.stack(new) if stacks else new
 
         is_tuple = lambda x: isinstance(x, tuple)  # noqa: E731
-        old = self.arrays[: len(arrays)]
-        return Cache(*jax.tree.map(lay, old, arrays, is_leaf=is_tuple))
+        old = [*self.arrays[: len(arrays)]]  # as tuples they would be leaves
+        return Cache(*jax.tree.map(lay, old, [*arrays], is_leaf=is_tuple))
 
 
 @struct.dataclass

@@ -10,6 +10,7 @@ import pytest
 from grpo_jax.models._hybrid import _period
 from grpo_jax.models.decoder import Decoder, init_params
 from grpo_jax.models.lora import init_lora, merge_lora
+from grpo_jax.models.protocol import RowScorer
 
 
 def gradient(model, tiny, lora=None):
@@ -96,6 +97,25 @@ def test_kinds_of_layers_repeat_after_a_period():
     assert _period((True, True, False) * 3) == 3
     assert _period((True, False, False, True)) == 4
     assert _period((True, False)) == 2
+
+
+def test_slots_may_be_stacks_where_prompts_are_not(hybrid, in_layers):
+    """As on a TPU: what separate layers wrote goes back into the stacks."""
+    cache = hybrid.model.init_cache(2, 2, 3)
+    again = cache.of_layers(*in_layers(cache).arrays)
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
+    assert shapes(again) == shapes(cache)
+    apart = in_layers(cache).of_layers(*in_layers(cache).arrays)
+    assert isinstance(apart.keys, tuple) and isinstance(apart.state.memory, tuple)
+
+
+def test_completions_that_share_a_row_are_refused(hybrid):
+    model = hybrid.model
+    assert not model.shares_rows and isinstance(model, RowScorer)
+    rows = jnp.zeros((3, 1, 4), jnp.int32), jnp.zeros((3, 1, 4), jnp.int32)
+    args = hybrid.prompts, hybrid.lengths, *rows, jnp.zeros((3, 1), jnp.int32)
+    with pytest.raises(ValueError, match="need a row for each completion"):
+        model.apply(hybrid.variables, *args, method=model.score_rows)
 
 
 def test_fresh_parameters_decay_as_those_of_the_models(hybrid):
