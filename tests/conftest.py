@@ -143,7 +143,7 @@ def hybrid_policy(tiny_policy):
         lambda x: (x.ndim < 3) * 0.5 + 0.2 * random.standard_normal(x.shape),
         abstract_params(model),
     )
-    params = jax.tree.map(np.float32, params)
+    params = jax.tree.map(lambda x: jax.numpy.asarray(x, "float32"), params)
     return dataclasses.replace(tiny_policy, model=model, params=params)
 
 
