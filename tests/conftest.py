@@ -123,6 +123,31 @@ def tiny_policy(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def hybrid_policy(tiny_policy):
+    """Of two layers, one with a memory in the place of attention. Without a folder."""
+    from grpo_jax.models.config import ModelConfig
+    from grpo_jax.models.decoder import Decoder, abstract_params
+
+    hf = tiny_policy.model.config.to_hf() | {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 5,
+    }
+    model, random = Decoder(ModelConfig.from_hf(hf)), np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: (x.ndim < 3) * 0.5 + 0.2 * random.standard_normal(x.shape),
+        abstract_params(model),
+    )
+    params = jax.tree.map(lambda x: jax.numpy.asarray(x, "float32"), params)
+    return dataclasses.replace(tiny_policy, model=model, params=params)
+
+
+@pytest.fixture(scope="session")
 def polite_policy(tiny_policy, tmp_path_factory):
     """Answers a text that ends with "=" by "!", and ends its turn; else never ends it.
 

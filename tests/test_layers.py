@@ -76,6 +76,7 @@ SPINE = (
     "models._layers",
     "models._rows",
     "models._attention",
+    "models._row_attention",
     "models.cache",
     "models.rope",
     "objective",
@@ -127,12 +128,16 @@ TESTED_IN = {
     "models.cache": "models/test_attention.py",
     "models._frequencies": "models/test_rope.py",
     "models._hf_config": "models/test_config.py",
+    "models._hf_delta": "models/test_config.py",
     "models._hf_rope": "models/test_config.py",
     "models._hf_wrappers": "models/test_config.py",
     "models.limits": "rollout/test_encoding.py",
     "models.protocol": "training/test_own_model.py",
     "models._routing": "models/test_experts.py",
+    "models._delta_net": "models/test_hybrid.py",
     "models._rows": "models/test_decoder.py",
+    "models._row_attention": "models/test_decoder.py",
+    "planning._kept": "planning/test_memory.py",
     "parallel.agreement": "training/test_preemption.py",
     "parallel.collectives": "training/test_programs.py",
     "reporting.logs": "reporting/test_console.py",
@@ -164,8 +169,11 @@ TESTED_IN = {
     "training._run": "training/test_loop.py",
     "training.state": "training/test_step.py",
     "weights._adapter_names": "weights/test_adapter.py",
+    "models._family": "models/test_hf_checks.py",
+    "weights._name_tables": "weights/test_names.py",
     "weights._gguf_config": "weights/test_gguf.py",
     "weights._gguf_pre_tokenizers": "weights/test_gguf_tokenizer.py",
+    "weights._delta_names": "weights/test_names.py",
     "weights._text_tensors": "weights/test_pretrained.py",
     "workers.event_loop": "rewards/test_in_process.py",
     "workers.process": "rewards/test_subprocess.py",
@@ -416,7 +424,7 @@ def test_few_definitions_are_public_and_not_exported():
 
 def test_the_spine_is_short():
     """It can be read in an evening."""
-    assert sum(len(FILES[m].read_text().splitlines()) for m in SPINE) <= 4850
+    assert sum(len(FILES[m].read_text().splitlines()) for m in SPINE) <= 4950
 
 
 def test_the_spine_imports_no_wing():

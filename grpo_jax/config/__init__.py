@@ -2,6 +2,7 @@
 
 from grpo_jax.config.objective import PRESETS, ObjectiveConfig
 from grpo_jax.config.run import (
+    DELTA_TARGETS,
     EMBEDDED,
     LORA_TARGETS,
     UNSET,
@@ -19,6 +20,7 @@ from grpo_jax.config.run import (
 
 __all__ = [
     "EMBEDDED",
+    "DELTA_TARGETS",
     "LORA_TARGETS",
     "PRESETS",
     "UNSET",

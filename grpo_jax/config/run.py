@@ -28,8 +28,12 @@ from grpo_jax.config.validation import (
 UNSET: Any = None
 
 # The projections of a layer that can have adapters: of the attention, then of the MLP.
-_LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
-LORA_TARGETS: tuple[_LoraTarget, ...] = get_args(_LoraTarget)
+_Usual = Literal["q", "k", "v", "o", "gate", "up", "down"]
+LORA_TARGETS: tuple[_Usual, ...] = get_args(_Usual)
+# Those of layers without attention.
+_OfDelta = Literal["delta_qkv", "delta_z", "delta_b", "delta_a", "delta_o"]
+DELTA_TARGETS: tuple[_OfDelta, ...] = get_args(_OfDelta)
+_LoraTarget = Literal[_Usual, _OfDelta]
 
 EMBEDDED = "embedded"  # the small model that comes with the package
 

@@ -198,7 +198,10 @@ class SelfAttention(nn.Module):
         kv_width = config.num_kv_heads * config.head_dim
         into, bias = ("embed", "heads"), config.attention_bias
         into_kv = ("embed", "kv_heads")
-        self.q = self._projection(model_width, width, into, bias)
+        gated = (
+            2 if config.attention_gate else 1
+        )  # each head's gate is behind its query
+        self.q = self._projection(model_width, gated * width, into, bias)
         self.k = self._projection(model_width, kv_width, into_kv, bias)
         self.v = self._projection(model_width, kv_width, into_kv, bias)
         out_of, bias = ("heads", "embed"), config.output_bias
@@ -223,6 +226,7 @@ class SelfAttention(nn.Module):
         if norms == "width":
             q, k = self.q_norm(q), self.k_norm(k)
         q = self._heads(q, self.config.num_heads, "heads")
+        q, *gate = jnp.split(q, q.shape[-1] // self.config.head_dim, axis=-1)
         k = self._heads(k, self.config.num_kv_heads, "kv_heads")
         v = self._heads(v, self.config.num_kv_heads, "kv_heads")
         if norms == "head":
@@ -237,12 +241,14 @@ class SelfAttention(nn.Module):
         if rotary.queries is not None:
             q = q * rotary.queries[:, :, None, None].astype(q.dtype)
         context, aux = attend(q, k, v)
+        if gate:
+            context = context * jax.nn.sigmoid(gate[0])
         return self.o(context.reshape(*x.shape[:2], -1)), aux
 
     def _heads(
         self, x: Float[Array, "N S W"], count: int, axis: str
     ) -> Float[Array, "N S count h"]:
-        split = x.reshape(*x.shape[:2], count, self.config.head_dim)
+        split = x.reshape(*x.shape[:2], count, -1)
         return constrain(split, "batch", "seq", axis, None)
 
     def _projection(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models import rope
 from grpo_jax.models._attention import SelfAttention
+from grpo_jax.models._delta_net import GatedDeltaNet
 from grpo_jax.models._experts import ExpertsMLP
 from grpo_jax.models._layers import GatedMLP, RMSNorm, constrain
 from grpo_jax.models.config import ModelConfig
@@ -35,11 +36,15 @@ class Layer(nn.Module):
     """Attention and MLP, each normalized before, after, or both."""
 
     config: ModelConfig
+    memory: bool = False  # a gated delta net in the place of attention
 
     def setup(self):
         """Declares the parts of the layer."""
         config = self.config
-        self.attn = SelfAttention(config)
+        if self.memory:
+            self.delta = GatedDeltaNet(config)
+        else:
+            self.attn = SelfAttention(config)
         mlp = GatedMLP if config.experts is None else ExpertsMLP
         self.mlp = mlp(config)
         if not config.post_norm:
@@ -55,6 +60,7 @@ class Layer(nn.Module):
         tables: rope.Rotary,
         data: PerLayer,
         attend: Callable,
+        remember: Any = None,
     ) -> tuple[Float[Array, "N S D"], Any]:
         """Returns the layer's output, and the second value that `attend` returns.
 
@@ -63,12 +69,17 @@ class Layer(nn.Module):
             data: this layer's row of `per_layer_data`.
             attend: mixes the tokens, `attend(queries, keys, values)`; see
                 `SelfAttention`.
+            remember: the same without attention; see `GatedDeltaNet`.
         """
         setting = 0 if data.rope is None else data.rope
         rotary = jax.tree.map(lambda table: table[setting], tables)
         before = not self.config.post_norm
         after = self.config.post_norm or self.config.sandwich_norm
-        mixed, aux = self.attn(self.attn_norm(x) if before else x, rotary, attend)
+        inner = self.attn_norm(x) if before else x
+        if self.memory:
+            mixed, aux = self.delta(inner, remember)
+        else:
+            mixed, aux = self.attn(inner, rotary, attend)
         x = self._add(x, self.post_attn_norm(mixed) if after else mixed)
         inner = self.mlp(self.mlp_norm(x) if before else x)
         x = self._add(x, self.post_mlp_norm(inner) if after else inner)

@@ -9,6 +9,7 @@ from typing import Any
 
 from grpo_jax.models import families
 from grpo_jax.models._hf_checks import check_keys, check_names, check_values
+from grpo_jax.models._hf_delta import attention_types, read_delta, write_delta
 from grpo_jax.models._hf_rope import FULL, SLIDING, read_rope, write_rope
 from grpo_jax.models._hf_wrappers import text_of
 from grpo_jax.models._routing import ExpertsConfig
@@ -97,7 +98,9 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         else values.get("embedding_multiplier", 1.0),
         "eos_token_ids": _token_ids(values["eos_token_id"]),
         "experts": _experts(values),
-        **_layers(values, family),
+        "delta": read_delta(values),
+        "attention_gate": family.attention_gate,
+        **_layers(attention_types(values), family),
     }
 
 
@@ -122,6 +125,7 @@ def write(fields: Mapping[str, Any]) -> dict[str, Any]:
         "embedding_multiplier": fields["embedding_scale"],
         **_write_windows(fields, family),
         **_write_experts(fields["experts"]),
+        **write_delta(fields["delta"]),
     }
     activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
     values["hidden_act"] = activations[fields["activation"]]

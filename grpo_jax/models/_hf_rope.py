@@ -93,6 +93,14 @@ def _settings(values: Mapping[str, Any], family: Family) -> tuple[RopeConfig, ..
     )
 
 
+def _pop_query_scale(given: dict[str, Any]) -> dict[str, Any]:
+    """What the class multiplies queries by; a key that it does not read goes too."""
+    given.pop("max_position_embeddings", None)
+    if (beta := given.pop(_QUERY_BETA, None)) is None:
+        raise ValueError(f"config.json: rope_parameters needs {_QUERY_BETA}")
+    return {"query_beta": beta}
+
+
 def _setting(
     parameters: Mapping[str, Any],
     values: Mapping[str, Any],
@@ -106,17 +114,12 @@ def _setting(
     given.pop("type", None)
     kind = _KINDS.get(kind, kind)
     theta = float(given.pop("rope_theta", theta))
-    given.pop("partial_rotary_factor", None)  # `_fraction` reads it
+    for key in ("partial_rotary_factor", *family.ignored_rope):
+        given.pop(key, None)  # `_fraction` reads the first
     _check_numbers(given)
     if (stretch := _stretch(kind, given, values, family)) is not None:
         theta, kind, given = theta * stretch, "default", {}
-    own = {}
-    if family.scaled_queries:
-        # What the class multiplies queries by, and a key that it does not read.
-        own["query_beta"] = given.pop(_QUERY_BETA, None)
-        given.pop("max_position_embeddings", None)
-        if own["query_beta"] is None:
-            raise ValueError(f"config.json: rope_parameters needs {_QUERY_BETA}")
+    own = _pop_query_scale(given) if family.scaled_queries else {}
     if kind not in SCALING_KEYS:
         raise ValueError(
             f"rope_type {kind!r} is not supported; expected one of "

@@ -43,6 +43,17 @@ _WRAPPERS = {
         ),
         defaults=_TIED | {"vocab_size": 262_208, "num_attention_heads": 8},
     ),
+    "Qwen3_5ForConditionalGeneration": _Wrapper(
+        model_type="qwen3_5",
+        texts=("qwen3_5_text",),
+        ignored=frozenset(
+            """
+            vision_config image_token_id video_token_id vision_start_token_id
+            vision_end_token_id language_model_only
+            """.split()
+        ),
+        defaults={},
+    ),
 }
 
 

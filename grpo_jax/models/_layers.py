@@ -4,6 +4,7 @@ Parameters are float32. Each part casts its own to the compute dtype where it us
 Kernels are two-dimensional, [in, out]. Each parameter has logical axis names.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,6 @@ from flax import traverse_util
 from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Float, Int, PyTree
 
-from grpo_jax.models.cache import per_layer
 from grpo_jax.models.config import ModelConfig
 
 KERNEL_INIT = nn.initializers.normal(0.02)
@@ -90,7 +90,7 @@ class Projection(nn.Module):
 
     in_features: int
     out_features: int
-    axes: tuple[str, str]  # logical names of the kernel's axes
+    axes: tuple[str | None, str | None]  # logical names of the kernel's axes
     use_bias: bool
     lora_scale: float | None
 
@@ -163,12 +163,12 @@ class GatedMLP(nn.Module):
         )
 
 
-def unrolled(variables: PyTree, count: int) -> PyTree:
-    """Returns variables with a tree for each of `count` layers and turned kernels."""
+def unrolled(variables: PyTree, split: Callable[[PyTree], Sequence]) -> PyTree:
+    """Returns variables with turned kernels, and the layers as `split` takes them."""
 
     def arrange(name: str, tree: PyTree) -> PyTree:
         if name == "layers":
-            return dict(enumerate(per_layer(_transpose_kernels(tree), count)))
+            return dict(enumerate(split(_transpose_kernels(tree))))
         return _transpose_kernels(tree) if name == "lm_head" else tree
 
     return {
@@ -215,7 +215,7 @@ def parameter(
     name: str,
     init: Any,
     shape: tuple[int, ...],
-    axes: tuple[str, ...],
+    axes: tuple[str | None, ...],
 ) -> Array:
     """Returns a float32 parameter of a module, declared with its logical axes."""
     boxed: Any = nn.with_logical_partitioning(init, axes)

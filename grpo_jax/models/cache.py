@@ -1,4 +1,4 @@
-"""Keys and values that outlive a call: of prompts, and of tokens generated so far.
+"""What outlives a call: keys and values of prompts, and of tokens generated so far.
 
 A decoding loop works on A parts of S slots; a part lies on one device. A slot holds one
 sequence. It reads its prompt from a block of prompts, which the loop does not change,
@@ -9,13 +9,28 @@ layer. On a CPU, a loop over tokens reads and writes separate arrays in place, a
 copy each layer of a stack at every token. On a TPU a layer of a stack is read in place.
 A ring of its own would be taken into fast memory, and copied back whole when a token is
 written there. So the ring may be a stack where the prompts are not.
+
+Layers without attention have a `DeltaState` instead, of prompts and of slots.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
+
+
+@struct.dataclass
+class DeltaState:
+    """What a layer without attention keeps of the tokens before, for each row.
+
+    Of a model, an array with a leading axis of layers, or a tuple with one for each.
+    """
+
+    memory: PyTree  # [R, V, k, v], float32
+    recent: PyTree  # [R, K, c - 1, w], the last inputs of the convolution
 
 
 @struct.dataclass
@@ -32,6 +47,7 @@ class Prefix:
     # A completion's position is its prompt's length plus its step, and attention masks
     # the padding behind that length. Padding need only be finite.
     lengths: Int[Array, " N"]
+    state: DeltaState | None = None  # after the prompts
 
 
 @struct.dataclass
@@ -49,15 +65,23 @@ class Cache:
 
     keys: PyTree
     values: PyTree
+    state: DeltaState | None = None  # after the tokens of each slot
 
-    def of_layers(self, keys: PyTree, values: PyTree) -> "Cache":
+    @property
+    def arrays(self) -> tuple[PyTree, PyTree, PyTree]:
+        """All fields, in order."""
+        return self.keys, self.values, self.state
+
+    def of_layers(self, *arrays: PyTree) -> "Cache":
         """Returns a cache with these arrays, in a stack if this one has stacks."""
 
         def lay(old: PyTree, new: PyTree) -> PyTree:
             stacks = isinstance(new, tuple) and not isinstance(old, tuple)
             return jnp.stack(new) if stacks else new
 
-        return Cache(lay(self.keys, keys), lay(self.values, values))
+        is_tuple = lambda x: isinstance(x, tuple)  # noqa: E731
+        old = [*self.arrays[: len(arrays)]]  # as tuples they would be leaves
+        return Cache(*jax.tree.map(lay, old, [*arrays], is_leaf=is_tuple))
 
 
 @struct.dataclass
@@ -68,6 +92,7 @@ class PromptBlock:
       keys: [L, A x M, K, h, P], or L of [A x M, K, h, P], or those of one layer. An
         axis of parts of size 1 would make XLA write a cache twice.
       values: [L, A x M, K, P, h] alike.
+      state: after the prompts.
       members: the slots that read each row, S where there is none. None: row m is read
         by the W slots from m x W on.
       place: the entry of `members` that is this slot, counted over M x W, and M x W for
@@ -76,6 +101,7 @@ class PromptBlock:
 
     keys: PyTree
     values: PyTree
+    state: DeltaState | None = None
     members: Int[Array, "A M W"] | None = None
     place: Int[Array, "A S"] | None = None
 
@@ -113,7 +139,7 @@ class Slots:
 def prompt_block(prefix: Prefix) -> PromptBlock:
     """Returns a prefix as a block of N parts with one row each, read by G slots."""
     keys = jax.tree.map(lambda x: jnp.swapaxes(x, -1, -2), prefix.keys)
-    return PromptBlock(keys, prefix.values)
+    return PromptBlock(keys, prefix.values, prefix.state)
 
 
 def write_token(
@@ -140,7 +166,8 @@ def write_token(
         start[axis] = column
         return lax.dynamic_update_slice(old, new[None], start)
 
-    return Cache(
+    return dataclasses.replace(
+        cache,
         keys=put(cache.keys, jnp.swapaxes(keys, -1, -2), -1),
         values=put(cache.values, values, -2),
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from grpo_jax.models import _hf_config
+from grpo_jax.models._delta import DeltaConfig
 from grpo_jax.models._routing import ExpertsConfig
 from grpo_jax.models.rope import RopeConfig
 
@@ -77,6 +78,8 @@ class ModelConfig:
     residual_scale: float = 1.0  # multiplies what attention and the MLP add
     logit_divisor: float = 1.0  # logits are divided by it
     experts: ExpertsConfig | None = None  # instead of one MLP
+    delta: DeltaConfig | None = None  # layers with a memory instead of attention
+    attention_gate: bool = False  # attention times a sigmoid, which q projects as well
     dtype: str = "float32"  # of compute; parameters stay float32
     remat: Literal["none", "layer", "dots"] = "none"  # what backward recomputes
     lora_scale: float | None = None  # alpha / rank; needed when adapters are given
@@ -92,6 +95,11 @@ class ModelConfig:
         if self.experts is None:
             return self.intermediate_size
         return self.experts.per_token * self.experts.width
+
+    @property
+    def attention_layers(self) -> int:
+        """Layers that have keys and values."""
+        return self.num_layers - (sum(self.delta.layers) if self.delta else 0)
 
     @property
     def rotary_dim(self) -> int:
@@ -178,6 +186,10 @@ def _relation_problems(config: ModelConfig) -> Iterator[str]:
         (
             config.experts is None or not config.mlp_bias,
             "mlp_bias must be False: experts have no biases",
+        ),
+        (
+            config.delta is None or len(config.delta.layers) == layers,
+            f"delta.layers needs num_layers={layers} entries",
         ),
         (
             len(rope) == layers,

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from grpo_jax.models import _hybrid as hybrid
 from grpo_jax.models import _rows
-from grpo_jax.models._attention import attention, head_major, slot_attention
-from grpo_jax.models._block import Layer, PerLayer, per_layer_data, rotary_tables
+from grpo_jax.models._attention import slot_attention
+from grpo_jax.models._block import Layer, per_layer_data, rotary_tables
 from grpo_jax.models._extend import extend_attention
 from grpo_jax.models._layers import Embedding, Projection, RMSNorm, unrolled
+from grpo_jax.models._row_attention import attend_causal, attend_row
 from grpo_jax.models.cache import (
     Cache,
     Prefix,
@@ -73,7 +75,7 @@ class Decoder(nn.Module):
         future. So `lengths` changes nothing; states at and beyond it mean nothing.
         """
         del lengths
-        x, _ = self._prompt_pass(tokens, keep=False)
+        x, _ = self._prompt_pass(tokens, None, keep=False)
         return self.final_norm(x)
 
     def prefill(
@@ -83,9 +85,9 @@ class Decoder(nn.Module):
 
         The hidden state predicts the first token of a completion.
         """
-        x, (keys, values) = self._prompt_pass(prompts, keep=True)
+        x, (keys, values, *state) = self._prompt_pass(prompts, lengths, keep=True)
         last = self.final_norm(_rows.at_last(x, lengths))
-        return last, Prefix(keys=keys, values=values, lengths=lengths)
+        return last, Prefix(keys, values, lengths, *state)
 
     def decode(
         self,
@@ -118,9 +120,10 @@ class Decoder(nn.Module):
 
         def body(layer, carry, inputs):
             x, cache = carry
-            data, (keys, values) = inputs
+            data, entry = inputs
 
             def attend(q, k, v):
+                keys, values = entry
                 # The cache travels in the carry, where XLA can write in place. Scanned
                 # over and returned, it would be written whole at every token.
                 one = (tokens.size, k.shape[2], 1, k.shape[3])
@@ -139,11 +142,16 @@ class Decoder(nn.Module):
                 )
                 return out, written
 
-            return layer(x, tables, data, attend), None
+            def remember(inputs):
+                own = dataclasses.replace(prompts, state=entry[0])
+                return of_slots(inputs, prompts=own, cache=cache, index=data.index)
 
+            return layer(x, tables, data, attend, remember), None
+
+        of_slots = functools.partial(hybrid.of_slots, config=self.config, slots=slots)
         carry = (self.embed(tokens, whole_table=True), cache)
-        run = self._run_unrolled if isinstance(prompts.keys, tuple) else self._scan
-        (x, cache), _ = run(body, carry, (prompts.keys, prompts.values))
+        entries = prompts.keys, prompts.values
+        (x, cache), _ = self._run(body, carry, entries, prompts.state)
         return self.final_norm(x), cache
 
     def extend(
@@ -170,11 +178,15 @@ class Decoder(nn.Module):
         def body(layer, x, inputs):
             data, entry = inputs
             attend = functools.partial(over, entry, window=data.window)
-            return layer(x, tables, data, attend)
+            remember = functools.partial(of_extended, states=entry)
+            return layer(x, tables, data, attend, remember)
 
+        of_extended = functools.partial(
+            hybrid.of_extended, config=self.config, slots=slots, counts=counts
+        )
         entries = (prompts.keys, prompts.values, cache.keys, cache.values)
-        run = self._run_unrolled if isinstance(prompts.keys, tuple) else self._scan
-        x, written = run(body, self.embed(tokens.reshape(a, s * t)), entries)
+        x = self.embed(tokens.reshape(a, s * t))
+        x, written = self._run(body, x, entries, prompts.state, cache.state)
         return self.final_norm(x).reshape(a, s, t, -1), cache.of_layers(*written)
 
     def unroll(self, variables: PyTree) -> PyTree:
@@ -184,7 +196,16 @@ class Decoder(nn.Module):
         Kernels become [out, in]: a product with few rows reads such a kernel without a
         copy. Called outside of `apply`.
         """
-        return unrolled(variables, self.config.num_layers)
+        split = functools.partial(per_layer, count=self.config.num_layers)
+        if self.config.delta is not None:
+            kinds = self.config.delta.layers
+            split = functools.partial(hybrid.split_layers, kinds=kinds)
+        return unrolled(variables, split)
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether completions can share rows: not if a state runs through the row."""
+        return self.config.delta is None
 
     def score(
         self,
@@ -218,6 +239,8 @@ class Decoder(nn.Module):
         attention takes the row apart.
         """
         before = lengths[:, None, None]
+        if owner is not None and not self.shares_rows:
+            raise ValueError("gated delta nets need a row for each completion")
         if index is None or owner is None:
             index = jnp.arange(own.shape[2])[None, None]
         else:
@@ -233,11 +256,15 @@ class Decoder(nn.Module):
 
             def attend(q, k, v):
                 parts = [_rows.part(x, own.shape) for x in (q, k, v)]
-                return self._attend_row(parts, lengths, index, owner, data), None
+                return over(parts, lengths, index, owner, window=data.window), None
 
-            return layer(x, tables, data, attend)
+            return layer(x, tables, data, attend, of_row)
 
-        x, _ = self._scan(body, self.embed(_rows.join(of_part(prompts), own)), None)
+        over = functools.partial(attend_row, config=self.config)
+        of_row = functools.partial(
+            hybrid.of_row, config=self.config, lengths=lengths, own_shape=own.shape
+        )
+        x, _ = self._run(body, self.embed(_rows.join(of_part(prompts), own)))
         prompt, hidden = _rows.part(x, own.shape)
         last = _rows.at_last(prompt.reshape(*prompts.shape, -1), lengths)
         return self.final_norm(last), self.final_norm(hidden)
@@ -255,18 +282,19 @@ class Decoder(nn.Module):
         self, num_prompts: int, group_size: int, max_new_tokens: int
     ) -> Cache:
         """Returns an empty cache for `max_new_tokens` own tokens of each sequence."""
-        config = self.config
-        shape = (config.num_layers, num_prompts * group_size, config.num_kv_heads)
+        config, rows = self.config, num_prompts * group_size
+        shape = (config.attention_layers, rows, config.num_kv_heads)
         width, columns, dtype = config.head_dim, max_new_tokens, config.dtype
         return Cache(
             keys=jnp.zeros((*shape, width, columns), dtype),
             values=jnp.zeros((*shape, columns, width), dtype),
+            state=hybrid.empty_states(config, rows),
         )
 
     def _prompt_pass(
-        self, tokens: Int[Array, "N S"], *, keep: bool
+        self, tokens: Int[Array, "N S"], lengths: Int[Array, " N"] | None, *, keep: bool
     ) -> tuple[Float[Array, "N S D"], Any]:
-        """Returns hidden states before the final norm, and keys and values if kept."""
+        """Returns hidden states before the final norm, and what is kept of them."""
         tables = rotary_tables(self.config, _rows.prompt_positions(tokens))
 
         def body(layer, x, inputs):
@@ -274,67 +302,30 @@ class Decoder(nn.Module):
 
             def attend(q, k, v):
                 k, v = _rows.of_prompts(k), _rows.of_prompts(v)
-                out = self._causal(q, k, v, data=data)
+                out = attend_causal(q, k, v, config=self.config, window=data.window)
                 return out, (k, v) if keep else None
 
-            return layer(x, tables, data, attend)
+            return layer(x, tables, data, attend, remember)
 
-        return self._scan(body, self.embed(tokens), None)
-
-    def _attend_row(
-        self,
-        parts: list[tuple[Array, Array]],
-        lengths: Int[Array, " N"],
-        index: Int[Array, "A|1 R|1 S"],
-        owner: Int[Array, "A R"] | None,
-        data: PerLayer,
-    ) -> Float[Array, "A L H h"]:
-        """Returns attention of a row of `score_rows` from its queries, keys and values.
-
-        Each comes in two parts, that of the prompts and that of the completions.
-        """
-        (prompt_q, own_q), *_ = parts
-        each = lambda x: x.reshape(len(lengths), -1, *x.shape[2:])  # noqa: E731
-        keys, values = (_rows.of_prompts(each(prompt)) for prompt, _ in parts[1:])
-        # One causal pass over the whole row would let completions see each other. So
-        # a prompt attends alone, and is then the shared prefix of its completions.
-        out = self._causal(each(prompt_q), keys, values, data=data)
-        out = out.reshape(prompt_q.shape)
-        if own_q.size == 0:  # completions of one token: it is predicted, never read
-            return out
-        prefix = Prefix(keys=keys, values=values, lengths=lengths)
-        q, k, v = (own for _, own in parts)
-        within = None
-        if owner is not None:
-            # A row sees one prompt, of which it has a copy: there are few rows.
-            prefix = jax.tree.map(lambda x: _rows.of_owners(x, owner), prefix)
-            q, k, v = (x.reshape(-1, 1, *x.shape[2:]) for x in (q, k, v))
-            within = index.reshape(-1, index.shape[2])
-        k, v = head_major(k), head_major(v)
-        own = self._attention(q, k, v, data=data, prefix=prefix, index=within)
-        return _rows.join(out, own.reshape(own_q.shape))
-
-    def _causal(
-        self,
-        q: Float[Array, "N S H h"],
-        k: Float[Array, "N K S h"],
-        v: Float[Array, "N K S h"],
-        *,
-        data: PerLayer,
-    ) -> Float[Array, "N S H h"]:
-        """Returns attention within rows, which is that of groups of one."""
-        k, v = k[:, :, None], v[:, :, None]
-        return self._attention(q[:, None], k, v, data=data, prefix=None)[:, 0]
-
-    def _attention(self, *arrays: Array, data: PerLayer, **which: Any) -> Array:
-        """Returns `attention` of these arrays as this layer of this model has it."""
-        return attention(
-            *arrays,
-            window=data.window,
-            scale=self.config.attention_scale,
-            softcap=self.config.attention_softcap,
-            **which,
+        remember = functools.partial(
+            hybrid.of_prompts, config=self.config, lengths=lengths, keep=keep
         )
+        return self._run(body, self.embed(tokens))
+
+    def _run(
+        self, body: Callable, carry: PyTree, entries: PyTree = (), *states: PyTree
+    ) -> Any:
+        """Returns the carry of `body` over all layers, and what it returns of each.
+
+        `states` are for the layers without attention, `entries` for the others.
+        """
+        if self.config.delta is None:
+            apart = any(isinstance(arrays, tuple) for arrays in entries)
+            return (self._run_unrolled if apart else self._scan)(body, carry, entries)
+        if self.is_initializing():  # see `hybrid.init_layers`
+            return carry, ()
+        given = self.variables, body, carry, entries, states
+        return hybrid.run(self.config, *given)
 
     def _run_unrolled(self, body: Callable, carry: PyTree, entries: PyTree) -> Any:
         """Returns what `_scan` does, with parameters and entries from `unroll`."""
@@ -397,4 +388,7 @@ def _boxed_params(model: Decoder, key: Key[Array, ""]) -> PyTree:
         return bound.forward(tokens, lengths), bound.head()
 
     tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
-    return model.init(key, tokens, lengths, method=touch)["params"]
+    params = model.init(key, tokens, lengths, method=touch)["params"]
+    if model.config.delta is None:
+        return params
+    return {**params, "layers": hybrid.init_layers(model.config, key)}

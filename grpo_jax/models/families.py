@@ -5,9 +5,10 @@ for those that are absent, and the few facts that no key states. The tables belo
 list the keys that change nothing here and those supported at one value only.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
+
+from grpo_jax.models._family import Family
 
 REQUIRED_KEYS = (
     "vocab_size",
@@ -20,7 +21,7 @@ REQUIRED_KEYS = (
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 # Keys without effect on the function that the decoder computes: bookkeeping, training
-# and generation settings, and dropout, which acts in training by supervision only.
+# and generation settings, dropout, and layers that predict later tokens.
 IGNORED_KEYS = frozenset(
     """
     architectures model_type _name_or_path name_or_path transformers_version
@@ -38,7 +39,8 @@ IGNORED_KEYS = frozenset(
     max_sequence_length seq_length model_max_length tokenizer_model_max_length
     tokenizer_padding_side pad_token neftune_noise_alpha gradient_checkpointing
     use_flash_attention use_flash_attention_2 _flash_attn_2_enabled
-    _attn_implementation_internal
+    _attn_implementation_internal mtp_num_hidden_layers mtp_use_dedicated_embeddings
+    mamba_ssm_dtype
     """.split()
 )
 
@@ -49,35 +51,6 @@ FIXED_KEYS: Mapping[str, Any] = {
     "is_causal": True,
     "sliding_window_pattern": 2,  # layers alternate; Gemma 3 alone reads another value
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    """One architecture: what it reads and what its class fixes."""
-
-    model_type: str
-    defaults: Mapping[str, Any]  # optional keys, with what absence means
-    default_theta: float = 10_000.0  # rotary base where the file names none
-    # Rotary base of windowed layers, which then have a setting of their own.
-    local_theta: float | None = None
-    windows: Literal[
-        "none", "all", "late", "alternating", "patterned", "of_four", "unrotated"
-    ] = "none"
-    qkv_bias: bool = False  # always present, whatever the file says
-    output_bias: str | None = "attention_bias"  # the key that o's bias follows
-    qk_norm: Literal["head", "width", "rotated"] | None = None
-    sandwich_norm: bool = False
-    post_norm: bool = False
-    norm_offset: float = 0.0
-    scaled_embedding: bool = False  # embeddings times sqrt(D)
-    rotary_neighbors: bool = False
-    only_windows_rotate: bool = False  # in a model with windows
-    stretched_base: bool = False  # by `alpha` of the rotary settings
-    scaled_queries: bool = False  # by position, with a factor of the rotary settings
-    required: tuple[str, ...] = ()  # keys, beside REQUIRED_KEYS
-    ignored: frozenset[str] = frozenset()  # keys this class alone disregards
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # FIXED_KEYS too
-    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other names
 
 
 _SHARED = {
@@ -392,5 +365,26 @@ FAMILIES: Mapping[str, Family] = {
         stretched_base=True,
         fixed={"use_qk_norm": True, "use_rotary_pos_emb": True, "norm_type": "rms"},
         ignored=_HUNYUAN_IGNORED,
+    ),
+    "Qwen3_5ForCausalLM": Family(
+        model_type="qwen3_5_text",
+        defaults=_SHARED
+        | {
+            "max_position_embeddings": 32_768,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "attention_bias": False,
+            "partial_rotary_factor": 0.25,
+            "linear_conv_kernel_dim": 4,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+        }
+        | dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 128)
+        | {"layer_types": None, "full_attention_interval": 4},
+        qk_norm="head",
+        norm_offset=1.0,
+        attention_gate=True,
+        fixed={"attn_output_gate": True, "output_gate_type": "swish"},
+        ignored_rope=frozenset({"mrope_section", "mrope_interleaved"}),
     ),
 }

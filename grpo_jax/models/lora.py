@@ -12,20 +12,23 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Key, PyTree
 
-from grpo_jax.config import LORA_TARGETS
+from grpo_jax.config import DELTA_TARGETS, LORA_TARGETS
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.parallel.mesh import named_leaves
 
 # Target name -> path of the projection in the parameters.
-PATHS = {name: f"layers/attn/{name}" for name in LORA_TARGETS[:4]} | {
-    name: f"layers/mlp/{name}" for name in LORA_TARGETS[4:]
-}
+PATHS = (
+    {name: f"layers/attn/{name}" for name in LORA_TARGETS[:4]}
+    | {name: f"layers/mlp/{name}" for name in LORA_TARGETS[4:]}
+    | {name: "layers/" + name.replace("_", "/") for name in DELTA_TARGETS}
+)
 
 
 def adaptable(config: ModelConfig) -> tuple[str, ...]:
     """Returns the targets that this model has: all projections, but not experts."""
-    return tuple(n for n, path in PATHS.items() if not config.experts or "attn" in path)
+    parts = {"attn": True, "mlp": not config.experts, "delta": bool(config.delta)}
+    return tuple(name for name, path in PATHS.items() if parts[path.split("/")[1]])
 
 
 def init_lora(

@@ -109,10 +109,10 @@ def packed_hidden(
     Raises:
       ValueError: for a model that scores a completion per row only.
     """
-    if not isinstance(model, RowScorer):
+    if not isinstance(model, RowScorer) or not model.shares_rows:
         raise ValueError(
-            f"{type(model).__name__} has no score_rows, which a packed batch needs; "
-            "leave out Batch.packing."
+            f"{type(model).__name__} has no score_rows for completions that share a "
+            "row, which a packed batch needs; leave out Batch.packing."
         )
     given: Any = (variables, prompts, prompt_lengths, *packing.rows(completions))
     last, hidden = model.apply(*given, method=model.score_rows)

@@ -9,9 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import Array, Float, Int, PyTree
 
-# Names of parameters that stay in float32 under any compute dtype: scales of norms, and
-# routers, where rounding could choose another expert.
-FLOAT32_PARAMS = ("scale", "router")
+# Names of parameters that stay in float32 under any compute dtype: scales of norms,
+# routers, where rounding could choose another expert, and what decays are made of.
+FLOAT32_PARAMS = ("scale", "router", "log_rate", "rate_bias")
 
 
 class LanguageModelConfig(Protocol):
@@ -122,6 +122,11 @@ class RowScorer(LanguageModel, Protocol):
     With it the learner scores several completions of a prompt in one row. Without it
     each has a row of its own, by `score`.
     """
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether this one does; False is as without the method."""
+        ...
 
     def score_rows(
         self,

@@ -2,9 +2,9 @@
 
 A multiplication and an addition are two operations. Only matrix products count: the
 projections, the MLP (or the router and the experts of a token), attention over the
-tokens that each token sees, and the head for each completion token. Norms, rotations,
-softmax, nonlinearities, biases, adapters, padding and recomputation do not count. A
-prompt counts once for its whole group.
+tokens that each token sees (or a memory), and the head for each completion token.
+Norms, rotations, convolutions, softmax, nonlinearities, biases, adapters, padding and
+recomputation do not count. A prompt counts once for its whole group.
 """
 
 from typing import NamedTuple
@@ -34,8 +34,8 @@ class _Flops(NamedTuple):
 
 def prefill_flops(config: ModelConfig, prompts: Int[np.ndarray, " N"]) -> _Flops:
     """Operations of a pass over prompts of these lengths, without the head."""
-    weights = 2.0 * config.num_layers * layer_weights(config) * prompts.sum()
-    return _Flops(weights, _attention(config, _pairs(config, prompts).sum()))
+    weights = 2.0 * _all_weights(config) * prompts.sum()
+    return _Flops(weights, _mixing(config, _pairs(config, prompts), prompts))
 
 
 def completion_flops(
@@ -49,12 +49,12 @@ def completion_flops(
     the last one is predicted and never read. So decoding and scoring need the same.
     """
     read = np.maximum(lengths - 1, 0)
-    per_token = config.num_layers * layer_weights(config)
+    per_token = _all_weights(config)
     head = config.hidden_size * config.vocab_size
     weights = 2.0 * (per_token * read.sum() + head * lengths.sum())
     before = prompts[:, None]
     pairs = _pairs(config, before + read) - _pairs(config, before)
-    return _Flops(weights, _attention(config, pairs.sum()))
+    return _Flops(weights, _mixing(config, pairs, read))
 
 
 def forward_flops(
@@ -77,17 +77,47 @@ def gradient_flops(forward: _Flops, *, frozen: bool = False) -> float:
 
 
 def layer_weights(config: ModelConfig) -> int:
-    """The number of weights of one layer that multiply a token."""
+    """The number of weights of one layer with attention that multiply a token."""
     queries = config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
     projections = 2 * queries + 2 * keys  # q and o; k and v
+    if config.attention_gate:
+        projections += queries
+    return config.hidden_size * (projections + _mlp_width(config))
+
+
+def _all_weights(config: ModelConfig) -> int:
+    """The weights of all layers that multiply a token."""
+    weights = config.attention_layers * layer_weights(config)
+    if config.delta is None:
+        return weights
+    delta = config.delta
+    values = delta.value_heads * delta.value_dim
+    # qkv; z and o; b and a.
+    projections = delta.channels + 2 * values + 2 * delta.value_heads
+    width = projections + _mlp_width(config)
+    return weights + sum(delta.layers) * config.hidden_size * width
+
+
+def _mlp_width(config: ModelConfig) -> int:
     router = 0 if config.experts is None else config.experts.count
-    return config.hidden_size * (projections + 3 * config.active_width + router)
+    return 3 * config.active_width + router
 
 
-def _attention(config: ModelConfig, pairs: float) -> float:
-    """Two products, scores and sums, for pairs of query and key, all layers summed."""
-    return 2.0 * 2.0 * config.num_heads * config.head_dim * float(pairs)
+def _mixing(
+    config: ModelConfig,
+    pairs: Int[np.ndarray, "..."],
+    tokens: Int[np.ndarray, "..."],
+) -> float:
+    """Products of activations: of attention for all layers' pairs, and of memories.
+
+    Attention has two for a pair of query and key, scores and sums. A memory has three
+    for a token: its answers to key and to query, and its correction.
+    """
+    attention = 2 * config.num_heads * config.head_dim * float(pairs.sum())
+    delta = config.delta
+    memories = 0 if delta is None else 3 * sum(delta.layers) * delta.memory_size
+    return 2.0 * (attention + memories * float(tokens.sum()))
 
 
 def _pairs(
@@ -95,7 +125,11 @@ def _pairs(
 ) -> Int[np.ndarray, "..."]:
     """Pairs of a token and one that it sees, itself included, over all layers."""
     total = np.zeros(lengths.shape, np.int64)
-    for window in config.layer_window:
+    delta = config.delta
+    memory = (False,) * config.num_layers if delta is None else delta.layers
+    for window, without in zip(config.layer_window, memory, strict=True):
+        if without:
+            continue
         # The first tokens see all tokens before them, later ones a full window.
         filling = lengths if window is None else np.minimum(lengths, window)
         full = lengths - filling

@@ -9,11 +9,9 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Var
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import PyTree
 
@@ -22,9 +20,9 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.models.limits import cache_columns, prompt_rows
 from grpo_jax.models.lora import init_lora, lora_axes
-from grpo_jax.models.protocol import in_compute_dtype
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.collectives import moves_head, whole_over_fsdp
+from grpo_jax.planning._kept import kept_bytes
 from grpo_jax.planning._programs import (
     Program,
     evaluation_program,
@@ -218,8 +216,9 @@ class _Sizes:
             num_heads=-(-self.model.num_heads // tensor),
             num_kv_heads=-(-self.model.num_kv_heads // tensor),
             intermediate_size=-(-self.model.intermediate_size // tensor),
+            delta=self.model.delta and self.model.delta.of_device(tensor),
         )
-        kept = _kept_bytes(
+        kept = kept_bytes(
             part,
             prompts,
             group,
@@ -303,7 +302,7 @@ class _Sizes:
         if not self.config.rollout.carry_over:
             return {}
         sizes = self._sampling(next(training_programs(self.config)))
-        names = "prompts' keys and values", "own keys and values"
+        names = "prompts' keys and values", "own keys and values", "states"
         return {name: sizes[name] for name in names}
 
     def _sampling(self, program: Program) -> dict[str, int]:
@@ -314,7 +313,9 @@ class _Sizes:
         cast = 0 if model.dtype == "float32" or self._adapters else self._compute
         embed = self._head if cast and not fsdp else 0
         heads = -(-model.num_kv_heads // mesh.shape["tensor"])
-        entry = 2 * self.item * model.num_layers * heads * model.head_dim
+        own = model.delta and model.delta.of_device(mesh.shape["tensor"])
+        state = own.state_bytes(self.item) if own else 0
+        entry = 2 * self.item * model.attention_layers * heads * model.head_dim
         shards = meshes.batch_shards(mesh)
         sequences, prompts = -(-program.slots // shards), -(-program.prompts // shards)
         # As many prompts as that are computed at once: see `rollout._engine`.
@@ -348,6 +349,7 @@ class _Sizes:
             "prompts' keys and values": prompt_rows(prompts) * length * entry,
             "own keys and values": sequences * columns * entry,
             "a ring that grows": sequences * half * entry,
+            "states": (prompt_rows(prompts) + sequences) * state,
             "logits": 4 * _SAMPLER_ARRAYS * sequences * vocabulary,
             "activations": at_once * length * (scores + hidden),
         }
@@ -358,29 +360,6 @@ def _parameters(model: ModelConfig) -> tuple[PyTree, PyTree]:
     """Shapes and logical axes of the parameters."""
     decoder = Decoder(model)
     return abstract_params(decoder), param_axes(decoder)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_bytes(
-    model: ModelConfig, prompts: int, group: int, prompt_tokens: int, new_tokens: int
-) -> int:
-    """Bytes that the gradient of `Decoder.score` keeps beside its inputs."""
-    decoder = Decoder(model)
-    params = jax.eval_shape(
-        lambda tree: in_compute_dtype(tree, model.dtype), abstract_params(decoder)
-    )
-
-    def residuals(params: PyTree, *rows: Any) -> Any:
-        score = lambda p: decoder.apply({"params": p}, *rows, method=decoder.score)  # noqa: E731
-        return jax.vjp(score, params)[1]
-
-    int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    shapes = [(prompts, prompt_tokens), (prompts,), (prompts, group, new_tokens)]
-    jaxpr = jax.make_jaxpr(residuals)(params, *map(int32, shapes)).jaxpr
-    inputs = set(jaxpr.invars)
-    made = {v for v in jaxpr.outvars if isinstance(v, Var) and v not in inputs}
-    arrays: list[Any] = [v.aval for v in made]
-    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def _bytes(shapes: PyTree, places: PyTree, *, dtype: str) -> int:

@@ -101,12 +101,12 @@ def extend(
     model: SlotDecoder,
     variables: PyTree,
     last: Float[Array, "A M D"],
-    prompts: tuple[PyTree, PyTree],
-    cache: tuple[PyTree, PyTree],
+    prompts: tuple[PyTree, PyTree, PyTree],
+    cache: tuple[PyTree, PyTree, PyTree],
     fed: Fed,
     *,
     sampling: SamplingConfig,
-) -> tuple[Float[Array, "A s t+1"], tuple[PyTree, PyTree]]:
+) -> tuple[Float[Array, "A s t+1"], tuple[PyTree, PyTree, PyTree]]:
     """Log-probs of tokens in nats, and the cache with those that are fed.
 
     Entry 0 is that of a first token; it means nothing where another one is fed.
@@ -139,4 +139,4 @@ def extend(
         return old.at[at].set(new, mode="drop")
 
     put_all = lambda old, new: by_part(put, old, new, fed.slots)  # noqa: E731
-    return by_batch(logp), jax.tree.map(put_all, cache, (own.keys, own.values))
+    return by_batch(logp), jax.tree.map(put_all, cache, own.arrays)

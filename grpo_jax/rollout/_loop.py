@@ -105,15 +105,15 @@ def advance(
     model: SlotDecoder,
     variables: PyTree,
     last: Float[Array, "A M D"],
-    prompts: tuple[PyTree, PyTree],
-    cache: tuple[PyTree, PyTree],
+    prompts: tuple[PyTree, PyTree, PyTree],
+    cache: tuple[PyTree, PyTree, PyTree],
     start: Start,
     *,
     settings: GroupSettings,
     turns: int,
     impl: str,
     aligned: bool,
-) -> tuple[Loop, tuple[PyTree, PyTree]]:
+) -> tuple[Loop, tuple[PyTree, PyTree, PyTree]]:
     """Draw tokens in all slots, and put completions of the queue into free slots.
 
     Returns after `turns` tokens, when a sequence needs more columns than there are,
@@ -179,7 +179,7 @@ def advance(
         turn=jnp.broadcast_to(state.turn, parts),
         column=jnp.broadcast_to(state.column, parts),
     )
-    return jax.tree.map(by_batch, state), (written.keys, written.values)
+    return jax.tree.map(by_batch, state), written.arrays
 
 
 def _goes_on(state: Loop, start: Start, columns: int) -> Bool[Array, ""]:

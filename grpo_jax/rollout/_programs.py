@@ -44,8 +44,8 @@ def ring_apart(unrolled: bool) -> bool:
 )
 def empty(
     model: SlotDecoder, *, parts: int, rows: int, columns: int, unrolled: bool
-) -> tuple[PyTree, PyTree]:
-    """Keys and values of `rows` sequences of each part, all 0."""
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Keys, values and states of `rows` sequences of each part, all 0."""
     cache = model.init_cache(parts, rows, columns)
 
     def lay(x: Array) -> PyTree:
@@ -53,7 +53,7 @@ def empty(
             return tuple(_constrain(one, *_AXES) for one in per_layer(x, len(x)))
         return _constrain(x, None, *_AXES)
 
-    return lay(cache.keys), lay(cache.values)
+    return jax.tree.map(lay, cache.arrays)
 
 
 def by_part(change: Callable, x: Array, *others: Array) -> Array:
@@ -80,11 +80,11 @@ def prefill(
     prompts: Int[Array, "A m P"],
     lengths: Int[Array, "A m"],
     rows: Int[Array, "A m"],
-    shared: tuple[PyTree, PyTree],
+    shared: tuple[PyTree, PyTree, PyTree],
     *,
     last: Float[Array, "A M D"],
     unrolled: bool,
-) -> tuple[tuple[PyTree, PyTree], Float[Array, "A M D"]]:
+) -> tuple[tuple[PyTree, PyTree, PyTree], Float[Array, "A M D"]]:
     """The block of prompts with new ones in `rows`; one beyond the last is dropped."""
     parts, count, width = prompts.shape
     hidden, prefix = model.apply(
@@ -97,17 +97,17 @@ def prefill(
     def put(old: Array, new: Array, at: Array) -> Array:
         return old.at[at].set(new, mode="drop")
 
-    def put_all(old: PyTree, new: Array) -> PyTree:
+    def put_all(new: Array, old: PyTree) -> PyTree:
         if unrolled:
             pairs = zip(old, new, strict=True)
             return tuple(by_part(put, *pair, rows) for pair in pairs)
         return by_part(put, old, new, rows)
 
     new = prompt_block(prefix)
-    keys, values = map(put_all, shared, (new.keys, new.values))
+    shared = jax.tree.map(put_all, (new.keys, new.values, new.state), shared)
     hidden = hidden.reshape(parts, count, -1).astype(last.dtype)
     last = jax.vmap(put)(last, hidden, rows)
-    return (keys, values), by_batch(last)
+    return shared, by_batch(last)
 
 
 @jax.jit
@@ -125,8 +125,8 @@ def take_rows(arrays: PyTree, rows: Int[Array, "A R"]) -> PyTree:
 
 @functools.partial(jax.jit, static_argnames=("columns",))
 def widen(
-    cache: tuple[PyTree, PyTree], column: Int[Array, " A"], *, columns: int
-) -> tuple[PyTree, PyTree]:
+    cache: tuple[PyTree, PyTree, PyTree], column: Int[Array, " A"], *, columns: int
+) -> tuple[PyTree, PyTree, PyTree]:
     """The cache as a ring of more columns, of which the first is the oldest.
 
     The column to be written next is the first new one.
@@ -144,7 +144,8 @@ def widen(
         one = functools.partial(grow, axis=axis)
         return jax.tree.map(lambda x: by_part(one, x, column), arrays)
 
-    return of_all(cache[0], -1), of_all(cache[1], -2)
+    keys, values, state = cache
+    return of_all(keys, -1), of_all(values, -2), state
 
 
 def by_batch(x: Shaped[Array, "A ..."]) -> Shaped[Array, "A ..."]:

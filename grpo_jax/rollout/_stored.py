@@ -7,20 +7,23 @@ import jax
 from flax import struct
 from jaxtyping import Array, Float, Int, PyTree
 
+from grpo_jax.models.cache import DeltaState
 from grpo_jax.rollout import _programs as programs
 
 # Of the arrays by name, with a number for each layer, or 0 for all in one array.
 _CACHES = ("keys", "values", "prompt_keys", "prompt_values")
+# Of layers without attention. Where all have it, there are none.
+_STATES = ("memory", "recent", "prompt_memory", "prompt_recent")
 
 
 class Stored(struct.PyTreeNode):
-    """Keys and values of own tokens and of prompts; hidden states behind the prompts.
+    """Keys, values and states of slots and of prompts; hidden states behind prompts.
 
-    Of keys and values, an array of all layers, or a tuple with one for each.
+    Each is an array of all layers that have it, or a tuple with one for each.
     """
 
-    cache: tuple[PyTree, PyTree]
-    prompts: tuple[PyTree, PyTree]
+    cache: tuple[PyTree, PyTree, PyTree]
+    prompts: tuple[PyTree, PyTree, PyTree]
     last: Float[Array, "A M D"]
 
     @property
@@ -35,10 +38,14 @@ class Stored(struct.PyTreeNode):
 
     def named(self) -> dict[str, Array]:
         """The arrays by name, as a checkpoint stores them."""
-        arrays = zip(_CACHES, (*self.cache, *self.prompts), strict=True)
+        (*own, state), (*shared, of_prompts) = self.cache, self.prompts
+        arrays = dict(zip(_CACHES, (*own, *shared), strict=True))
+        if state is not None:
+            states = state.memory, state.recent, of_prompts.memory, of_prompts.recent
+            arrays |= dict(zip(_STATES, states, strict=True))
         layers = {
             f"{name}_{i}": x
-            for name, array in arrays
+            for name, array in arrays.items()
             for i, x in enumerate(array if isinstance(array, tuple) else [array])
         }
         return layers | {"last": self.last}
@@ -54,8 +61,12 @@ class Stored(struct.PyTreeNode):
             return tuple(arrays[f"{name}_{i}"] for i in range(count))
 
         keys, values, prompt_keys, prompt_values = map(of, _CACHES)
+        state = of_prompts = None
+        if f"{_STATES[0]}_0" in arrays:
+            of_all = [*map(of, _STATES)]
+            state, of_prompts = DeltaState(*of_all[:2]), DeltaState(*of_all[2:])
         return cls(
-            cache=(keys, values),
-            prompts=(prompt_keys, prompt_values),
+            cache=(keys, values, state),
+            prompts=(prompt_keys, prompt_values, of_prompts),
             last=arrays["last"],
         )

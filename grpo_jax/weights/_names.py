@@ -14,47 +14,14 @@ from jaxtyping import PyTree
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.parallel.mesh import named_leaves
-
-# Architecture -> the router, the list of experts, and gate, up and down in each. These
-# are the tensors of files; transformers 5 joins those of experts when it reads them.
-_EXPERT_NAMES = {
-    "MixtralForCausalLM": (
-        "block_sparse_moe.gate",
-        "block_sparse_moe.experts",
-        ("w1", "w3", "w2"),
-    ),
-    "Qwen3MoeForCausalLM": (
-        "mlp.gate",
-        "mlp.experts",
-        ("gate_proj", "up_proj", "down_proj"),
-    ),
-}
-
-# Architecture -> the file's tensor, and the projections whose rows it has one after the
-# other.
-_FUSED = {
-    "Phi3ForCausalLM": {
-        "self_attn.qkv_proj": ("attn/q", "attn/k", "attn/v"),
-        "mlp.gate_up_proj": ("mlp/gate", "mlp/up"),
-    },
-    "Glm4ForCausalLM": {"mlp.gate_up_proj": ("mlp/gate", "mlp/up")},
-}
-# Their names in GGUF files.
-_FUSED_GGUF = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
-# Architecture -> its own names of norms, by those of the other architectures. The
-# second table is about GGUF files.
-_NORMS = {
-    "Glm4ForCausalLM": {
-        "pre_feedforward_layernorm": "post_attention_layernorm",
-        "post_attention_layernorm": "post_self_attn_layernorm",
-        "post_feedforward_layernorm": "post_mlp_layernorm",
-    },
-    "HunYuanDenseV1ForCausalLM": {
-        "self_attn.q_norm": "self_attn.query_layernorm",
-        "self_attn.k_norm": "self_attn.key_layernorm",
-    },
-}
-_GGUF_NORMS = {"SeedOssForCausalLM": {"ffn_norm": "post_attention_norm"}}
+from grpo_jax.weights._delta_names import delta_tensors
+from grpo_jax.weights._name_tables import (
+    EXPERT_NAMES,
+    FUSED,
+    FUSED_GGUF,
+    GGUF_NORMS,
+    NORMS,
+)
 
 
 class Tensor(Protocol):
@@ -111,6 +78,7 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
         _whole("embed/embedding", "model.embed_tokens", "token_embd", (vocab, width)),
         *_with_fused(config, _layer_rows(config)),
         *_expert_rows(config),
+        *_delta_rows(config),
         _whole("final_norm/scale", "model.norm", "output_norm", (width,)),
     ]
     if not config.tie_embeddings:
@@ -239,6 +207,7 @@ def _layer_rows(
     """Path, names within a layer, and shape of one layer's parameters."""
     width, hidden, head = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_heads * head, config.num_kv_heads * head
+    projected = 2 * queries if config.attention_gate else queries
     # Where the MLP's input norm is Llama's only norm after attention, Hugging Face
     # names it by that place.
     mlp_norm = "pre_feedforward" if config.sandwich_norm else "post_attention"
@@ -263,7 +232,7 @@ def _layer_rows(
         yield "attn/q_norm/scale", "self_attn.q_norm", "attn_q_norm", both[:1]
         yield "attn/k_norm/scale", "self_attn.k_norm", "attn_k_norm", both[1:]
     for path, hf, gguf, shape, bias in (
-        ("attn/q", "self_attn.q_proj", "attn_q", (width, queries), "attention"),
+        ("attn/q", "self_attn.q_proj", "attn_q", (width, projected), "attention"),
         ("attn/k", "self_attn.k_proj", "attn_k", (width, keys), "attention"),
         ("attn/v", "self_attn.v_proj", "attn_v", (width, keys), "attention"),
         ("attn/o", "self_attn.o_proj", "attn_output", (queries, width), "output"),
@@ -282,13 +251,17 @@ def _with_fused(
     config: ModelConfig, rows: Iterable[tuple[str, str, str, tuple[int, ...]]]
 ) -> Iterator[Parameter]:
     """The parameters of all layers, where they may be parts of a file's tensors."""
-    norms = _NORMS.get(config.architecture, {})
-    gguf_norms = _GGUF_NORMS.get(config.architecture, {})
+    norms = NORMS.get(config.architecture, {})
+    gguf_norms = GGUF_NORMS.get(config.architecture, {})
+
+    def layers(path: str) -> list[int]:
+        return _layers(config, memory=False if path.startswith("attn/") else None)
+
     kinds = {
         path: (path, norms.get(hf, hf), gguf_norms.get(gguf, gguf), shape)
         for path, hf, gguf, shape in rows
     }
-    for fused, modules in _FUSED.get(config.architecture, {}).items():
+    for fused, modules in FUSED.get(config.architecture, {}).items():
         for kind in ("kernel", "bias"):
             paths = [f"{module}/{kind}" for module in modules]
             if paths[0] not in kinds:
@@ -296,15 +269,15 @@ def _with_fused(
             ends = np.cumsum([kinds[path][-1][-1] for path in paths]).tolist()
             for path, start in zip(paths, [0, *ends], strict=False):
                 *_, shape = kinds.pop(path)
-                gguf = _FUSED_GGUF[fused]
-                row = _stacked(config.num_layers, path, fused, gguf, shape)
+                gguf = FUSED_GGUF[fused]
+                row = _stacked(layers(path), path, fused, gguf, shape)
                 yield dataclasses.replace(
                     row,
                     start=(start, *(0 for _ in shape[1:])),
                     whole=(ends[-1], *shape[:-1]),
                 )
     for row in kinds.values():
-        yield _stacked(config.num_layers, *row)
+        yield _stacked(layers(row[0]), *row)
 
 
 def _expert_rows(config: ModelConfig) -> Iterator[Parameter]:
@@ -312,7 +285,7 @@ def _expert_rows(config: ModelConfig) -> Iterator[Parameter]:
         return
     count, inner = config.experts.count, config.experts.width
     width, layers = config.hidden_size, range(config.num_layers)
-    router, module, files = _EXPERT_NAMES[config.architecture]
+    router, module, files = EXPERT_NAMES[config.architecture]
     for path, shape, names in (
         ("router", (width, count), [f"{router}.weight"]),
         *(
@@ -338,6 +311,27 @@ def _expert_rows(config: ModelConfig) -> Iterator[Parameter]:
         )
 
 
+def _delta_rows(config: ModelConfig) -> Iterator[Parameter]:
+    layers = _layers(config, memory=True)
+    for path, name, shape in delta_tensors(config):
+        yield Parameter(
+            path=f"layers/delta/{path}",
+            shape=(len(layers), *shape),
+            stacked=1,
+            transposed=path.endswith("/kernel"),
+            names=tuple(f"model.layers.{i}.linear_attn.{name}" for i in layers),
+            gguf_names=(),
+        )
+
+
+def _layers(config: ModelConfig, *, memory: bool | None) -> list[int]:
+    """The layers without attention, those with, or all."""
+    every = range(config.num_layers)
+    if memory is None or config.delta is None:
+        return [*every]
+    return [i for i in every if config.delta.layers[i] == memory]
+
+
 def _biases(config: ModelConfig) -> set[str]:
     kinds = {
         "attention": config.attention_bias,
@@ -359,16 +353,16 @@ def _whole(path: str, hf: str, gguf: str, shape: tuple[int, ...]) -> Parameter:
 
 
 def _stacked(
-    num_layers: int, path: str, hf: str, gguf: str, shape: tuple[int, ...]
+    layers: Sequence[int], path: str, hf: str, gguf: str, shape: tuple[int, ...]
 ) -> Parameter:
     kind = "bias" if path.endswith("/bias") else "weight"
     return Parameter(
         path=f"layers/{path}",
-        shape=(num_layers, *shape),
+        shape=(len(layers), *shape),
         stacked=1,
         transposed=path.endswith("/kernel"),
-        names=tuple(f"model.layers.{i}.{hf}.{kind}" for i in range(num_layers)),
-        gguf_names=tuple(f"blk.{i}.{gguf}.{kind}" for i in range(num_layers)),
+        names=tuple(f"model.layers.{i}.{hf}.{kind}" for i in layers),
+        gguf_names=tuple(f"blk.{i}.{gguf}.{kind}" for i in layers),
     )
 
 

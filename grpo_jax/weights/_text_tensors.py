@@ -13,15 +13,19 @@ _TEXT = {
 _IMAGES = tuple(
     f"{outer}{part}."
     for outer in ("", "model.")
-    for part in ("vision_tower", "multi_modal_projector")
+    for part in ("vision_tower", "multi_modal_projector", "visual")
 )
+# Layers that predict later tokens, beside the model.
+_LATER = "mtp."
 
 
 def text_tensors(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors of the text model under their own names; other files as they are.
 
-    What sees images is left out. Tensors of other parts stay, to be refused.
+    What sees images or predicts later tokens is left out. Tensors of other parts stay,
+    to be refused.
     """
+    tensors = {k: tensor for k, tensor in tensors.items() if not k.startswith(_LATER)}
     if not any(name.startswith(tuple(_TEXT)) for name in tensors):
         return tensors
     return {

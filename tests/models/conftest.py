@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.models._delta import DeltaConfig
 from grpo_jax.models._routing import ExpertsConfig
+from grpo_jax.models.cache import per_layer
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params
 from grpo_jax.models.rope import RopeConfig
@@ -84,6 +86,25 @@ EXPERTS = dataclasses.replace(
     qk_norm="width",
 )
 
+HYBRID = dataclasses.replace(
+    PLAIN,
+    num_layers=4,
+    layer_rope=(0,) * 4,
+    layer_window=(None,) * 4,
+    delta=DeltaConfig(
+        layers=(True, False) * 2,
+        key_heads=2,
+        value_heads=4,
+        key_dim=6,
+        value_dim=5,
+        kernel=4,
+    ),
+    attention_gate=True,
+    qk_norm="head",
+    norm_offset=1.0,
+    rotary_fraction=0.5,
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
@@ -124,7 +145,7 @@ def tiny(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(scope="session", params=["plain", "full", "experts"])
+@pytest.fixture(scope="session", params=["plain", "full", "experts", "hybrid"])
 def any_tiny(request):
     return request.getfixturevalue(request.param)
 
@@ -142,6 +163,21 @@ def full():
 @pytest.fixture(scope="session")
 def experts():
     return make_tiny(EXPERTS)
+
+
+@pytest.fixture(scope="session")
+def hybrid():
+    return make_tiny(HYBRID)
+
+
+@pytest.fixture(scope="session")
+def in_layers():
+    """A function of caches: separate arrays for each layer, as the engine has them."""
+
+    def separate(stacks):
+        return jax.tree.map(lambda x: per_layer(x, len(x)), stacks)
+
+    return separate
 
 
 @dataclasses.dataclass(frozen=True)

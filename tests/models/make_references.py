@@ -207,6 +207,24 @@ CASES |= {
     ),
 }
 
+QWEN3_5 = {
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 100.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_interleaved": True,
+        "mrope_section": [1, 1, 0],
+    },
+}
+CASES |= {"qwen3_5": ("Qwen3_5Text", QWEN3_5)}
+
 
 def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
     """Gives every parameter values of which none is trivially 0 or 1."""

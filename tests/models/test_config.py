@@ -58,6 +58,7 @@ MISTRAL3 = {
     "text_config": MINISTRAL3,
     "vision_config": {"model_type": "pixtral"},
 }
+QWEN3_5 = variant("Qwen3_5ForCausalLM", "qwen3_5_text")
 GEMMA2 = variant("Gemma2ForCausalLM", "gemma2")
 GEMMA3 = variant("Gemma3ForCausalLM", "gemma3_text")
 
@@ -387,6 +388,21 @@ def test_full_layers_of_exaone_rotate_only_in_a_model_without_windows():
         ModelConfig.from_hf(listed)
 
 
+def test_layers_without_attention_are_read_from_either_key():
+    listed = {**QWEN3_5, "layer_types": ["linear_attention"] * 2 + ["full_attention"]}
+    every = {**QWEN3_5, "full_attention_interval": 3}
+    for hf in (listed, every, {**every, "layer_types": None}):
+        config = ModelConfig.from_hf(hf)
+        assert config.delta.layers == (True, True, False)
+        assert (config.delta.key_heads, config.delta.value_heads) == (16, 32)
+        assert config.attention_layers == 1 and config.attention_gate
+        assert ModelConfig.from_hf(config.to_hf()) == config
+    assert config.rotary_fraction == 0.25
+    # Of text all three places in an image are the position.
+    rope = {"rope_theta": 5.0, "mrope_section": [1, 1, 0], "mrope_interleaved": True}
+    assert ModelConfig.from_hf({**every, "rope_parameters": rope}).rope[0].theta == 5.0
+
+
 def test_biases_follow_the_family():
     qwen2 = ModelConfig.from_hf(QWEN2)
     assert (qwen2.attention_bias, qwen2.output_bias) == (True, False)
@@ -502,6 +518,18 @@ def test_what_the_decoder_does_not_honor_is_refused_by_name(change, message):
         ({**MISTRAL3, "quantization_config": {"bits": 8}}, "quantization_config"),
         ({**MISTRAL3, "audio_config": {"layers": 8}}, "audio_config"),
         ({**LLAMA, "text_config": LLAMA}, "text_config="),
+        ({**QWEN3_5, "full_attention_interval": 0}, "full_attention_interval must be"),
+        ({**QWEN3_5, "layer_types": ["linear_attention"] * 3}, "a layer of each kind"),
+        (
+            {**QWEN3_5, "layer_types": ["sliding_attention"] * 3},
+            "layer_types must have",
+        ),
+        ({**QWEN3_5, "linear_num_value_heads": 24}, "multiple of key_heads 16"),
+        ({**QWEN3_5, "linear_key_head_dim": 0}, "linear_key_head_dim must be a pos"),
+        ({**QWEN3_5, "attn_output_gate": False}, "attn_output_gate=False"),
+        ({**QWEN3_5, "output_gate_type": "sigmoid"}, "output_gate_type='sigmoid'"),
+        ({**QWEN3_5, "mlp_only_layers": [1]}, "mlp_only_layers="),
+        ({**LLAMA, "linear_num_key_heads": 2}, "linear_num_key_heads=2"),
         ({**GEMMA3, "layer_types": ["full_attention"] * 2}, "layer_types"),
         ({**QWEN2, "layer_types": ["sliding_attention"] * 3}, "sliding_window"),
         (

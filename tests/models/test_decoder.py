@@ -9,7 +9,7 @@ import pytest
 
 from grpo_jax.models._block import Layer, per_layer_data, rotary_tables
 from grpo_jax.models._layers import Embedding, RMSNorm
-from grpo_jax.models.cache import Cache, Prefix, per_layer
+from grpo_jax.models._row_attention import attend_causal
 from grpo_jax.models.decoder import Decoder, abstract_params, init_params, param_axes
 
 
@@ -65,7 +65,7 @@ def test_score_equals_forward_on_the_concatenation(tiny):
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
-def test_decode_equals_score(any_tiny, apart):
+def test_decode_equals_score(any_tiny, apart, in_layers):
     tiny = any_tiny
     model, (n, g, t) = tiny.model, tiny.completions.shape
     last, prefix = jax.jit(
@@ -76,9 +76,8 @@ def test_decode_equals_score(any_tiny, apart):
     variables, cache = tiny.variables, model.init_cache(n, g, t)
     if apart:
         variables = model.unroll(variables)
-        layers = lambda x: per_layer(x, model.config.num_layers)  # noqa: E731
-        prefix = Prefix(layers(prefix.keys), layers(prefix.values), prefix.lengths)
-        cache = Cache(layers(cache.keys), layers(cache.values))
+        lengths, (prefix, cache) = prefix.lengths, in_layers((prefix, cache))
+        prefix = dataclasses.replace(prefix, lengths=lengths)
     step = jax.jit(lambda *args: model.apply(variables, *args, method=model.decode))
     hidden = [jnp.broadcast_to(last[:, None], (n, g, last.shape[-1]))]
     for i in range(t - 1):
@@ -193,7 +192,7 @@ def test_scan_equals_an_explicit_loop_over_layers(full):
 
             def attend(q, k, v, mine=mine):
                 k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-                return model._causal(q, k, v, data=mine), None
+                return attend_causal(q, k, v, config=config, window=mine.window), None
 
             x, _ = Layer(config).apply({"params": own}, x, tables, mine, attend)
         norm = RMSNorm(
@@ -254,6 +253,9 @@ def test_every_parameter_has_one_logical_axis_name_per_dimension(any_tiny):
     assert jax.tree.structure(shapes) == jax.tree.structure(axes, is_leaf=is_axes)
     sizes = {"layers": tiny.model.config.num_layers, "embed": 32, "mlp": 48}
     sizes |= {"vocab": 64, "heads": 32, "kv_heads": 16}
+    if tiny.model.config.delta is not None:
+        # Of half of the layers each, and heads of several widths: see the mesh.
+        sizes = {"embed": 32, "mlp": 48, "vocab": 64, "kv_heads": 16}
     if tiny.model.config.experts is not None:
         sizes |= {"expert": 5, "mlp": 12}
     for path, shape in jax.tree.leaves_with_path(shapes):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.models.cache import Cache, PromptBlock, Slots, per_layer, prompt_block
+from grpo_jax.models.cache import Slots, prompt_block
 
 COLUMNS = 12
 OWN = 11
@@ -18,7 +18,9 @@ COUNTS = np.array([[4, 2], [3, 0], [1, 4]])
 @pytest.mark.parametrize(
     ("apart", "column"), [(False, 11), (True, 2)], ids=["stacked", "apart"]
 )
-def test_extend_equals_score_and_so_does_what_follows(any_tiny, apart, column):
+def test_extend_equals_score_and_so_does_what_follows(
+    any_tiny, apart, column, in_layers
+):
     model, variables, lengths = any_tiny.model, any_tiny.variables, any_tiny.lengths
     own = jax.random.randint(jax.random.key(3), (3, 2, OWN), 0, 64)
     run = lambda *args, method: model.apply(variables, *args, method=method)  # noqa: E731
@@ -30,9 +32,7 @@ def test_extend_equals_score_and_so_does_what_follows(any_tiny, apart, column):
     prompts, cache = prompt_block(prefix), model.init_cache(3, 2, COLUMNS)
     if apart:
         variables = model.unroll(variables)
-        layers = lambda x: per_layer(x, model.config.num_layers)  # noqa: E731
-        prompts = PromptBlock(layers(prompts.keys), layers(prompts.values))
-        cache = Cache(layers(cache.keys), layers(cache.values))
+        prompts, cache = in_layers((prompts, cache))
     # What earlier sequences left in the ring.
     cache = jax.tree.map(lambda x: x + 7.0, cache)
     each = jnp.broadcast_to(lengths[:, None], (3, 2))

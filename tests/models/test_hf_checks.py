@@ -46,6 +46,7 @@ SIZES = {
     "ByteDance-Seed/Seed-OSS-36B-Instruct": 36_151_104_512,
     "zai-org/GLM-4-9B-0414": 9_400_279_040,
     "tencent/HunyuanImage-2.1/reprompt": 7_504_568_320,
+    "Qwen/Qwen3.5-0.8B-Base": 752_393_024,
 }
 TEXTS = [text_of(hf) for hf in PUBLISHED.values()]
 BY_FAMILY = {hf["architectures"][0]: hf for hf in TEXTS}

@@ -77,6 +77,17 @@ def test_attention_counts_the_pairs_of_its_mask(windows):
     )
 
 
+def test_a_token_meets_what_its_kind_of_layer_has(hybrid_policy):
+    config = hybrid_policy.model.config
+    layers = abstract_params(hybrid_policy.model)["layers"]
+    kernels = [leaf for leaf in jax.tree.leaves(layers) if leaf.ndim == 3]
+    flops = prefill_flops(config, PROMPTS)
+    assert flops.weights == 2 * sum(leaf.size for leaf in kernels) * 10
+    pairs = 7 * 8 // 2 + 3 * 4 // 2  # of the one layer with attention
+    # A memory of four heads, 6 x 5, has three products for each token.
+    assert flops.attention == 2 * 2 * 4 * 8 * pairs + 2 * 3 * 4 * 6 * 5 * 10
+
+
 def test_the_head_meets_completion_tokens_alone_and_prompts_count_once():
     # Prompts 7 + 3; own tokens that are read 4 + 0 + 1 and 3 + 3 + 8, drawn 25.
     layers = 2 * 3 * layer_weights(CONFIG) * (10 + 19)

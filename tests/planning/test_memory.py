@@ -81,6 +81,22 @@ def test_a_cache_takes_what_its_arrays_take(tiny_policy):
     assert more["prompts' keys and values"] == size // 2 // 8 * 10 // 4
 
 
+def test_states_take_what_their_arrays_take(hybrid_policy):
+    model = hybrid_policy.model
+    cache = jax.eval_shape(lambda: model.init_cache(4, 4, 32))
+    sizes = (leaf.size * 4 for leaf in jax.tree.leaves(cache.state))
+    rollout = made(model.config, (1, 2, 2)).phases["rollout"]
+    # Of two devices' sequences, and each prompt's; of one of two heads.
+    assert rollout["states"] == sum(sizes) // 4 * 5 // 4
+    keys = 2 * cache.keys.size * 4
+    assert rollout["own keys and values"] == keys // 4
+    narrow = dataclasses.replace(model.config, dtype="bfloat16")
+    # Memories stay float32.
+    memory = cache.state.memory.size * 4 // 4 * 5 // 4
+    half = made(narrow, (1, 2, 2)).phases["rollout"]["states"]
+    assert half == memory + (rollout["states"] - memory) // 2
+
+
 # Keys and values of a token: two layers, two heads of width 8, float32.
 TOKEN = 2 * 2 * 2 * 8 * 4
 

@@ -373,3 +373,10 @@ def test_one_that_goes_on_and_waits_is_not_lost_where_the_plan_is_saved():
     other.restore(plan.state(), going=[0, 1])
     assert other.admit(0) == [[]]
     assert other.held.tolist() == [[0, 1]]
+
+
+def test_states_follow_their_slots(hybrid_policy):
+    """Slots that are refilled, a ring that grows, fewer slots, tokens run at once."""
+    drawn = draw(hybrid_policy, others(), slots=5)
+    assert_ends(drawn)
+    assert_scored(hybrid_policy, drawn)

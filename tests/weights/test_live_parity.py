@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.config import SamplingConfig
+from grpo_jax.models._delta import chunked_delta_rule, delta_rule
 from grpo_jax.rollout.generate import generate
 from grpo_jax.weights import _safetensors as our_safetensors
 from grpo_jax.weights import load_pretrained, save_pretrained
@@ -196,3 +197,30 @@ def test_transformers_reads_an_export_as_the_same_model(
         for place in (live.folder, out)
     )
     assert exported == source
+
+
+@pytest.mark.parametrize("rule", [delta_rule, chunked_delta_rule])
+def test_the_delta_rule_is_that_of_transformers(rule):
+    torch = pytest.importorskip("torch")
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as theirs
+
+    random = np.random.default_rng(0)
+    draw = lambda *shape: random.standard_normal(shape).astype(np.float32)  # noqa: E731
+    queries, keys, values = draw(2, 70, 2, 6), draw(2, 70, 2, 6), draw(2, 70, 4, 5)
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    rest = -np.abs(draw(2, 70, 4)), 1.0 / (1.0 + np.exp(-draw(2, 70, 4)))
+    memory = draw(2, 4, 6, 5)
+    # Theirs divide queries by the root of their width.
+    given = queries * 6**-0.5, keys, values, *rest, memory
+    found = jax.jit(rule)(*map(jnp.asarray, given))
+    for their_rule in (
+        theirs.torch_chunk_gated_delta_rule,
+        theirs.torch_recurrent_gated_delta_rule,
+    ):
+        expected = their_rule(
+            *map(torch.tensor, (queries, keys, values, *rest)),
+            initial_state=torch.tensor(memory),
+            output_final_state=True,
+        )
+        for ours, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, other.numpy(), atol=2e-5)

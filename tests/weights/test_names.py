@@ -25,6 +25,13 @@ MIXTRAL = {
     "model_type": "mixtral",
     "num_local_experts": 5,
 }
+QWEN3_5 = {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 
 
 @dataclasses.dataclass
@@ -67,8 +74,9 @@ def tensors(untied):
         MIXTRAL,
         {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"},
         PHI3,
+        QWEN3_5,
     ],
-    ids=["plain", "tied", "biases", "gemma3", "mixtral", "olmo2", "phi3"],
+    ids=["plain", "tied", "biases", "gemma3", "mixtral", "olmo2", "phi3", "qwen3_5"],
 )
 def test_the_table_has_exactly_the_parameters_of_the_decoder(options, tools):
     config = ModelConfig.from_hf({**tools.HF, **options})
@@ -85,7 +93,7 @@ def test_every_tensor_is_named_once_in_both_formats(table):
         assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("options", [{"attention_bias": True}, MIXTRAL, PHI3])
+@pytest.mark.parametrize("options", [{"attention_bias": True}, MIXTRAL, PHI3, QWEN3_5])
 def test_a_part_of_a_parameter_is_that_part_of_the_whole(options, tools):
     config = ModelConfig.from_hf({**tools.HF, **options})
     params = tools.random_params(config)
@@ -93,7 +101,7 @@ def test_a_part_of_a_parameter_is_that_part_of_the_whole(options, tools):
     tensors = {name: ArrayTensor(values) for name, values in pairs}
     whole = tools.flatten(params)
     for row in parameter_table(config):
-        part = tuple(slice(1, n - 1) if n > 2 else slice(1, 2) for n in row.shape)
+        part = tuple(slice(n // 2, max(n - 1, n // 2 + 1)) for n in row.shape)
         values = read_parameter(row, tensors, part, dtype=np.dtype(np.float32))
         np.testing.assert_array_equal(values, np.asarray(whole[row.path])[part])
 

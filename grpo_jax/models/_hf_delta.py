@@ -1,0 +1,65 @@
+"""Reading and writing the keys of `config.json` about layers without attention."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_jax.models._delta import DeltaConfig
+from grpo_jax.models._hf_rope import FULL
+
+LINEAR = "linear_attention"
+# The field of a DeltaConfig that each key holds.
+_FIELDS = {
+    "linear_num_key_heads": "key_heads",
+    "linear_num_value_heads": "value_heads",
+    "linear_key_head_dim": "key_dim",
+    "linear_value_head_dim": "value_dim",
+    "linear_conv_kernel_dim": "kernel",
+}
+
+
+def read_delta(values: Mapping[str, Any]) -> DeltaConfig | None:
+    """The settings of these layers; None of an architecture that has none.
+
+    Raises:
+        ValueError: by key, for layers of another kind, and sizes that do not fit.
+    """
+    if not _FIELDS.keys() <= values.keys():
+        return None
+    count, kinds = values["num_hidden_layers"], values["layer_types"]
+    if kinds is None:
+        every = values["full_attention_interval"]
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(
+                "config.json: full_attention_interval must be a positive whole number, "
+                f"got {every!r}"
+            )
+        kinds = [LINEAR if (i + 1) % every else FULL for i in range(count)]
+    if set(kinds) - {FULL, LINEAR} or len(kinds) != count:
+        raise ValueError(
+            f"config.json: layer_types must have {count} entries, each {FULL!r} or "
+            f"{LINEAR!r}; got {kinds}"
+        )
+    sizes: dict[str, Any] = {field: values[key] for key, field in _FIELDS.items()}
+    try:
+        return DeltaConfig(layers=tuple(kind == LINEAR for kind in kinds), **sizes)
+    except ValueError as error:
+        raise ValueError(
+            f"config.json: layer_types and {', '.join(_FIELDS)}: {error}"
+        ) from error
+
+
+def attention_types(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys as those of a model in which all layers have attention to all tokens."""
+    delta = _FIELDS.keys() <= values.keys()
+    return {**values, "layer_types": None} if delta else values
+
+
+def write_delta(delta: DeltaConfig | None) -> dict[str, Any]:
+    """The keys that `read_delta` reads."""
+    if delta is None:
+        return {}
+    sizes = {"key_heads": delta.key_heads, "value_heads": delta.value_heads}
+    sizes |= {"key_dim": delta.key_dim, "value_dim": delta.value_dim}
+    sizes |= {"kernel": delta.kernel}
+    kinds = [LINEAR if memory else FULL for memory in delta.layers]
+    return {key: sizes[f] for key, f in _FIELDS.items()} | {"layer_types": kinds}
