@@ -17,6 +17,7 @@ import numpy as np
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.families import FAMILIES
 from grpo_jax.models.rope import RopeConfig, inverse_frequencies
+from grpo_jax.weights._gguf_file import StoredTensor, read_file
 from grpo_jax.weights._gguf_tokenizer import stop_ids
 from grpo_jax.weights._names import Tensor, parameter_table
 
@@ -69,26 +70,27 @@ class GgufModel:
 class _GgufTensor:
     """A tensor of a memory-mapped GGUF file."""
 
-    data: Any  # the reader's record
+    data: StoredTensor
     file: str
     rotary_heads: int | None  # heads whose rows are in rotary pairs
     shifted: bool  # a norm that is stored as 1 + w
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self.data.shape))
+        return self.data.shape
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        import gguf
-
-        kind = self.data.tensor_type
+        # Heads are reordered whole; of other matrices only the rows asked for are read.
+        part = self.rotary_heads is None and len(self.shape) == 2
         try:
-            values = gguf.dequantize(self.data.data, kind).reshape(self.shape)
+            values = self.data.values(index[0]) if part else self.data.values()
         except NotImplementedError as error:
             raise ValueError(
-                f"{self.data.name} in {self.file} has type {kind.name}, which cannot "
-                "be dequantized; use a file in F16, BF16, F32, Q8_0 or Q4_K_M"
+                f"{self.data.name} in {self.file} has type {self.data.kind}, which "
+                "cannot be dequantized; use a file in F16, BF16, F32, Q8_0 or Q4_K_M"
             ) from error
+        if part:
+            return values[:, index[1]]
         if self.rotary_heads is not None:
             # Rows (pair, first or second) of a head become (first or second, pair).
             pairs = values.reshape(self.rotary_heads, -1, 2, *values.shape[1:])
@@ -138,24 +140,21 @@ def open_gguf(path: pathlib.Path) -> GgufModel:
     return GgufModel(config=config, tensors=tensors, fields=fields)
 
 
-def _read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """The fields of a file, and its tensors by name, unread."""
-    import gguf
-
     try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
+        fields, stored = read_file(path)
+    except ValueError as error:
         raise ValueError(
             f"{path} is not a complete GGUF file ({error}); download or copy it again"
         ) from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
     # Numbers are stored in float32: 1e-5 means that, not 9.999999747378752e-06.
     fields |= {
         name: float(str(np.float32(value)))
         for name, value in fields.items()
         if isinstance(value, float)
     }
-    return fields, {tensor.name: tensor for tensor in reader.tensors}
+    return fields, stored
 
 
 def _hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +177,7 @@ def _hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
     hf = {
         "architectures": [_ARCHITECTURES[name]],
         "model_type": FAMILIES[_ARCHITECTURES[name]].model_type,
-        "vocab_size": int(stored["token_embd.weight"].shape[1]),
+        "vocab_size": stored["token_embd.weight"].shape[0],
         "hidden_size": width,
         "intermediate_size": own["feed_forward_length"],
         "num_hidden_layers": own["block_count"],
@@ -269,7 +268,7 @@ def _rope_scaling(
         # Llama 3.1, of which the file has the frequency divisors alone. The largest is
         # the factor. The other settings are taken to be those of all Llama 3 models,
         # which must give the divisors back.
-        factors = stored[_ROPE_FACTORS].data
+        factors = stored[_ROPE_FACTORS].values()
         scaling = {
             "factor": float(factors.max()),
             "low_freq_factor": 1.0,

@@ -338,7 +338,9 @@ def _load_parameter(
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
     if sharding is None:
-        return jnp.asarray(read_parameter(parameter, tensors, dtype=dtype))
+        values = read_parameter(parameter, tensors, dtype=dtype)
+        # Nothing else refers to this memory. A copy would need twice as much of it.
+        return jax.device_put(values, may_alias=True)
     parts: dict[tuple, np.ndarray] = {}
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
