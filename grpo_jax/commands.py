@@ -44,8 +44,9 @@ def evaluate(
     Args:
       run_dir: directory of the run that is evaluated.
       model: hub name, folder, .gguf file or embedded, instead of a run.
-      task: arithmetic, gsm8k, reasoning_gym:NAME or a .jsonl file; by default that of
-        the run, or arithmetic for a model, or the prompts of the environment.
+      task: arithmetic, gsm8k, gsm8k:boxed, reasoning_gym:NAME or a .jsonl file; by
+        default that of the run, or arithmetic for a model, or the prompts of the
+        environment.
       data: local file or folder with the task's rows; by default that of the run.
       step: the checkpoint of the run, or best; by default the newest.
       prompts: number of held-out prompts; by default all, or 100 of an environment.
@@ -58,8 +59,8 @@ def evaluate(
         128. Fewer need less memory. Completions of one prompt stay together.
       seed: seed of the sampling, and of episodes.
       out: also write the JSON to this file.
-      completions: write every completion and its result to this .jsonl file, those of
-        several turns as lists of messages.
+      completions: write every completion, whether it was cut and its result to this
+        .jsonl file, those of several turns as lists of messages.
       tools: functions that the policy may call, each package.module:NAME or
         path/to/file.py:NAME.
       environment: class or function that makes environments to play in, named alike.

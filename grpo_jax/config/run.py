@@ -207,7 +207,8 @@ class TrainConfig(Section):
     """
 
     model: Text = EMBEDDED  # hub name, folder, .gguf file, or the embedded model
-    task: Text = "arithmetic"  # arithmetic, gsm8k, reasoning_gym:NAME or a .jsonl file
+    # arithmetic, gsm8k, gsm8k:boxed, reasoning_gym:NAME or a .jsonl file
+    task: Text = "arithmetic"
     data: str | None = None  # local file or folder with the task's rows
     run_dir: str | None = None  # where the run is stored; None: runs/<task>
     steps: Count = UNSET  # rollouts, each followed by its updates

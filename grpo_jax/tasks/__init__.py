@@ -19,7 +19,7 @@ from grpo_jax.tasks.reasoning_gym import reasoning_gym_task
 
 __all__ = ["RewardFunction", "Task", "load_task", "task_from_rows"]
 
-_CHOICES = ("arithmetic", "gsm8k", "reasoning_gym:NAME", "FILE.jsonl")
+_CHOICES = ("arithmetic", "gsm8k", "gsm8k:boxed", "reasoning_gym:NAME", "FILE.jsonl")
 
 
 def names_file(task: str) -> bool:
@@ -28,23 +28,24 @@ def names_file(task: str) -> bool:
 
 
 def load_task(name: str, *, data: str | None = None, seed: int = 0) -> Task:
-    """Returns the task of that name.
+    r"""Returns the task of that name.
 
-    `arithmetic`, `gsm8k`, `reasoning_gym:NAME`, or the path of a `.jsonl` file or of a
-    folder with `train.jsonl`. `data` is the local file or folder that GSM8K reads;
+    `arithmetic`, `gsm8k`, `gsm8k:boxed` (the same with answers in `\boxed{}`),
+    `reasoning_gym:NAME`, or the path of a `.jsonl` file or of a folder with
+    `train.jsonl`. `data` is the local file or folder that GSM8K reads;
     `seed` decides which problems reasoning_gym makes. Raises `ValueError` for an
     unknown name, rows that cannot be read, a missing library, or `data` with a task
     that takes none.
     """
-    if data is not None and name != "gsm8k":
+    if data is not None and name not in ("gsm8k", "gsm8k:boxed"):
         raise ValueError(
             f"task {name!r} takes no data, got {data!r}; only gsm8k does. For your own "
             "rows give the .jsonl file as the task."
         )
     if name == "arithmetic":
         return arithmetic_task()
-    if name == "gsm8k":
-        return gsm8k_task(data)
+    if name in ("gsm8k", "gsm8k:boxed"):
+        return gsm8k_task(data, boxed=name == "gsm8k:boxed")
     kind, _, rest = name.partition(":")
     if kind == "reasoning_gym":
         return reasoning_gym_task(rest, seed=seed)

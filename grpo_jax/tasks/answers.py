@@ -19,6 +19,8 @@ from grpo_jax.tasks._numbers import (
 # `####` with digits after it in its line; without digits it is a heading.
 _MARK = re.compile(r"####[ \t]*+(?=[^\n#\d]*+\d)")
 _DIGIT = re.compile(r"\d")
+_BOX = "\\boxed{"
+_BRACE = re.compile(r"(?<!\\)[{}]")
 _LONGEST_WORD = 1000
 _MARKS = " \t*_`$"  # of bold, code and mathematics around an answer
 # What may follow a number that is a whole text.
@@ -41,6 +43,26 @@ def marked_number(text: str) -> Fraction | None:
     end = text.find("\n", found.end)
     rest = text[found.end : len(text) if end < 0 else end]
     return None if _DIGIT.search(rest) else found.value
+
+
+def boxed_number(text: str) -> Fraction | None:
+    r"""The number in the last `\boxed{...}` of the text, or None.
+
+    It must be the first thing in the box, and the only number there; words such as a
+    unit may follow. A box that is not closed has none.
+    """
+    start = text.rfind(_BOX)
+    if start < 0:
+        return None
+    start, depth = start + len(_BOX), 1
+    for brace in _BRACE.finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
+        if not depth:
+            content = typeset(text[start : brace.start()]).strip()
+            found = expression_at(content, 0)
+            alone = found is not None and not _DIGIT.search(content, found.end)
+            return found.value if found is not None and alone else None
+    return None
 
 
 def last_number(text: str) -> Fraction | None:

@@ -11,7 +11,12 @@ from typing import Any
 
 from grpo_jax.tasks._numbers import number_text
 from grpo_jax.tasks._rows import FileRows, Row, place
-from grpo_jax.tasks.answers import last_number, marked_number, parse_number
+from grpo_jax.tasks.answers import (
+    boxed_number,
+    last_number,
+    marked_number,
+    parse_number,
+)
 from grpo_jax.tasks.base import Task, completion_text, per_completion
 from grpo_jax.tasks.jsonl import read_splits
 
@@ -19,63 +24,84 @@ INSTRUCTION = (
     "Solve the problem step by step. "
     'Then write the final answer as a number after "####".'
 )
+# What rows have as `mark` where the answer is asked for in a box.
+_BOX = r"\boxed{}"
+_BOXED = INSTRUCTION.replace('after "####"', f"within {_BOX}")
 _HUB_NAME = "openai/gsm8k"
 
 
-def gsm8k_task(data: str | None) -> Task:
-    """Returns GSM8K from a folder with `train.jsonl` and `test.jsonl`, or from a file.
+def gsm8k_task(data: str | None, *, boxed: bool = False) -> Task:
+    r"""Returns GSM8K from a folder with `train.jsonl` and `test.jsonl`, or from a file.
 
     Without `data` it is downloaded from the hub, which needs the extra `hub`. Prompts
     are one user message; the columns are `question` and `answer`, the gold number. The
     default weights make the right answer worth ten times the format.
+
+    The prompt asks for the answer after `####`, and only there it counts. With `boxed`,
+    both is so of `\boxed{}`, which models that were trained on mathematics write.
     """
     train, test, held_out = _from_hub() if data is None else read_splits(data)
     return Task(
-        name="gsm8k",
-        train=_rows(train),
-        test=_rows(test),
+        name="gsm8k:boxed" if boxed else "gsm8k",
+        train=_rows(train, boxed=boxed),
+        test=_rows(test, boxed=boxed),
         held_out=held_out,
         rewards=(accuracy_reward, format_reward),
         reward_weights=(1.0, 0.1),
         is_correct=is_correct,
         is_correct_lenient=is_correct_lenient,
-        answer=lambda text, row: _vote(marked_number(text)),
+        answer=lambda text, row: _vote(_marked(text, row.get("mark"))),
         answer_lenient=lambda text, row: _vote(last_number(text)),
     )
 
 
 @per_completion
 def accuracy_reward(
-    prompts: list, completions: list, answer: list[str], **columns: Any
+    prompts: list,
+    completions: list,
+    answer: list[str],
+    mark: list[str] | None = None,
+    **columns: Any,
 ) -> list[float]:
-    """1.0 where the number after the last `####` is the gold answer, else 0.0."""
+    """1.0 where the marked number is the gold answer, else 0.0.
+
+    It follows the last `####`, or is in the last box of a row whose `mark` is the box.
+    """
+    marks = mark or [None] * len(completions)
     return [
-        float(is_correct(completion_text(completion), {"answer": gold}))
-        for completion, gold in zip(completions, answer, strict=True)
+        float(is_correct(completion_text(completion), {"answer": gold, "mark": kind}))
+        for completion, gold, kind in zip(completions, answer, marks, strict=True)
     ]
 
 
 @per_completion
-def format_reward(prompts: list, completions: list, **columns: Any) -> list[float]:
-    """1.0 where the end of a completion has `####` and a number, right or wrong."""
+def format_reward(
+    prompts: list, completions: list, mark: list[str] | None = None, **columns: Any
+) -> list[float]:
+    """1.0 where a completion has a marked number, right or wrong, else 0.0."""
+    marks = mark or [None] * len(completions)
     return [
-        float(marked_number(completion_text(completion)) is not None)
-        for completion in completions
+        float(_marked(completion_text(completion), kind) is not None)
+        for completion, kind in zip(completions, marks, strict=True)
     ]
 
 
 def is_correct(completion: str, row: Mapping[str, Any]) -> bool:
-    """Whether the number after the last `####` is the row's answer."""
-    return _equal(marked_number(completion), row["answer"])
+    """Whether the marked number, as in `accuracy_reward`, is the row's answer."""
+    return _equal(_marked(completion, row.get("mark")), row["answer"])
 
 
 def is_correct_lenient(completion: str, row: Mapping[str, Any]) -> bool:
     """Whether the last number of the completion is the row's answer.
 
-    For models that were not taught the format: it counts answers without `####`, and
+    For models that were not taught the format: it counts answers without a mark, and
     also numbers that were never meant as one.
     """
     return _equal(last_number(completion), row["answer"])
+
+
+def _marked(text: str, mark: str | None) -> Fraction | None:
+    return boxed_number(text) if mark == _BOX else marked_number(text)
 
 
 def _equal(found: Fraction | None, gold: str) -> bool:
@@ -87,9 +113,9 @@ def _vote(found: Fraction | None) -> str | None:
     return None if found is None else number_text(found)
 
 
-def _rows(items: Sequence[Row]) -> Sequence[Row]:
+def _rows(items: Sequence[Row], *, boxed: bool) -> Sequence[Row]:
     rows = [
-        _row(item, where=place(items, number, name=_HUB_NAME))
+        _row(item, boxed=boxed, where=place(items, number, name=_HUB_NAME))
         for number, item in enumerate(items)
     ]
     if isinstance(items, FileRows):
@@ -97,7 +123,7 @@ def _rows(items: Sequence[Row]) -> Sequence[Row]:
     return rows
 
 
-def _row(item: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+def _row(item: Mapping[str, Any], *, boxed: bool, where: str) -> dict[str, Any]:
     for name in ("question", "answer"):
         if not isinstance(item.get(name), str) or not item[name]:
             found = reprlib.repr(item[name]) if name in item else "none"
@@ -113,8 +139,10 @@ def _row(item: Mapping[str, Any], *, where: str) -> dict[str, Any]:
             f"{where} has no number after '####' in its answer, or more than one: "
             f"{(mark + end)[-60:]!r}; write one number there, such as #### 3.5."
         )
-    prompt = [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}]
-    return {"prompt": prompt, "question": question, "answer": number_text(gold)}
+    instruction = _BOXED if boxed else INSTRUCTION
+    prompt = [{"role": "user", "content": f"{question}\n\n{instruction}"}]
+    row = {"prompt": prompt, "question": question, "answer": number_text(gold)}
+    return row | {"mark": _BOX} if boxed else row
 
 
 def _from_hub() -> tuple[Any, Any, str]:

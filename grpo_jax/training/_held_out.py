@@ -197,12 +197,15 @@ def complete_share(
         **options,
     )
     ids = unpad(np.asarray(sampled.tokens), np.asarray(sampled.lengths))
+    cut = ~np.asarray(sampled.finished)
     if playing is None:
         texts = [[tokenizer.decode(one) for one in group] for group in ids]
-        return Completed(texts=texts, ids=ids)
+        return Completed(texts=texts, ids=ids, cut=cut)
+    cut |= playing.is_cut().reshape(cut.shape)
     return Completed(
         texts=playing.last_turns(),
         ids=ids,
         completions=playing.completions(),
         played=playing.finish(),
+        cut=cut,
     )

@@ -26,12 +26,15 @@ class Completed:
       texts: what is judged: the completion; of an episode the policy's last turn.
       completions: what reward functions see, where that differs from the texts.
       played: what the environments did; None without them.
+      cut: whether the limit of tokens ended a completion, or dropped an answer of its
+        environment.
     """
 
     texts: list[list[str]]
     ids: list[list[list[int]]]
     completions: list[list[Any]] | None = None
     played: Played | None = None
+    cut: Bool[np.ndarray, "N S"] | None = None
 
 
 def has_ground_truth(task: Task) -> bool:

@@ -112,12 +112,15 @@ def evaluate(
         if host is not None:
             scores = _rewards(own, task, rewards or RewardsConfig(), batch_size)
         completed = own.gathered()
-    result = Evaluation(completions=completed.seen, prompts=completed.prompts)
+    result = Evaluation(completions=completed.seen)
     if has_ground_truth(task):
-        judged = judge(completed, rows, task)
-        result = dataclasses.replace(
-            judged, completions=completed.seen, prompts=completed.prompts
-        )
+        result = judge(completed, rows, task)
+    result = dataclasses.replace(
+        result,
+        completions=completed.seen,
+        prompts=completed.prompts,
+        cut=completed.cut,
+    )
     if scores is None:
         return result
     return dataclasses.replace(
@@ -225,11 +228,15 @@ class _Own(Completed):
     def gathered(self) -> "_Gathered":
         """The same of all processes."""
         texts, ids = meshes.gather_lists(self.texts), meshes.gather_lists(self.ids)
+        cut = None
+        if self.cut is not None:
+            cut = np.array(meshes.gather_lists(self.cut.tolist()))
         if self.completions is None or self.played is None:
-            return _Gathered(texts, ids, seen=texts)
+            return _Gathered(texts, ids, cut=cut, seen=texts)
         return _Gathered(
             texts,
             ids,
+            cut=cut,
             seen=meshes.gather_lists(self.completions),
             prompts=meshes.gather_lists([row["prompt"] for row in self.rows]),
             counts=meshes.gather_rows(self.played.counts),
@@ -312,7 +319,7 @@ def _complete_own(
         batch_size=batch_size,
         playing=playing,
     )
-    return _Own(own.texts, own.ids, own.completions, own.played, rows=own_rows)
+    return _Own(own.texts, own.ids, own.completions, own.played, own.cut, rows=own_rows)
 
 
 def _rewards(

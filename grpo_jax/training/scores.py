@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from grpo_jax.reporting.metrics import episode_metrics
+from grpo_jax.reporting.metrics import CLIPPED_RATIO, episode_metrics
 from grpo_jax.tasks.base import Row
 
 
@@ -33,6 +33,7 @@ class Evaluation:
         rewards were not computed.
       played: what tools and environments did, ``[prompts, samples]`` counts by name.
       prompts: what the policy saw, where that is not the prompts of the rows.
+      cut: ``[prompts, samples]`` whether the limit of tokens ended a completion.
     """
 
     completions: Sequence[Sequence[Any]]
@@ -42,6 +43,7 @@ class Evaluation:
     rewards: Float[np.ndarray, "N S"] | None = None
     played: Mapping[str, np.ndarray] = field(default_factory=dict)
     prompts: Sequence[Any] | None = None
+    cut: Bool[np.ndarray, "N S"] | None = None
 
     @property
     def accuracy(self) -> float:
@@ -91,11 +93,14 @@ class Evaluation:
         ``pass@k`` for k = 1, 2, 4 and so on, and ``majority@n``, where there are
         several samples; ``lenient`` holds the same for the lenient reading. Standard
         errors are those of a mean over prompts: null for a single prompt.
+        ``completions/clipped_ratio`` is the share of completions that were cut.
         """
         counts = {"prompts": len(self.completions), "samples": self._samples}
+        cut = {} if self.cut is None else {CLIPPED_RATIO: float(self.cut.mean())}
         lenient = {} if self.lenient is None else {"lenient": self.lenient._numbers()}
         rights = {} if self.correct is None else self._numbers()
-        return counts | rights | lenient | self._of_rewards() | self._of_episodes()
+        other = self._of_rewards() | self._of_episodes()
+        return counts | cut | rights | lenient | other
 
     @property
     def _samples(self) -> int:
@@ -118,14 +123,17 @@ class Evaluation:
     def records(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         """A JSON object per completion: prompt, text, answer found, right or wrong.
 
-        Where there are any, also the reward and the counts of the episode; the text is
-        then a list of messages.
+        Where it is known, also whether the completion was cut. Where there are any,
+        also the reward and the counts of the episode; the text is then a list of
+        messages.
         """
         for number, group in enumerate(self.completions):
             for sample, text in enumerate(group):
                 seen = self.prompts
                 prompt = rows[number]["prompt"] if seen is None else seen[number]
                 record = {"prompt": prompt, "completion": text}
+                if self.cut is not None:
+                    record["cut"] = bool(self.cut[number, sample])
                 if self.correct is not None:
                     record |= self._verdict(number, sample)
                 if self.rewards is not None:

@@ -21,6 +21,7 @@ from grpo_jax.weights._gguf_config import (
     as_written,
     hf_config,
 )
+from grpo_jax.weights._gguf_file import StoredTensor, read_file
 from grpo_jax.weights._names import Tensor, parameter_table
 
 # The name of a part: "model-00001-of-00003.gguf".
@@ -40,26 +41,27 @@ class GgufModel:
 class _GgufTensor:
     """A tensor of a memory-mapped GGUF file."""
 
-    data: Any  # the reader's record
+    data: StoredTensor
     file: str  # of several, that of the tensor
     rotary_heads: int | None  # heads whose rows are in rotary pairs
     shifted: bool  # a norm that is stored as 1 + w
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self.data.shape))
+        return self.data.shape
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        import gguf
-
-        kind = self.data.tensor_type
+        # Heads are reordered whole; of other matrices only the rows asked for are read.
+        part = self.rotary_heads is None and len(self.shape) == 2
         try:
-            values = gguf.dequantize(self.data.data, kind).reshape(self.shape)
+            values = self.data.values(index[0]) if part else self.data.values()
         except NotImplementedError as error:
             raise ValueError(
-                f"{self.data.name} in {self.file} has type {kind.name}, which cannot "
-                "be dequantized; use a file in F16, BF16, F32, Q8_0 or Q4_K_M"
+                f"{self.data.name} in {self.file} has type {self.data.kind}, which "
+                "cannot be dequantized; use a file in F16, BF16, F32, Q8_0 or Q4_K_M"
             ) from error
+        if part:
+            return values[:, index[1]]
         if self.rotary_heads is not None:
             # Rows (pair, first or second) of a head become (first or second, pair).
             pairs = values.reshape(self.rotary_heads, -1, 2, *values.shape[1:])
@@ -109,24 +111,21 @@ def open_gguf(path: pathlib.Path) -> GgufModel:
     return GgufModel(config=config, tensors=tensors, fields=fields)
 
 
-def _read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """The fields of a file, and its tensors by name, unread."""
-    import gguf
-
     try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
+        fields, stored = read_file(path)
+    except ValueError as error:
         raise ValueError(
             f"{path} is not a complete GGUF file ({error}); download or copy it again"
         ) from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
     fields |= {n: as_written(v) for n, v in fields.items() if isinstance(v, float)}
-    return fields, {tensor.name: tensor for tensor in reader.tensors}
+    return fields, stored
 
 
 def _read_parts(
-    path: pathlib.Path, fields: Mapping[str, Any], stored: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, str]]:
+    path: pathlib.Path, fields: Mapping[str, Any], stored: Mapping[str, StoredTensor]
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of all parts, by name, and the file of each.
 
     The first part has all fields. The others say which part they are.

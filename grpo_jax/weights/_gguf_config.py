@@ -12,6 +12,7 @@ import numpy as np
 
 from grpo_jax.models.families import FAMILIES
 from grpo_jax.models.rope import RopeConfig, inverse_frequencies
+from grpo_jax.weights._gguf_file import StoredTensor
 from grpo_jax.weights._gguf_tokenizer import stop_ids
 
 # Architecture of a file -> class of Hugging Face.
@@ -64,7 +65,9 @@ _IGNORED = frozenset(
 _KINDS = {True: "sliding_attention", False: "full_attention"}
 
 
-def hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+def hf_config(
+    fields: Mapping[str, Any], stored: Mapping[str, StoredTensor]
+) -> dict[str, Any]:
     """Returns the `config.json` of a file's fields and its tensors by name.
 
     Raises:
@@ -96,7 +99,7 @@ def hf_config(fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str,
     hf = {
         "architectures": [architecture],
         "model_type": FAMILIES[architecture].model_type,
-        "vocab_size": int(stored["token_embd.weight"].shape[1]),
+        "vocab_size": stored["token_embd.weight"].shape[0],
         "hidden_size": width,
         "intermediate_size": own.pop("feed_forward_length"),
         "num_hidden_layers": own.pop("block_count"),
@@ -185,7 +188,7 @@ def _check_unread(name: str, left: Mapping[str, Any], head_dim: int) -> None:
 
 
 def _rotary(
-    own: dict[str, Any], hf: dict[str, Any], stored: Mapping[str, Any]
+    own: dict[str, Any], hf: dict[str, Any], stored: Mapping[str, StoredTensor]
 ) -> dict[str, Any]:
     """The rotary settings; every field whose name begins with `rope` is taken."""
     family = FAMILIES[hf["architectures"][0]]
@@ -221,7 +224,7 @@ def _rotary(
 def _scaling(
     own: dict[str, Any],
     hf: Mapping[str, Any],
-    stored: Mapping[str, Any],
+    stored: Mapping[str, StoredTensor],
     trained: int | None,
 ) -> dict[str, Any] | None:
     # A factor without a kind scales linearly, and so does the older of its two names.
@@ -236,7 +239,7 @@ def _scaling(
             "rope_type": "longrope",
             "original_max_position_embeddings": trained,
             "attention_factor": own.pop("rope.scaling.attn_factor", 1.0),
-            **{key: as_written(stored[name].data) for key, name in lists.items()},
+            **{key: as_written(stored[name].values()) for key, name in lists.items()},
         }
     if kind == "none" or (factor == 1.0 and kind != "longrope"):
         return None
@@ -268,13 +271,15 @@ def _yarn_scaling(
     }
 
 
-def _llama3_scaling(hf: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+def _llama3_scaling(
+    hf: Mapping[str, Any], stored: Mapping[str, StoredTensor]
+) -> dict[str, Any]:
     """Llama 3.1, of which the file has the frequency divisors alone.
 
     The largest is the factor. The other settings are taken to be those of all Llama 3
     models, which must give the divisors back.
     """
-    factors = stored[_LLAMA3].data
+    factors = stored[_LLAMA3].values()
     scaling = {
         "factor": float(factors.max()),
         "low_freq_factor": 1.0,

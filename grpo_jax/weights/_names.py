@@ -6,7 +6,9 @@ per layer; the tree holds them as [in, out] with the layers stacked on axis 0.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +24,11 @@ from grpo_jax.weights._name_tables import (
     GGUF_NORMS,
     NORMS,
 )
+
+# Tensors that are read at once; NumPy converts them without the lock of Python.
+_READERS = 4
+# Bytes at which the memory of a parameter begins. JAX takes such memory over on a CPU.
+_ALIGNMENT = 64
 
 
 class Tensor(Protocol):
@@ -138,12 +145,24 @@ def read_parameter(
         for part, size in zip(index, parameter.shape, strict=True)
     )
     stack, own = bounds[: parameter.stacked], bounds[parameter.stacked :]
-    values = np.empty([part.stop - part.start for part in bounds], dtype)
+    values = _aligned([part.stop - part.start for part in bounds], dtype)
     names = np.reshape(parameter.names, parameter.shape[: parameter.stacked])[stack]
-    for piece, name in zip(_pieces(values, parameter), names.flat, strict=True):
+
+    def fill(piece: np.ndarray, name: str) -> None:
         part = tensors[name].read(parameter.block(own))
         piece[...] = part.T if parameter.transposed else part
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for _ in pool.map(fill, _pieces(values, parameter), names.flat):
+            pass
     return values
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def parameter_tensors(

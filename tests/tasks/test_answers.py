@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from grpo_jax.tasks.answers import (
     _normalized,
     answer_like,
+    boxed_number,
     canonical,
     last_answer,
     last_number,
@@ -58,6 +59,31 @@ def test_the_marked_number_follows_the_last_mark(text, number):
 @pytest.mark.parametrize(
     ("text", "number"),
     [
+        (r"so \(\boxed{18}\).", 18),
+        (r"\boxed{1} no, \boxed{2}, for 3 * 4", 2),
+        (r"\boxed{ \$1,200 }", 1200),
+        (r"\boxed{-3 \text{ dollars}}", -3),
+        (r"\boxed{\frac{7}{2}}", "3.5"),
+        (r"\boxed{\boxed{18}}", 18),
+        (r"\boxed{\{18\}}", None),  # a set
+        (r"\boxed{x = 18}", None),
+        (r"\boxed{18 of 20}", None),
+        (r"\boxed{10:30}", None),
+        (r"\boxed{1.8 million}", None),
+        (r"\boxed{eighteen} 18", None),
+        (r"\boxed{18", None),
+        (r"\boxed{}", None),
+        ("18", None),
+    ],
+)
+def test_the_boxed_number_is_that_of_the_last_box(text, number):
+    expected = None if number is None else Decimal(number)
+    assert boxed_number(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
         ("3 and then 4", 4),
         ("It costs $1,200.", 1200),
         ("-5", -5),
@@ -88,6 +114,7 @@ def test_numbers_survive_commas_marks_and_signs(value):
 @given(st.text(alphabet="#0123456789,.$- \n<answer>/", max_size=400))
 def test_any_text_is_read_without_an_exception(text):
     marked_number(text), last_number(text), parse_number(text), tagged_answer(text)
+    boxed_number(rf"\boxed{{{text}")
 
 
 @pytest.mark.parametrize(
@@ -103,12 +130,14 @@ def test_any_text_is_read_without_an_exception(text):
         "answer ",
         "a_1 ",
         "\u2212",
+        "\\boxed{",
+        "{",
     ],
 )
 def test_a_long_hostile_text_takes_time_in_proportion(hostile):
     # Of quadratic time none of this would end.
     text = "#### " + hostile * (100_000 // len(hostile)) + "x"
-    assert marked_number(text) is None
+    assert marked_number(text) is None is boxed_number(rf"\boxed{{{text}")
     last_number(text), parse_number(text), last_answer(text), _normalized(text)
 
 

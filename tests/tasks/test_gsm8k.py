@@ -52,6 +52,27 @@ def test_every_gold_solution_earns_both_rewards(tmp_path):
     assert format_reward([], completions) == [1.0] * 18
 
 
+def test_the_box_replaces_the_mark_in_prompt_reader_and_rewards(tmp_path):
+    write(tmp_path / "train.jsonl", LINES)
+    write(tmp_path / "test.jsonl", LINES[1:])
+    task = load_task("gsm8k:boxed", data=str(tmp_path))
+    for row in (*task.train, *task.test):
+        content = row["prompt"][0]["content"]
+        assert r"\boxed{}" in content and "####" not in content
+    plain = load_task("gsm8k", data=str(tmp_path))
+    texts = [r"So \boxed{-3}.", "So -3.", "#### -3", r"\boxed{4} or -3"]
+    row = task.test[0]
+    assert [task.is_correct(text, row) for text in texts] == [True, False, False, False]
+    assert [task.answer(text, row) for text in texts] == ["-3", None, None, "4"]
+    for text in texts:
+        assert task.is_correct_lenient(text, row) and plain.is_correct_lenient(
+            text, row
+        )
+    columns = {"answer": ["-3"] * 4, "mark": [row["mark"]] * 4}
+    assert accuracy_reward([], texts, **columns) == [1.0, 0.0, 0.0, 0.0]
+    assert format_reward([], texts, **columns) == [1.0, 0.0, 0.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("answer", "gold"),
     [

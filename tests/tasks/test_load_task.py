@@ -11,7 +11,7 @@ from grpo_jax.tasks.arithmetic import correct
     [
         ("arithmetik", r"Did you mean 'arithmetic'\? Choices: arithmetic, gsm8k"),
         ("gsm8", "Did you mean 'gsm8k'"),
-        ("xyz", r"unknown task 'xyz'\. Choices: arithmetic, gsm8k, reasoning_gym:NAME"),
+        ("xyz", r"unknown task 'xyz'\. Choices: arithmetic, gsm8k, gsm8k:boxed, "),
         ("arithmetic:hard", "unknown task 'arithmetic:hard'"),
         ("", "unknown task ''"),
         ("rows.json", "FILE.jsonl"),

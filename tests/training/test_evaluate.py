@@ -162,11 +162,15 @@ TEXTS += [
     "answer: Nf3",
     "nf3.",
     "(1,2)",
+    r"\boxed{3}",
+    r"\boxed{3.0} 4",
 ]
 
 
 @pytest.mark.parametrize("gold", ["3", "Nf3", "-3"])
-@pytest.mark.parametrize("kind", ["arithmetic", "gsm8k", "rows", "reasoning_gym"])
+@pytest.mark.parametrize(
+    "kind", ["arithmetic", "gsm8k", "gsm8k:boxed", "rows", "reasoning_gym"]
+)
 def test_equal_votes_are_both_right_or_both_wrong(kind, gold, tmp_path):
     if kind == "reasoning_gym":
         pytest.importorskip("reasoning_gym")
@@ -180,7 +184,7 @@ def test_equal_votes_are_both_right_or_both_wrong(kind, gold, tmp_path):
             pytest.skip("its answers are numbers")
         file = tmp_path / "rows.jsonl"
         file.write_text(json.dumps(line))
-        name, data = ("gsm8k", str(file)) if kind == "gsm8k" else (str(file), None)
+        name, data = (kind, str(file)) if kind != "rows" else (str(file), None)
         task = load_task(name, data=data)
     row = dict(task.train[0], answer=gold)
     judged = judge(completed(TEXTS), [row], task)
@@ -257,6 +261,24 @@ def test_greedy_accuracy_of_a_model_that_copies(tiny_policy, copier):
     assert result.correct[:, 0].tolist() == [True, True, False, True, True]
     assert result.accuracy == 0.8
     assert result.completions[2] == ["cccc"]
+
+
+def test_completions_that_the_limit_ended_are_marked(polite_policy):
+    task = make_task(["!"] * 3)
+    rows = [{"prompt": text, "answer": "!"} for text in ("a=", "b", "c=")]
+    result = evaluate(
+        polite_policy.model,
+        polite_policy.params,
+        polite_policy.tokenizer,
+        dataclasses.replace(task, test=rows),
+        max_new_tokens=4,
+    )
+    # It stops after "!", and never after another letter.
+    assert result.cut.tolist() == [[False], [True], [False]]
+    records = list(result.records(rows))
+    assert [record["cut"] for record in records] == [False, True, False]
+    assert records[1]["completion"] == "bbbb"
+    assert result.summary()["completions/clipped_ratio"] == pytest.approx(1 / 3)
 
 
 def test_the_size_of_batches_changes_no_completion(tiny_policy):

@@ -87,6 +87,7 @@ def test_the_summary_has_the_reward_and_the_metrics_of_episodes(drawn):
 def test_each_record_has_the_conversation_and_what_happened(drawn):
     records = [json.loads(json.dumps(record)) for record in drawn.records(())]
     assert len(records) == 10
+    assert drawn.cut[drawn.played["dropped_answers"] > 0].all()
     for record, (n, g) in zip(records, np.ndindex(5, 2), strict=True):
         assert record["prompt"] == drawn.prompts[n]
         assert record["completion"] == drawn.completions[n][g]

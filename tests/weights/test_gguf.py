@@ -14,6 +14,7 @@ from grpo_jax.models.decoder import abstract_params
 from grpo_jax.models.families import FAMILIES
 from grpo_jax.models.rope import RopeConfig, inverse_frequencies
 from grpo_jax.weights import load_pretrained, save_pretrained
+from grpo_jax.weights._gguf_file import StoredTensor, read_file
 from grpo_jax.weights.pretrained import read_model_config
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
@@ -60,6 +61,77 @@ def test_tensors_are_what_their_quantization_keeps(tmp_path, tied, tools, kind):
         kept = gguf.dequantize(gguf.quantize(stored, quantization), quantization)
         kept = kept.swapaxes(-1, -2) if name.endswith("kernel") else kept
         np.testing.assert_array_equal(given[name], kept, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "Q4_K", "Q6_K"])
+def test_any_bytes_are_dequantized_as_by_the_library(kind):
+    import gguf
+
+    named = gguf.GGMLQuantizationType[kind]
+    size, width = gguf.GGML_QUANT_SIZES[named]
+    # More blocks than are dequantized together.
+    shape = 6, 400 * width
+    raw = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    tensor = StoredTensor("x", kind, (6, 400 * size), raw)
+    with np.errstate(all="ignore"):
+        expected = gguf.dequantize(raw, named)
+        np.testing.assert_array_equal(tensor.values(), expected)
+        np.testing.assert_array_equal(tensor.values(slice(1, 4)), expected[1:4])
+
+
+def test_fields_are_those_that_the_library_reads(tmp_path):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    numbers = {"uint8": 200, "int8": -3, "uint16": 60_000, "int16": -300}
+    numbers |= {"uint32": 1 << 31, "int32": -(1 << 30), "float32": 0.1}
+    numbers |= {"uint64": 1 << 63, "int64": -(1 << 62), "float64": 0.1, "bool": True}
+    for kind, value in numbers.items():
+        getattr(writer, f"add_{kind}")(f"llama.{kind}", value)
+    writer.add_string("general.name", "caf\u00e9")
+    for name, values in {
+        "words": ["a", "", "\u4e2d"],
+        "floats": [0.1, -2.5],
+        "whole": [-1, 5],
+        "flags": [True, False],
+    }.items():
+        writer.add_array(f"llama.{name}", values)
+    writer.add_custom_alignment(64)
+    content = np.arange(12, dtype=np.float32).reshape(3, 4)
+    writer.add_tensor("first", content)
+    writer.add_tensor("second", content + 1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    fields, tensors = read_file(tmp_path / "x.gguf")
+    library = gguf.GGUFReader(tmp_path / "x.gguf").fields.items()
+    assert fields == {k: f.contents() for k, f in library if k[:5] != "GGUF."}
+    np.testing.assert_array_equal(tensors["first"].values(), content)
+    np.testing.assert_array_equal(tensors["second"].values(), content + 1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            b"blk.1.attn_q.weight",
+            b"blk.0.attn_q.weight",
+            "has blk.0.attn_q.weight twice",
+        ),
+        (b"GGUF\x03", b"GGUF\x09", "version 9"),
+        (b"GGUF\x03\x00\x00\x00", b"GGUF\x00\x00\x00\x03", "little-endian"),
+    ],
+)
+def test_damaged_records_are_refused_with_the_reason(
+    tmp_path, gguf_path, old, new, message
+):
+    content = gguf_path.read_bytes()
+    assert old in content and len(old) == len(new)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content.replace(old, new, 1))
+    with pytest.raises(ValueError, match=rf"m\.gguf.*{message}"):
+        load_pretrained(path)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])

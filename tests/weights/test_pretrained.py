@@ -121,7 +121,9 @@ def test_the_text_model_is_read_from_a_multimodal_one(
     }
     whole[f"{images}vision_tower.patch_conv.weight"] = np.zeros(1, np.float32)
     whole[f"{images}multi_modal_projector.norm.weight"] = np.zeros(1, np.float32)
-    whole[f"{images}visual.norm.weight"] = whole["mtp.fc.weight"] = np.zeros(1)
+    whole[f"{images}visual.norm.weight"] = whole["mtp.fc.weight"] = np.zeros(
+        1, np.float32
+    )
     safetensors.numpy.save_file(whole, tmp_path / "model.safetensors")
     file = tmp_path / "config.json"
     wrapper = {
