@@ -33,9 +33,31 @@ def place_for_matmul(
     if moves_head(tokens, head.shape[1], fsdp=shape["fsdp"], tensor=shape["tensor"]):
         return hidden, head
     return (
-        lax.with_sharding_constraint(hidden, P("data")),
+        _gathered(hidden),
         lax.with_sharding_constraint(head, P(None, ("tensor", "fsdp"))),
     )
+
+
+@jax.custom_vjp
+def _gathered(hidden: Float[Array, "N ... D"]) -> Float[Array, "N ... D"]:
+    """The same, gathered over fsdp; its gradient is split over fsdp again.
+
+    The gradient of a gather is a sum over the devices. Each needs it for its own tokens
+    alone: half as many bytes as a sum for all tokens, which the gradient of the plain
+    constraint asks for.
+    """
+    return lax.with_sharding_constraint(hidden, P("data"))
+
+
+def _gathered_forward(hidden: Array) -> tuple[Array, None]:
+    return _gathered(hidden), None
+
+
+def _gathered_backward(_: None, gradient: Array) -> tuple[Array]:
+    return (lax.with_sharding_constraint(gradient, P(("data", "fsdp"))),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def moves_head(tokens: int, vocabulary: int, *, fsdp: int, tensor: int) -> bool:
