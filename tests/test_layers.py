@@ -154,7 +154,7 @@ TESTED_IN = {
     "rollout._stored": "rollout/test_carry_over.py",
     "checkpointing._metadata": "checkpointing/test_checkpoints.py",
     "checkpointing._orbax": "checkpointing/test_accidents.py",
-    "training.lowered": "planning/test_programs.py",
+    "training._lowered": "planning/test_programs.py",
     "planning._counts": "planning/test_program_text.py",
     "planning._compiled_table": "training/test_compile_plan.py",
     "rollout.lowered": "planning/test_programs.py",

@@ -15,8 +15,8 @@ from grpo_jax.planning.devices import Device
 from grpo_jax.planning.program_text import Program
 
 
-class ProgramToCompile(Protocol):
-    """A program of a run, as `training.lowered` describes it."""
+class _ProgramToCompile(Protocol):
+    """A program of a run, as `training._lowered` describes it."""
 
     @property
     def phase(self) -> str:
@@ -49,7 +49,7 @@ class ProgramToCompile(Protocol):
         ...
 
 
-def measure(program: ProgramToCompile, device: Device | None) -> dict[str, Any]:
+def measure(program: _ProgramToCompile, device: Device | None) -> dict[str, Any]:
     """Compile a program; what it needs, as plain values, sizes in bytes.
 
     ``peak`` is what the device holds while it runs: its arguments, temporaries and

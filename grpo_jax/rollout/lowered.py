@@ -4,6 +4,8 @@ For a mesh of devices that need not be here. The sizes are those of a rollout wh
 completions all reach the limit, when the sampler holds the most.
 """
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.extend.core import Var
 from jax.sharding import Mesh
 from jax.stages import Lowered
 from jaxtyping import PyTree
@@ -23,7 +26,7 @@ from grpo_jax.parallel.collectives import split_over_fsdp
 from grpo_jax.rollout import _loop as loops
 from grpo_jax.rollout import _programs as programs
 from grpo_jax.rollout._engine import MOST_TURNS, power
-from grpo_jax.rollout._settings import group_settings
+from grpo_jax.rollout._settings import GroupSettings, group_settings
 
 
 class SamplerProgram(NamedTuple):
@@ -75,125 +78,210 @@ def sampler_programs(
     at_once = own * group_size
     if slots is not None:
         at_once = min(at_once, max(slots // parts, 1))
-    groups = own if not streams else 10**9
-    groups = min(groups, -(-(at_once + at_once // 2) // group_size))
-    queued = max(groups * group_size - at_once, 0)
-    rows, unrolled = prompt_rows(groups), not split_over_fsdp(variables)
-    apart = programs.ring_apart(unrolled, mesh.devices.flat[0].platform)
-    of_parts = functools.partial(_of_parts, mesh, parts)
-    prepare = on_mesh(
-        mesh,
-        lambda: programs.prepare.lower(model, variables, unrolled=unrolled),
+    # As the engine admits them: behind the slots wait half as many.
+    groups = -(-(at_once + at_once // 2) // group_size)
+    shapes = _Shapes(
+        model=model,
+        variables=variables,
+        mesh=mesh,
+        settings=settings,
+        prompt_tokens=prompt_tokens,
+        slots=at_once,
+        prompts=own,
+        groups=groups if streams else min(groups, own),
+        streams=streams,
     )
-    ready = _made(prepare())
-    blank = functools.partial(_blank, mesh, model, parts)
-    columns = cache_columns(max_new_tokens, max_new_tokens)
-    cache = blank(rows=at_once, columns=columns, apart=apart)
-    block = blank(rows=rows, columns=prompt_tokens, apart=unrolled)
-    width: Any = model.config
-    last = of_parts(rows, width.hidden_size, dtype=jnp.dtype(width.dtype))
-    kept = block, last
-    yield SamplerProgram(
-        "prepare",
-        prepare,
-        (),
-        (),
-        1,
-    )
-    count = min(power(groups), power(own))
-    new = of_parts(count, prompt_tokens), of_parts(count), of_parts(count)
-    half = cache_columns(max_new_tokens, -(-columns // 2))
-    first = blank(rows=at_once, columns=cache_columns(max_new_tokens, 0), apart=apart)
-    yield SamplerProgram(
-        "prefill",
-        lambda: programs.prefill.lower(
-            model, variables, *new, block, last=last, unrolled=unrolled
-        ),
-        (ready, *kept, first),
-        (new, *kept),
-        -(-own // count),
-    )
-    if half < columns:
-        narrow = blank(rows=at_once, columns=half, apart=apart)
-        yield SamplerProgram(
-            "widen",
-            lambda: programs.widen.lower(narrow, of_parts(), columns=columns),
-            (ready, *kept, narrow),
-            narrow,
-            1,
+    yield shapes.prepare()
+    yield shapes.prefill()
+    if shapes.half < shapes.columns:
+        yield shapes.widen()
+    yield shapes.decode()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Shapes:
+    """What the sampler holds, of each part of the mesh.
+
+    Attributes:
+      slots: completions that decode together.
+      prompts: prompts of a rollout.
+      groups: prompts that have a row.
+    """
+
+    model: SlotDecoder
+    variables: PyTree
+    mesh: Mesh
+    settings: GroupSettings
+    prompt_tokens: int
+    slots: int
+    prompts: int
+    groups: int
+    streams: bool
+
+    def prepare(self) -> SamplerProgram:
+        lowered = self._prepare[1]
+        return SamplerProgram("prepare", lambda: lowered, (), (), 1)
+
+    def prefill(self) -> SamplerProgram:
+        count = min(power(self.groups), power(self.prompts))
+        new = (
+            self._of_parts(count, self.prompt_tokens),
+            self._of_parts(count),
+            self._of_parts(count),
         )
-    held = functools.partial(_held, of_parts, jax.random.key_data(jax.random.key(0)))
-    waiting = max(at_once // 2 + group_size, queued) if queued or streams else 0
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    start = loops.Start(
-        held=held(at_once),
-        fed=of_parts(at_once),
-        index=of_parts(at_once),
-        column=scalar,
-        queue=held(waiting) if waiting else None,
-        queued=of_parts(),
-        floors=of_parts(),
-        fewer=scalar,
-    )
-    given = ready, last, block, cache, start
-    yield SamplerProgram(
-        "decode",
-        lambda: loops.advance.lower(
-            model,
-            *given,
-            settings=settings,
-            turns=min(max_new_tokens, MOST_TURNS),
+        block, last = self.kept
+        first = self._ring(cache_columns(self.settings.max_new_tokens, 0))
+
+        def lower() -> Lowered:
+            given: Any = self.model, self.variables, *new, block
+            return programs.prefill.lower(*given, last=last, unrolled=self.unrolled)
+
+        held = self.ready, block, last, first
+        times = -(-self.prompts // count)
+        return SamplerProgram("prefill", lower, held, (new, block, last), times)
+
+    def widen(self) -> SamplerProgram:
+        narrow, at = self._ring(self.half), self._of_parts()
+        lower = functools.partial(
+            programs.widen.lower, narrow, at, columns=self.columns
+        )
+        return SamplerProgram(
+            "widen", lower, (self.ready, self.kept, narrow), narrow, 1
+        )
+
+    def decode(self) -> SamplerProgram:
+        block, last = self.kept
+        most, size = self.settings.max_new_tokens, self.settings.group_size
+        own = self.ready, last, block, self._ring(self.columns), self._start()
+        lower = functools.partial(
+            loops.advance.lower,
+            self.model,
+            *own,
+            settings=self.settings,
+            turns=min(most, MOST_TURNS),
             impl=str(jax.random.key_impl(jax.random.key(0))),
-            aligned=not waiting and at_once == rows * group_size,
-        ),
-        given,
-        given,
+            aligned=not self.waiting and self.slots == last.shape[1] * size,
+        )
         # One after the other in a slot, each to its limit.
-        -(-own * group_size // at_once) * max_new_tokens,
-    )
+        turns = -(-self.prompts * size // self.slots) * most
+        return SamplerProgram("decode", lower, own, own, turns)
+
+    @property
+    def unrolled(self) -> bool:
+        return not split_over_fsdp(self.variables)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the ring when the completions are long."""
+        most = self.settings.max_new_tokens
+        return cache_columns(most, most)
+
+    @property
+    def half(self) -> int:
+        """Columns before the ring grew to all."""
+        return cache_columns(self.settings.max_new_tokens, -(-self.columns // 2))
+
+    @property
+    def waiting(self) -> int:
+        """Places of the queue; 0 without one."""
+        size = self.settings.group_size
+        queued = max(self.groups * size - self.slots, 0)
+        return max(self.slots // 2 + size, queued) if queued or self.streams else 0
+
+    @functools.cached_property
+    def _prepare(self) -> tuple[Any, Lowered]:
+        with _mesh_of_run(self.mesh):
+            traced = programs.prepare.trace(
+                self.model, self.variables, unrolled=self.unrolled
+            )
+            return traced.jaxpr.jaxpr, traced.lower()
+
+    @functools.cached_property
+    def ready(self) -> PyTree:
+        """The weights as a loop reads them, where XLA lays them.
+
+        What `prepare` only passes on is the same array, and here the same object.
+        """
+        jaxpr, lowered = self._prepare
+        compiled = lowered.compile()
+        made = jax.tree.map(_placed, compiled.out_info, compiled.output_shardings)
+        leaves, tree = jax.tree.flatten(made)
+        given = jax.tree.leaves(self.variables)
+        old = dict(zip(jaxpr.invars, given, strict=True))
+        kept = [
+            old.get(var, leaf) if isinstance(var, Var) else leaf
+            for var, leaf in zip(jaxpr.outvars, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(tree, kept)
+
+    @functools.cached_property
+    def kept(self) -> tuple[PyTree, Any]:
+        """Keys and values of prompts, and hidden states behind them."""
+        rows = prompt_rows(self.groups)
+        block = self._blank(rows, self.prompt_tokens, apart=self.unrolled)
+        config: Any = self.model.config
+        dtype = jnp.dtype(config.dtype)
+        return block, self._of_parts(rows, config.hidden_size, dtype=dtype)
+
+    def _ring(self, columns: int) -> PyTree:
+        """Keys and values of own tokens."""
+        platform = self.mesh.devices.flat[0].platform
+        apart = programs.ring_apart(self.unrolled, platform)
+        return self._blank(self.slots, columns, apart=apart)
+
+    def _blank(self, rows: int, columns: int, *, apart: bool) -> PyTree:
+        parts = meshes.batch_shards(self.mesh)
+        sizes: dict[str, Any] = {"parts": parts, "rows": rows, "columns": columns}
+        shapes = jax.eval_shape(
+            functools.partial(programs.empty, self.model, unrolled=apart, **sizes)
+        )
+
+        def place(leaf: Any) -> jax.ShapeDtypeStruct:
+            axes = programs.axes_of(leaf.ndim)
+            return _placed(leaf, meshes.parameter_shardings(axes, leaf, self.mesh))
+
+        return jax.tree.map(place, shapes)
+
+    def _start(self) -> loops.Start:
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        return loops.Start(
+            held=self._held(self.slots),
+            fed=self._of_parts(self.slots),
+            index=self._of_parts(self.slots),
+            column=scalar,
+            queue=self._held(self.waiting) if self.waiting else None,
+            queued=self._of_parts(),
+            floors=self._of_parts(),
+            fewer=scalar,
+        )
+
+    def _held(self, count: int) -> loops.Held:
+        key = jax.random.key_data(jax.random.key(0))
+        numbers = self._of_parts(count)
+        keys = self._of_parts(count, *key.shape, dtype=key.dtype)
+        return loops.Held(*[numbers] * 3, keys)
+
+    def _of_parts(self, *shape: int, dtype: Any = jnp.int32) -> Any:
+        """The shape of an array with a leading axis of parts."""
+        parts = meshes.batch_shards(self.mesh)
+        where = meshes.batch_sharding(self.mesh)
+        return jax.ShapeDtypeStruct((parts, *shape), dtype, sharding=where)
 
 
 def on_mesh(mesh: Mesh, lower: Callable[[], Lowered]) -> Callable[[], Lowered]:
     """A function that lowers on a mesh, with the rules of its logical axes."""
 
     def lowered() -> Lowered:
-        with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
+        with _mesh_of_run(mesh):
             return lower()
 
     return lowered
 
 
-def _held(of_parts: Callable[..., Any], key: Any, count: int) -> loops.Held:
-    numbers = of_parts(count)
-    keys = of_parts(count, *key.shape, dtype=key.dtype)
-    return loops.Held(*[numbers] * 3, keys)
-
-
-def _of_parts(mesh: Mesh, parts: int, *shape: int, dtype: Any = jnp.int32) -> Any:
-    """The shape of an array with a leading axis of parts, split over the devices."""
-    where = meshes.batch_sharding(mesh)
-    return jax.ShapeDtypeStruct((parts, *shape), dtype, sharding=where)
-
-
-def _blank(
-    mesh: Mesh, model: SlotDecoder, parts: int, *, rows: int, columns: int, apart: bool
-) -> PyTree:
-    """The shapes of what `empty` makes, with its shardings."""
-    make = functools.partial(
-        programs.empty, model, parts=parts, rows=rows, columns=columns, unrolled=apart
-    )
-
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
-        axes = programs.axes_of(leaf.ndim)
-        return _placed(leaf, meshes.parameter_shardings(axes, leaf, mesh))
-
-    return jax.tree.map(place, jax.eval_shape(make))
-
-
-def _made(lowered: Lowered) -> PyTree:
-    """The shapes of what a program makes, with the shardings that XLA gives them."""
-    compiled = lowered.compile()
-    return jax.tree.map(_placed, compiled.out_info, compiled.output_shardings)
+@contextlib.contextmanager
+def _mesh_of_run(mesh: Mesh) -> Iterator[None]:
+    with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
+        yield
 
 
 def _placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:

@@ -13,7 +13,7 @@ from grpo_jax.planning.advice import make_plan, resolve_run
 from grpo_jax.planning.compiled import measure, summarize
 from grpo_jax.planning.devices import DEVICES
 from grpo_jax.planning.slices import devices_of, find_target
-from grpo_jax.training.lowered import lowered_programs
+from grpo_jax.training._lowered import lowered_programs
 
 
 def compile_plan(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from grpo_jax.planning.compiled import measure, summarize
 from grpo_jax.planning.devices import Device
-from grpo_jax.training.lowered import Program
+from grpo_jax.training._lowered import Program
 
 
 def product(others=0, times=1, phase="update", fails=False):

@@ -24,8 +24,8 @@ from grpo_jax.planning._programs import (
 )
 from grpo_jax.planning.advice import _memory_savings
 from grpo_jax.planning.memory import estimate, evaluation_batch, is_evaluated
+from grpo_jax.training._lowered import lowered_programs
 from grpo_jax.training.loop import train
-from grpo_jax.training.lowered import lowered_programs
 
 ROWS = [{"prompt": "ab" * (1 + i % 3), "wanted": "a"} for i in range(24)]
 
