@@ -25,6 +25,7 @@ from grpo_jax.models.protocol import in_compute_dtype
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.collectives import whole_over_fsdp
 from grpo_jax.planning.memory import evaluation_batch, is_evaluated
+from grpo_jax.planning.resolve import for_updates
 from grpo_jax.rollout.lowered import on_mesh, sampler_programs
 from grpo_jax.training.optimizer import make_optimizer
 from grpo_jax.training.state import (
@@ -95,6 +96,12 @@ class _Run:
         return Decoder(dataclasses.replace(self.config_of_model, lora_scale=scale))
 
     @functools.cached_property
+    def scorer(self) -> Decoder:
+        """The model of scoring and updates."""
+        chosen = for_updates(self.model.config, self.config, self.mesh)
+        return Decoder(chosen)
+
+    @functools.cached_property
     def whole(self) -> PyTree:
         """All parameters, float32."""
         shapes = abstract_params(self.model)
@@ -103,7 +110,10 @@ class _Run:
 
     @functools.cached_property
     def base(self) -> PyTree | None:
-        return None if self.config.lora.rank is None else self._cast(self.whole)
+        """The frozen parameters under adapters."""
+        if self.config.lora.rank is None:
+            return None
+        return self._cast(self.whole, self.model.config.dtype)
 
     @functools.cached_property
     def state(self) -> TrainState:
@@ -142,24 +152,19 @@ class _Run:
     @functools.cached_property
     def reference(self) -> PyTree | None:
         """Linen variables of the reference policy."""
-        if not self.config.objective.kl_coef:
+        objective, dtype = self.config.objective, self.scorer.config.dtype
+        if not objective.kl_coef:
             return None
         if self.base is None:
-            return {"params": self._cast(self.whole)}
-        renewed = self.config.objective.reference_every is not None
-        return (
-            policy_variables(self._cast(self.state.params), self.base)
-            if (renewed)
-            else {"params": self.base}
-        )
+            return {"params": self._cast(self.whole, dtype)}
+        if objective.reference_every is None:
+            return {"params": self.base}
+        return policy_variables(self._cast(self.state.params, dtype), self.base)
 
-    def _cast(self, tree: PyTree) -> PyTree:
-        shapes = jax.eval_shape(self._in_compute_dtype, tree)
+    def _cast(self, tree: PyTree, dtype: str) -> PyTree:
+        cast = functools.partial(in_compute_dtype, dtype=dtype)
+        shapes = jax.eval_shape(cast, tree)
         return jax.tree.map(lambda x, old: _placed(x, old.sharding), shapes, tree)
-
-    @property
-    def _in_compute_dtype(self) -> Callable[[PyTree], PyTree]:
-        return functools.partial(in_compute_dtype, dtype=self.config_of_model.dtype)
 
     def held(self, *, using: str = "") -> list[PyTree]:
         """What is on the devices in a phase that uses moments or the reference."""
@@ -177,10 +182,11 @@ class _Run:
         if self.mesh.shape["fsdp"] > 1 and config.mesh.sampler == "gathered":
             gathered = jax.tree.map(
                 lambda leaf: _placed(leaf, whole_over_fsdp(leaf.sharding)),
-                self._cast(variables),
+                self._cast(variables, self.model.config.dtype),
             )
             places = jax.tree.map(lambda leaf: leaf.sharding, gathered)
-            gather = jax.jit(self._in_compute_dtype, out_shardings=places)
+            cast = functools.partial(in_compute_dtype, dtype=self.model.config.dtype)
+            gather = jax.jit(cast, out_shardings=places)
             lower = functools.partial(gather.lower, variables)
             yield self._program(phase, "gather", lower, held, variables, times)
             variables, held = gathered, [*held, gathered]
@@ -208,21 +214,14 @@ class _Run:
             max_new_tokens=config.max_new_tokens,
             **sizes,
         ):
-            uses = (
-                one.given
-                if one.name in ("widen", "decode")
-                else (
-                    one.given,
-                    variables,
-                )
-            )
+            weights = None if one.name in ("widen", "decode") else variables
             decodes = one.name == "decode"
             yield self._program(
                 phase,
                 one.name,
                 one.lowered,
                 [*held, one.held],
-                uses,
+                (one.given, weights),
                 times * (1 if decodes else one.turns),
                 one.turns if decodes else 1,
             )
@@ -232,7 +231,7 @@ class _Run:
         config, batch = self.config, self.batch(self.config.prompts_per_step)
         scored = batch.replace(ref_logp=None, old_logp=None)
         score = jax.jit(
-            functools.partial(score_batch, self.model, config),
+            functools.partial(score_batch, self.scorer, config),
             out_shardings=meshes.batch_sharding(self.mesh),
         )
         passes = []
@@ -252,7 +251,7 @@ class _Run:
             )
         part = self.batch(config.prompts_per_update)
         places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        make = make_train_step(self.model, self.tx, config)
+        make = make_train_step(self.scorer, self.tx, config)
         step = jax.jit(
             functools.partial(make, places=places.params),
             donate_argnums=0,
