@@ -3,6 +3,7 @@
 #   make test     format, lint, types and tests
 #   make test-lowest  the tests with the oldest packages that pyproject.toml allows
 #   make torture  runs that are killed 50 times end in the same bits (minutes)
+#   make tpu-check  programs as compiled for TPUs, compared with those kept (an hour)
 #   make docs     the pages as a site, in docs/_build/html
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= auto
 
-.PHONY: train test unit test-lowest torture check lint format types docs clean
+.PHONY: train test unit test-lowest torture tpu-check check lint format types docs clean
 
 train: $(VENV)/.train
 	$(BIN)/grpo-jax train --run-dir runs/arithmetic $(ARGS)
@@ -32,6 +33,15 @@ test-lowest:
 
 torture: $(VENV)/.test
 	$(BIN)/python tests/training/torture.py --kills 50 $(ARGS)
+
+# libtpu lies beside the environment: JAX would look for a TPU if it were in it.
+LIBTPU ?= $(VENV)/libtpu/libtpu/libtpu.so
+
+tpu-check: $(VENV)/.test $(LIBTPU)
+	TPU_LIBRARY_PATH=$(LIBTPU) $(BIN)/python benchmarks/tpu_check.py $(ARGS)
+
+$(VENV)/libtpu/libtpu/libtpu.so: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/libtpu libtpu
 
 check: lint types
 

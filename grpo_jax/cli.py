@@ -128,6 +128,7 @@ def _plan(
     devices: int | None = None,
     device: str | None = None,
     device_memory_gib: float | None = None,
+    target: Annotated[str | None, tyro.conf.arg(name="compile")] = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
     tools: NamedTools = (),
     environment: NamedEnvironment = None,
@@ -142,17 +143,36 @@ def _plan(
       device: v4, v5e, v5p, v6e, a100, h100 or h200, or the type of a TPU slice: v5p-16
         has 8 devices, because it counts cores.
       device_memory_gib: memory of one device, instead of a name.
+      target: compile the programs of the run as well, for a TPU slice such as v5e:2x4,
+        v6e:4x4 or v5p:2x2x1, which need not be here, or for cpu or gpu.
       as_json: print JSON, with sizes in bytes.
       tools: as for train; they need no memory of devices, nor does the environment.
 
     Raises:
-      ValueError: for a run that is not possible, a mesh that does not divide, or an
-        unknown device.
+      ValueError: for a run that is not possible, a mesh that does not divide, an
+        unknown device, or a slice for which nothing can be compiled here.
     """
     from grpo_jax.planning.advice import make_plan
     from grpo_jax.planning.table import print_plan
 
-    made = make_plan(run, devices=devices, device=device, memory_gib=device_memory_gib)
+    if target is None:
+        made = make_plan(
+            run, devices=devices, device=device, memory_gib=device_memory_gib
+        )
+    else:
+        from grpo_jax.training.compile_plan import compile_plan
+
+        if device is not None:
+            raise ValueError(
+                f"--compile {target} names the device; leave --device {device} out."
+            )
+        made = compile_plan(
+            run,
+            target,
+            devices=devices,
+            memory_gib=device_memory_gib,
+            announce=functools.partial(print, file=sys.stderr, flush=True),
+        )
     if as_json:
         print(json.dumps(made, indent=2))
     else:

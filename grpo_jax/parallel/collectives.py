@@ -6,40 +6,75 @@ The functions here are for the two exceptions: the head, and the sampler's param
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 
-def place_for_matmul(
-    hidden: Float[Array, "N ... D"], head: Float[Array, "D V"]
-) -> tuple[Float[Array, "N ... D"], Float[Array, "D V"]]:
-    """Hidden states and head, sharded so that their product gathers the smaller one.
+def matmul_over_fsdp(
+    score: Callable[..., PyTree],
+    hidden: Float[Array, "N ... D"],
+    head: Float[Array, "D V"],
+    tokens: Int[Array, "N ..."],
+    **options: Any,
+) -> PyTree:
+    """`score(hidden, head, tokens, **options)`, whose product gathers the smaller one.
 
     With fewer tokens than vocabulary entries, the hidden states are gathered over fsdp,
     and the vocabulary is split over fsdp and tensor. Then no device holds the whole
     head or a whole gradient of it, which would be summed over all devices for each
-    chunk of tokens. Otherwise, without a mesh, and if the vocabulary does not divide,
-    both stay as they are.
+    chunk of tokens. What has one number per token, as all that `score` returns, is on
+    each device: otherwise every chunk would gather its own. The gradient of the hidden
+    states is split over fsdp again.
+
+    With more tokens, without a mesh, and if the vocabulary does not divide, all arrays
+    stay as they are.
     """
     shape = jax.sharding.get_abstract_mesh().shape
     if shape.get("fsdp", 1) == 1:
-        return hidden, head
-    tokens = math.prod(hidden.shape[:-1]) // shape["data"]
-    if moves_head(tokens, head.shape[1], fsdp=shape["fsdp"], tensor=shape["tensor"]):
-        return hidden, head
-    return (
-        lax.with_sharding_constraint(hidden, P("data")),
-        lax.with_sharding_constraint(head, P(None, ("tensor", "fsdp"))),
-    )
+        return score(hidden, head, tokens, **options)
+    count = math.prod(hidden.shape[:-1]) // shape["data"]
+    if moves_head(count, head.shape[1], fsdp=shape["fsdp"], tensor=shape["tensor"]):
+        return score(hidden, head, tokens, **options)
+    head = lax.with_sharding_constraint(head, P(None, ("tensor", "fsdp")))
+    scores = score(_gathered(hidden), head, _whole(tokens), **options)
+    return jax.tree.map(_whole, scores)
+
+
+def _whole(x: Array) -> Array:
+    return lax.with_sharding_constraint(x, P("data"))
+
+
+@jax.custom_vjp
+def _gathered(hidden: Float[Array, "N ... D"]) -> Float[Array, "N ... D"]:
+    """The same, gathered over fsdp; its gradient is split over fsdp again.
+
+    That gradient is a sum over the devices, which split the vocabulary. Each needs it
+    for its own tokens alone. The gradient of a plain constraint would be the sum for
+    all tokens on each, twice the bytes.
+    """
+    return _whole(hidden)
+
+
+def _gathered_forward(hidden: Array) -> tuple[Array, None]:
+    return _whole(hidden), None
+
+
+def _gathered_backward(_: None, gradient: Array) -> tuple[Array]:
+    return (lax.with_sharding_constraint(gradient, P(("data", "fsdp"))),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def moves_head(tokens: int, vocabulary: int, *, fsdp: int, tensor: int) -> bool:
-    """Whether `place_for_matmul` leaves both as they are, so that the head is gathered.
+    """Whether `matmul_over_fsdp` leaves all as it is, so that the head is gathered.
 
     `tokens` is the number whose hidden states one group of fsdp devices holds.
     """

@@ -146,17 +146,9 @@ def make_plan(
       ValueError: if the device is unknown, the model cannot be read, or the mesh does
         not fit.
     """
-    if device is not None:
-        devices, memory_gib = _size_of(device, devices, memory_gib)
-    limit = None if memory_gib is None else int(USABLE * memory_gib * GIB)
-    sizes = [vars(config.mesh)[axis] for axis in meshes.AXES]
-    devices = devices or (jax.device_count() if -1 in sizes else math.prod(sizes))
-    mesh = _mesh_of(config, devices)
-    accelerator = None if device is None else True
-    model = with_compute_dtype(
-        _read_model(config.model), config, accelerator=accelerator
+    model, config, mesh, limit = resolve_run(
+        config, devices=devices, device=device, memory_gib=memory_gib
     )
-    model, config = resolve_auto(model, config, mesh, limit=limit)
     made = estimate(model, config, mesh)
     return {
         "model": config.model,
@@ -173,6 +165,31 @@ def make_plan(
         "knobs": _memory_savings(model, config, mesh),
         "refused": _refused(model, config),
     }
+
+
+def resolve_run(
+    config: TrainConfig,
+    *,
+    devices: int | None = None,
+    device: str | None = None,
+    memory_gib: float | None = None,
+) -> tuple[ModelConfig, TrainConfig, AbstractMesh, int | None]:
+    """Model, run, mesh and usable bytes, with a value instead of each "auto".
+
+    Arguments and errors are those of `make_plan`.
+    """
+    if device is not None:
+        devices, memory_gib = _size_of(device, devices, memory_gib)
+    limit = None if memory_gib is None else int(USABLE * memory_gib * GIB)
+    sizes = [vars(config.mesh)[axis] for axis in meshes.AXES]
+    devices = devices or (jax.device_count() if -1 in sizes else math.prod(sizes))
+    mesh = _mesh_of(config, devices)
+    accelerator = None if device is None else True
+    model = with_compute_dtype(
+        _read_model(config.model), config, accelerator=accelerator
+    )
+    model, config = resolve_auto(model, config, mesh, limit=limit)
+    return model, config, mesh, limit
 
 
 def _size_of(

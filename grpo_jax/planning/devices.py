@@ -13,15 +13,17 @@ class Device(NamedTuple):
     memory_gib: int
     flops: float  # dense bfloat16 operations per second
     bandwidth: float  # bytes per second of its memory
+    links: float | None = None  # bytes per second that it receives from other chips
 
 
 # TPUs: https://docs.cloud.google.com/tpu/docs/v6e and the pages beside it. GPUs: the
-# data sheets of their maker for SXM modules, without sparsity; an A100 of 80 GB.
+# data sheets of their maker for SXM modules, without sparsity; an A100 of 80 GB. Links
+# are what these pages call inter-chip interconnect, 1,600 Gbps of a v5e, of all ports.
 DEVICES = {
-    "v4": Device(32, 275e12, 1.2e12),
-    "v5e": Device(16, 197e12, 0.819e12),
-    "v5p": Device(95, 459e12, 2.765e12),
-    "v6e": Device(32, 918e12, 1.638e12),
+    "v4": Device(32, 275e12, 1.2e12, 300e9),
+    "v5e": Device(16, 197e12, 0.819e12, 200e9),
+    "v5p": Device(95, 459e12, 2.765e12, 600e9),
+    "v6e": Device(32, 918e12, 1.638e12, 400e9),
     "a100": Device(80, 312e12, 2.039e12),
     "h100": Device(80, 989e12, 3.35e12),
     "h200": Device(141, 989e12, 4.8e12),

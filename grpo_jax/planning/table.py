@@ -7,15 +7,20 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from grpo_jax.planning._compiled_table import compiled_tables
+
 
 def print_plan(plan: Mapping[str, Any], *, console: Console | None = None) -> None:
-    """Print the plan of `make_plan`; sizes in GiB per device."""
+    """Print the plan of `make_plan` or `compile_plan`; sizes in GiB per device."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     heading = Text(
         f"{plan['model']} on {mesh}: {plan['compute_dtype']}, remat {plan['remat']}, "
         f"sampler {plan['sampler']}"
     )
-    (console or Console()).print(Group(heading, _sizes(plan), *_conclusion(plan)))
+    parts = [heading, _sizes(plan), *_conclusion(plan)]
+    if "compiled" in plan:
+        parts += compiled_tables(plan["compiled"])
+    (console or Console()).print(Group(*parts))
 
 
 def _sizes(plan: Mapping[str, Any]) -> Table:

@@ -31,7 +31,7 @@ from grpo_jax.rollout._stored import Stored
 from grpo_jax.rollout.sampler import Completions
 
 # Most tokens of a slot between two visits of the host.
-_MOST_TURNS = 128
+MOST_TURNS = 128
 # Limits up to this are over before a program for fewer slots has been compiled.
 _SHORT = 16
 
@@ -150,7 +150,7 @@ class Engine:
             return None
         self._make_room(demand)
         if demand.new:
-            self._prefill(count=_power(demand.new))
+            self._prefill(count=power(demand.new))
         while demand.long:
             self._extend(demand)
             demand = self._demand(wanted)
@@ -270,7 +270,8 @@ class Engine:
         if self._mesh is not None:
             parts = meshes.batch_shards(self._mesh)
         blank = functools.partial(programs.empty, self._model, parts=parts)
-        apart = self._unrolled, programs.ring_apart(self._unrolled)
+        platform = jax.default_backend()
+        apart = self._unrolled, programs.ring_apart(self._unrolled, platform)
         return Stored(
             cache=blank(rows=slots, columns=self._columns, unrolled=apart[1]),
             prompts=blank(rows=rows, columns=self._width, unrolled=apart[0]),
@@ -310,7 +311,7 @@ class Engine:
             (stored.last, stored.prompts, stored.cache),
             self._plan,
             self.drawn,
-            most=(_power(demand.long), _power(demand.longest)),
+            most=(power(demand.long), power(demand.longest)),
             column=self._column,
             version=self._version,
             place=self._place,
@@ -319,7 +320,7 @@ class Engine:
 
     def _advance(self, demand: Demand) -> Loop:
         plan, stored = self._plan, self._stored
-        turns, queue = min(self._limit, _MOST_TURNS), None
+        turns, queue = min(self._limit, MOST_TURNS), None
         forced = width(demand.given, turns=turns)
         if demand.queue or self._streams:
             # Always of one size: what the queue is filled to, and a group more.
@@ -389,6 +390,6 @@ class Engine:
         return jnp.asarray(x) if self._mesh is None else meshes.to_mesh(self._mesh, x)
 
 
-def _power(count: int) -> int:
+def power(count: int) -> int:
     """The next power of two: programs are compiled for few sizes."""
     return 1 << max(count - 1, 0).bit_length()

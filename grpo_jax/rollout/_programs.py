@@ -34,9 +34,9 @@ def prepare(model: SlotDecoder, variables: PyTree, *, unrolled: bool) -> PyTree:
     return model.unroll(variables) if unrolled else variables
 
 
-def ring_apart(unrolled: bool) -> bool:
+def ring_apart(unrolled: bool, platform: str) -> bool:
     """Whether the ring has an array for each layer; see `models.cache`."""
-    return unrolled and jax.default_backend() != "tpu"
+    return unrolled and platform != "tpu"
 
 
 @functools.partial(

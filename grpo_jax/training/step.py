@@ -21,7 +21,7 @@ from grpo_jax.config import TrainConfig
 from grpo_jax.models.packing import Packing, packed_hidden
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.objective import Mean
-from grpo_jax.parallel.collectives import place_for_matmul
+from grpo_jax.parallel.collectives import matmul_over_fsdp
 from grpo_jax.training._like_lengths import at_own_width
 from grpo_jax.training._microbatches import microbatches, narrow
 from grpo_jax.training.state import Batch, TrainState, policy_variables
@@ -51,8 +51,8 @@ def policy_logprobs(
     else:
         hidden, targets = packed_hidden(model, *given, packing=packing)
     head: Any = model.apply(variables, method=model.head)
-    hidden, head = place_for_matmul(hidden, head)
-    scored = objective.chunked_logprobs(
+    scored = matmul_over_fsdp(
+        objective.chunked_logprobs,
         hidden,
         head,
         targets,

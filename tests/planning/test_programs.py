@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from grpo_jax.planning._programs import (
 )
 from grpo_jax.planning.advice import _memory_savings
 from grpo_jax.planning.memory import estimate, evaluation_batch, is_evaluated
+from grpo_jax.training._lowered import lowered_programs
 from grpo_jax.training.loop import train
 
 ROWS = [{"prompt": "ab" * (1 + i % 3), "wanted": "a"} for i in range(24)]
@@ -62,6 +64,26 @@ def batch_of(name, arrays, model):
         return next(math.prod(shape) for shape in tokens if len(shape) == 2), None
     groups = [shape[1] for shape in tokens if len(shape) == 3]
     return tokens[0][0], groups[0] if groups else None
+
+
+NAMES = {
+    "gather": "in_compute_dtype",
+    "decode": "advance",
+    "score": "score_batch",
+    "update": "step",
+}
+
+
+def was_compiled(program, compiled):
+    """Whether a run compiled such a program, from arrays that are among its own."""
+    own = Counter((x.shape, x.dtype) for x in jax.tree.leaves(program.lower().in_avals))
+    name = NAMES.get(program.name, program.name)
+    # JAX leaves out arrays that a program does not read.
+    return any(
+        arrays and Counter((a.shape, a.dtype) for a in arrays) <= own
+        for other, arrays in compiled
+        if other == name
+    )
 
 
 # Each with a length of its own, so that none finds a program of another.
@@ -121,6 +143,11 @@ def test_a_plan_counts_every_program_that_a_run_compiles(
         if (batch := batch_of(name, arrays, model)) is not None
     }
     assert seen == made
+    layout = dataclasses.replace(config.mesh, sampler="gathered")
+    described = dataclasses.replace(config, mesh=layout)
+    own_mesh, ran = meshes.make_mesh(config.mesh), list(compiled)
+    for program in lowered_programs(model, described, own_mesh):
+        assert was_compiled(program, ran), program.name
     assert [one.phase for one in planned] == list(estimate(model, config, mesh).phases)
 
 

@@ -159,7 +159,7 @@ def test_a_ring_that_grows_and_wraps_changes_nothing(tiny_policy, plain, small_s
 @pytest.fixture
 def stacked_ring(monkeypatch):
     """The ring has all layers in one array, as on a TPU."""
-    monkeypatch.setattr(programs, "ring_apart", lambda unrolled: False)
+    monkeypatch.setattr(programs, "ring_apart", lambda *_: False)
 
 
 def test_a_ring_that_is_stacked_changes_nothing(

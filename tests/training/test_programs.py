@@ -7,6 +7,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
@@ -16,7 +17,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.models.limits import cache_columns
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.parallel.collectives import whole_over_fsdp
+from grpo_jax.parallel.collectives import matmul_over_fsdp, whole_over_fsdp
 from grpo_jax.planning.memory import estimate, evaluation_batch
 from grpo_jax.rollout import _loop as token_loop
 from grpo_jax.rollout import _programs as engine
@@ -301,6 +302,34 @@ def test_training_and_scoring_gather_a_layer_at_a_time(step, score):
     for program in (step, score):
         assert not whole_leaves(program)
         assert gathered_in_loops(program) >= LAYER
+
+
+def test_what_has_a_number_per_token_is_not_gathered_for_each_chunk(step, score):
+    assert PROMPTS * GROUP * NEW_TOKENS == 4 * 1024  # four chunks of logits
+    for program in (step, score):
+        assert (1024,) not in gathered_in_loops(program)
+
+
+def test_a_gradient_over_fsdp_is_split_and_the_same(meshes_of):
+    def score(hidden, head, tokens):
+        return {"chosen": jnp.sin(hidden @ head).sum(axis=-1) * tokens}
+
+    def total(hidden, head, tokens, over):
+        return over(score, hidden, head, tokens)["chosen"].sum()
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    hidden = jax.random.normal(keys[0], (8, 3, 16))
+    head, tokens = jax.random.normal(keys[1], (16, 64)), jnp.arange(24).reshape(8, 3)
+    plain = functools.partial(total, over=lambda f, *arrays: f(*arrays))
+    wanted = jax.grad(plain, argnums=(0, 1))(hidden, head, tokens)
+    mesh = meshes_of(2, 4, 1)
+    with jax.set_mesh(mesh):
+        split = jax.device_put((hidden, head, tokens), meshes.batch_sharding(mesh))
+        over = functools.partial(total, over=matmul_over_fsdp)
+        found = jax.jit(jax.grad(over, argnums=(0, 1)))(*split)
+    assert found[0].sharding.spec == P(("data", "fsdp"))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("loop", ["generate", "refilling"])

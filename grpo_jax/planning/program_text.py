@@ -49,6 +49,7 @@ COLLECTIVES = (
 class Laid:
     """An array: its shape, and where and how it lies."""
 
+    dtype: str
     shape: tuple[int, ...]
     item: int  # bytes of an element
     size: int  # bytes, tiles filled up
@@ -88,12 +89,16 @@ class Instruction:
 class Program:
     """The text of a compiled program, taken apart."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, turns: int = 1) -> None:
+        """Takes a text apart; loops of which it does not say so run `turns` times."""
+        self._turns = turns
+        self.entry = ""
         self.computations: dict[str, dict[str, Instruction]] = {}
         lines: dict[str, Instruction] = {}
         for line in text.splitlines():
             if start := _COMPUTATION.match(line):
                 lines = self.computations.setdefault(start[1], {})
+                self.entry = start[1] if line.startswith("ENTRY") else self.entry
             elif found := _INSTRUCTION.match(line):
                 lines[found[2]] = _instruction(found)
 
@@ -129,6 +134,42 @@ class Program:
         for name in self.reached(computation):
             yield from self.computations.get(name, {}).values()
 
+    def trips(self, inside: str, loop: Instruction) -> int:
+        """How often a `while` of a computation runs its body.
+
+        Without a note of the compiler it follows from a counter that is compared with a
+        constant. Loops that end otherwise, such as that over tokens, run `turns` times.
+        """
+        if noted := _TRIPS.search(loop.rest):
+            return int(noted[1])
+        condition, body = _called("condition", loop), _called("body", loop)
+        (test,) = [x for x in self.computations[condition].values() if x.root]
+        if test.opcode != "compare" or "direction=LT" not in test.rest:
+            return self._turns
+        counter, limit = (self.computations[condition].get(x) for x in test.operands)
+        at = None if counter is None else _index(counter)
+        last = _constant(limit)
+        if at is None or last is None:
+            return self._turns
+        (end,) = [x for x in self.computations[body].values() if x.root]
+        added = self.computations[body].get(end.operands[at])
+        step = self._added(body, added) if added is not None else 1
+        started = self.computations[inside].get(loop.operands[0])
+        first = 0
+        if started is not None and started.opcode == "tuple":
+            first = _constant(self.computations[inside].get(started.operands[at])) or 0
+        return -(-(last - first) // step)
+
+    def _added(self, inside: str, one: Instruction) -> int:
+        """The constant that an addition adds; 1 where it is not seen."""
+        lines = self.computations[inside]
+        if one.opcode == "fusion":
+            (one,) = [x for x in self.computations[one.called[0]].values() if x.root]
+            lines = self._around(one)
+        found = [_constant(lines.get(name)) for name in one.operands]
+        steps = [x for x in found if x]
+        return steps[0] if one.opcode == "add" and steps else 1
+
     def traffic(self, computation: str) -> dict[str, int]:
         """Bytes read from and written to main memory by each instruction, by name.
 
@@ -146,10 +187,9 @@ class Program:
         if one.opcode == "custom-call" and any(x in one.rest for x in _STILL_CALLS):
             return 0, 0
         if one.opcode in ("while", "conditional", "call"):
-            trips = _TRIPS.search(one.rest)
             most = max(sum(self.traffic(name).values()) for name in one.called)
-            return most * (int(trips[1]) if trips else 1), 0
-        sources = [self._laid(inside, name) for name in one.operands]
+            return most * (self.trips(inside, one) if one.opcode == "while" else 1), 0
+        sources = [self.laid_of(inside, name) for name in one.operands]
         if one.opcode in ("copy-start", "slice-start"):
             # The result also names the source: (new, old) or ((old), new).
             new = one.result[one.opcode == "slice-start"]
@@ -160,7 +200,8 @@ class Program:
             read += int(min(_slow(arrays), self._read(one, i)))
         return read, self._written(one)
 
-    def _laid(self, inside: str, name: str) -> tuple[Laid, ...]:
+    def laid_of(self, inside: str, name: str) -> tuple[Laid, ...]:
+        """The arrays of a name within a computation; none if it is not there."""
         found = self.computations[inside].get(name)
         return found.result if found else ()
 
@@ -230,16 +271,33 @@ class Program:
         return next(x for x in self.computations.values() if x.get(one.name) is one)
 
 
+def _called(role: str, one: Instruction) -> str:
+    """The computation with a role in an instruction."""
+    (name,) = re.findall(rf"\b{role}=%?([\w.\-]+)", one.rest)
+    return name
+
+
+def _index(one: Instruction) -> int | None:
+    """Which element of a tuple an instruction takes; None if it does not."""
+    found = re.search(r"index=(\d+)", one.rest)
+    return int(found[1]) if found and one.opcode == "get-tuple-element" else None
+
+
+def _constant(one: Instruction | None) -> int | None:
+    """The value of a whole constant; None for anything else."""
+    if one is None or one.opcode != "constant":
+        return None
+    return int(one.operands[0]) if re.fullmatch(r"-?\d+", one.operands[0]) else None
+
+
 def _instruction(found: re.Match[str]) -> Instruction:
     _, name, kind, opcode, rest = found.groups()
     end = _end_of_operands(rest)
     inside = re.sub(r"/\*.*?\*/", "", rest[:end])
     operands = (
         [inside]
-        if opcode == "parameter"
+        if opcode in ("parameter", "constant")
         else re.findall(r"%([\w.\-]+)", inside)
-        if opcode != "constant"
-        else []
     )
     return Instruction(
         name, opcode, laid(kind), tuple(operands), rest[end:], found[1] is not None
@@ -270,7 +328,7 @@ def _one(dtype: str, dims: str, order: str, how: str) -> Laid:
                 filled[axis] = -(-filled[axis] // int(size)) * int(size)
     bits = re.search(r"\d+", dtype)
     item = max(int(bits[0]) // 8, 1) if bits and dtype != "pred" else 1
-    return Laid(shape, item, math.prod(filled or shape) * item, "S(1)" in how)
+    return Laid(dtype, shape, item, math.prod(filled or shape) * item, "S(1)" in how)
 
 
 def _slow(arrays: tuple[Laid, ...]) -> int:
