@@ -306,12 +306,11 @@ class Decoder(nn.Module):
         q, k, v = (own for _, own in parts)
         within = None
         if owner is not None:
-            # A row sees one prompt, of which it has a copy: there are few rows.
-            prefix = jax.tree.map(lambda x: _rows.of_owners(x, owner), prefix)
             q, k, v = (x.reshape(-1, 1, *x.shape[2:]) for x in (q, k, v))
             within = index.reshape(-1, index.shape[2])
         k, v = head_major(k), head_major(v)
-        own = self._attention(q, k, v, data=data, prefix=prefix, index=within)
+        seen = {"prefix": prefix, "index": within, "owner": owner}
+        own = self._attention(q, k, v, data=data, **seen)
         return _rows.join(out, own.reshape(own_q.shape))
 
     def _causal(
@@ -333,6 +332,7 @@ class Decoder(nn.Module):
             window=data.window,
             scale=self.config.attention_scale,
             softcap=self.config.attention_softcap,
+            kernels=self.config.attention == "auto",
             **which,
         )
 

@@ -1,0 +1,178 @@
+"""Attention of rows and the prompts that they share by kernels, on TPUs.
+
+Scores are never in main memory. A prompt's keys and values are there once, for all of
+its rows, in the backward pass as well.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from grpo_jax.models import _tpu_kernels as kernels
+from grpo_jax.models.cache import Prefix
+from grpo_jax.parallel.mesh import AXES, batch_shards
+
+# Wider than any sequence: "no window".
+_UNBOUNDED = 2**30
+# A block of queries has all heads that read the same keys. Wider heads, or more of
+# them, would not fit beside their gradients.
+_WIDEST_HEAD, _MOST_HEADS = 256, 16
+# Of fewer tokens most of a block would be padding.
+_FEWEST_TOKENS = 32
+
+
+@struct.dataclass
+class Seen:
+    """What `attention` is told of what queries see; fields as its arguments."""
+
+    prefix: Prefix | None
+    owner: Int[Array, "A R"] | None
+    index: Int[Array, "N T"] | None
+    window: Int[Array, ""] | int | None
+
+
+class Blocks(NamedTuple):
+    """How a kernel is run; the tests have narrow lanes, and no TPU."""
+
+    lanes: int = 128
+    interpret: bool = False
+
+
+def serves_rows(
+    queries: Float[Array, "N G T H h"],
+    keys: Float[Array, "N K G S h"],
+    prefix: Prefix | None,
+    owner: Int[Array, "A R"] | None,
+) -> bool:
+    """Whether `row_attention` serves these shapes where they are computed, and wins."""
+    n, _, tokens, heads, width = queries.shape
+    kv_heads = keys.shape[1]
+    batches = [n]
+    if prefix is not None:
+        batches += [len(prefix.lengths), n if owner is None else len(owner)]
+    mesh = jax.sharding.get_abstract_mesh()
+    return (
+        tokens >= _FEWEST_TOKENS
+        and queries.dtype in (jnp.bfloat16, jnp.float32)
+        and width % 16 == 0
+        and width <= _WIDEST_HEAD
+        and heads // kv_heads <= _MOST_HEADS
+        and _is_tpu(mesh)
+        and _splits(mesh, batches, kv_heads)
+    )
+
+
+def row_attention(
+    queries: Float[Array, "N G T H h"],
+    keys: Float[Array, "N K G T h"],
+    values: Float[Array, "N K G T h"],
+    seen: Seen,
+    *,
+    scale: float,
+    softcap: float | None,
+    blocks: Blocks = Blocks(),  # noqa: B008
+) -> Float[Array, "N G T H h"]:
+    """Returns what `attention` does for as many queries as own keys, of these shapes.
+
+    Scores and sums are float32. Tokens are filled up to whole blocks, of 128 at least.
+    """
+    over = functools.partial(_local, scale=scale, softcap=softcap, blocks=blocks)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1:
+        # The compiler does not split a kernel. No device needs what another one has.
+        batch, by_head = P(AXES[:2]), P(AXES[:2], AXES[2])
+        rows = P(AXES[:2], None, None, AXES[2])
+        of_seen = Seen(Prefix(by_head, by_head, batch), batch, batch, P())
+
+        over = jax.shard_map(
+            over,
+            in_specs=(rows, by_head, by_head, of_seen),
+            out_specs=rows,
+            check_vma=False,
+        )
+    return over(queries, keys, values, seen)
+
+
+def _local(
+    queries: Float[Array, "N G T H h"],
+    keys: Float[Array, "N K G T h"],
+    values: Float[Array, "N K G T h"],
+    seen: Seen,
+    *,
+    scale: float,
+    softcap: float | None,
+    blocks: Blocks,
+) -> Float[Array, "N G T H h"]:
+    """Returns what `row_attention` does, on one device."""
+    n, g, t, heads, width = queries.shape
+    kv_heads = keys.shape[1]
+    prompts, lengths, size = (), jnp.zeros(1, jnp.int32), 0
+    if seen.prefix is not None:
+        lengths = seen.prefix.lengths
+        size, places = _block(seen.prefix.keys.shape[2], blocks.lanes)
+        of_prompts = seen.prefix.keys, seen.prefix.values
+        prompts = tuple(_fill(jnp.swapaxes(x, 2, 3), places) for x in of_prompts)
+    own, places = _block(t, blocks.lanes)
+    how = kernels.How(scale, softcap, own, size, blocks.interpret)
+    folded = queries.reshape(n * g, t, kv_heads, heads // kv_heads, width)
+    own_keys = (
+        _fill(x.transpose(0, 2, 1, 4, 3).reshape(n * g, kv_heads, width, t), places)
+        for x in (keys, values)
+    )
+    index = jnp.arange(t)[None] if seen.index is None else seen.index
+    row = kernels.Row(
+        _fill(folded.transpose(0, 2, 3, 4, 1), places),
+        *own_keys,
+        _fill(jnp.broadcast_to(index, (n * g, t))[:, None], places),
+    )
+    window = _UNBOUNDED if seen.window is None else seen.window
+    table = kernels.tables(row, _owners(seen, n, g), lengths, window, how)
+    out = kernels.attend(how, table, row, prompts)[..., :t]
+    return out.transpose(0, 4, 1, 2, 3).reshape(queries.shape)
+
+
+def _owners(seen: Seen, count: int, group: int) -> Int[Array, " B"]:
+    """The prompt of each row, counted over all parts; the first one without prompts."""
+    if seen.owner is not None:
+        each = len(seen.prefix.lengths) // len(seen.owner)
+        part = each * jnp.arange(len(seen.owner))[:, None]
+        return (part + jnp.minimum(seen.owner, each - 1)).reshape(-1)
+    rows = jnp.arange(count * group)
+    return rows // group if seen.prefix is not None else 0 * rows
+
+
+def _block(tokens: int, lanes: int) -> tuple[int, int]:
+    """The tokens of a block, and of as many whole blocks as are needed."""
+    whole = -(-tokens // lanes) * lanes
+    # What a block does not need is left out, but a turn of its own takes time.
+    if whole <= 3 * lanes:
+        return whole, whole
+    return 2 * lanes, -(-tokens // (2 * lanes)) * 2 * lanes
+
+
+def _fill(x: Array, tokens: int) -> Array:
+    """Returns x with so many entries along its last axis, zeros behind its own."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, tokens - x.shape[-1])])
+
+
+def _is_tpu(mesh: AbstractMesh) -> bool:
+    device = mesh.abstract_device
+    if device is None:
+        return jax.default_backend() == "tpu"
+    return device.device_kind.startswith("TPU")
+
+
+def _splits(mesh: AbstractMesh, batches: list[int], kv_heads: int) -> bool:
+    """Whether the mesh splits these batches, and heads, into equal parts."""
+    if mesh.size <= 1:
+        return True
+    known = mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}
+    if not known or kv_heads % mesh.shape[AXES[2]]:
+        return False
+    return all(size % batch_shards(mesh) == 0 for size in batches)
