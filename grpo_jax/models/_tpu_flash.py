@@ -23,8 +23,10 @@ _UNBOUNDED = 2**30
 # A block of queries has all heads that read the same keys. Wider heads, or more of
 # them, would not fit beside their gradients.
 _WIDEST_HEAD, _MOST_HEADS = 256, 16
-# Of fewer tokens most of a block would be padding.
-_FEWEST_TOKENS = 32
+# Padding that pays: so many pairs of a query and a key for each one that there is. The
+# plain form takes at least three times as long for a pair, to move its scores
+# (`benchmarks/tpu_attention.py`).
+_MOST_PADDING = 2.0
 
 
 @struct.dataclass
@@ -53,12 +55,15 @@ def serves_rows(
     """Whether `row_attention` serves these shapes where they are computed, and wins."""
     n, _, tokens, heads, width = queries.shape
     kv_heads = keys.shape[1]
-    batches = [n]
+    batches, prompt = [n], 0
     if prefix is not None:
         batches += [len(prefix.lengths), n if owner is None else len(owner)]
+        prompt = prefix.keys.shape[2]
+    own, shared = (_block(size, Blocks().lanes)[1] for size in (tokens, prompt))
     mesh = jax.sharding.get_abstract_mesh()
     return (
-        tokens >= _FEWEST_TOKENS
+        1 < tokens == keys.shape[3]
+        and own * (own + shared) <= _MOST_PADDING * tokens * (tokens + prompt)
         and queries.dtype in (jnp.bfloat16, jnp.float32)
         and width % 16 == 0
         and width <= _WIDEST_HEAD
