@@ -5,7 +5,7 @@ its rows, in the backward pass as well.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,9 +91,10 @@ def row_attention(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:
         # The compiler does not split a kernel. No device needs what another one has.
-        batch, by_head = P(AXES[:2]), P(AXES[:2], AXES[2])
+        batch: Any = P(AXES[:2])
+        by_head: Any = P(AXES[:2], AXES[2])
         rows = P(AXES[:2], None, None, AXES[2])
-        of_seen = Seen(Prefix(by_head, by_head, batch), batch, batch, P())
+        of_seen = Seen(Prefix(by_head, by_head, batch), batch, batch, window=None)
 
         over = jax.shard_map(
             over,
@@ -117,39 +118,47 @@ def _local(
     """Returns what `row_attention` does, on one device."""
     n, g, t, heads, width = queries.shape
     kv_heads = keys.shape[1]
-    prompts, lengths, size = (), jnp.zeros(1, jnp.int32), 0
-    if seen.prefix is not None:
-        lengths = seen.prefix.lengths
-        size, places = _block(seen.prefix.keys.shape[2], blocks.lanes)
-        of_prompts = seen.prefix.keys, seen.prefix.values
-        prompts = tuple(_fill(jnp.swapaxes(x, 2, 3), places) for x in of_prompts)
     own, places = _block(t, blocks.lanes)
-    how = kernels.How(scale, softcap, own, size, blocks.interpret)
+
+    def laid(x: Float[Array, "N K G T h"]) -> Float[Array, "B K h S"]:
+        x = x.transpose(0, 2, 1, 4, 3).reshape(n * g, kv_heads, width, t)
+        return _fill(x, places)
+
     folded = queries.reshape(n * g, t, kv_heads, heads // kv_heads, width)
-    own_keys = (
-        _fill(x.transpose(0, 2, 1, 4, 3).reshape(n * g, kv_heads, width, t), places)
-        for x in (keys, values)
-    )
     index = jnp.arange(t)[None] if seen.index is None else seen.index
     row = kernels.Row(
-        _fill(folded.transpose(0, 2, 3, 4, 1), places),
-        *own_keys,
-        _fill(jnp.broadcast_to(index, (n * g, t))[:, None], places),
+        queries=_fill(folded.transpose(0, 2, 3, 4, 1), places),
+        keys=laid(keys),
+        values=laid(values),
+        number=_fill(jnp.broadcast_to(index, (n * g, t))[:, None], places),
     )
+    prefix, prompts, size = seen.prefix, (), 0
+    if prefix is not None:
+        size, places = _block(prefix.keys.shape[2], blocks.lanes)
+        of_prompts = prefix.keys, prefix.values
+        prompts = tuple(_fill(jnp.swapaxes(x, 2, 3), places) for x in of_prompts)
+    how = kernels.How(scale, softcap, own, size, blocks.interpret)
+    owner, length = _owners(prefix, seen.owner, n, g)
     window = _UNBOUNDED if seen.window is None else seen.window
-    table = kernels.tables(row, _owners(seen, n, g), lengths, window, how)
-    out = kernels.attend(how, table, row, prompts)[..., :t]
-    return out.transpose(0, 4, 1, 2, 3).reshape(queries.shape)
+    table = kernels.tables(row, owner, length, window, how)
+    out: Array = kernels.attend(how, table, row, prompts)
+    return out[..., :t].transpose(0, 4, 1, 2, 3).reshape(queries.shape)
 
 
-def _owners(seen: Seen, count: int, group: int) -> Int[Array, " B"]:
-    """The prompt of each row, counted over all parts; the first one without prompts."""
-    if seen.owner is not None:
-        each = len(seen.prefix.lengths) // len(seen.owner)
-        part = each * jnp.arange(len(seen.owner))[:, None]
-        return (part + jnp.minimum(seen.owner, each - 1)).reshape(-1)
+def _owners(
+    prefix: Prefix | None, owner: Int[Array, "A R"] | None, count: int, group: int
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """The prompt of each row, counted over all parts, and its length; or zeros."""
     rows = jnp.arange(count * group)
-    return rows // group if seen.prefix is not None else 0 * rows
+    if prefix is None:
+        return 0 * rows, 0 * rows
+    if owner is not None:
+        each = len(prefix.lengths) // len(owner)
+        part = each * jnp.arange(len(owner))[:, None]
+        rows = (part + jnp.minimum(owner, each - 1)).reshape(-1)
+    else:
+        rows //= group
+    return rows, prefix.lengths[rows]
 
 
 def _block(tokens: int, lanes: int) -> tuple[int, int]:

@@ -36,12 +36,12 @@ class Row(NamedTuple):
 def tables(
     row: Row,
     owner: Int[Array, " B"],
-    lengths: Int[Array, " N"],
+    length: Int[Array, " B"],
     window: Int[Array, ""] | int,
     how: How,
 ) -> Tables:
-    """Returns the blocks that each block of queries sees."""
-    number, length = row.number[:, 0], lengths[owner]
+    """Returns the blocks that each block of queries sees; arguments as fields."""
+    number = row.number[:, 0]
     own = jnp.arange(number.shape[1])[None] - jnp.minimum(number, window - 1)
     shared = jnp.maximum(length[:, None] + number - window + 1, 0)
     size = max(how.shared, 1)
@@ -94,8 +94,8 @@ def _attend_backward(
         # Nothing was written for a prompt without rows.
         read = jnp.zeros(len(prompts[0]), bool).at[table.owner].set(True)
         prompts = tuple(jnp.where(read[:, None, None, None], x, 0) for x in found)
-    of_row = Row(queries[0], keys, values, number=None)
-    return None, of_row, prompts
+    none: Any = None
+    return none, Row(queries[0], keys, values, number=none), prompts
 
 
 attend.defvjp(_attend_forward, _attend_backward)
