@@ -61,9 +61,9 @@ def check(given, lengths, **options):
 
 
 def test_rows_of_several_sequences_see_the_prompt_they_name(with_kernels):
-    """Two parts of three rows and two prompts, of which one has none.
+    """Two parts of three rows and two prompts, of which the last one has none.
 
-    The last row is empty, and names any prompt. Heads share keys, scores are capped.
+    An empty row names any prompt. Heads share keys, scores are capped.
     """
     starts = np.array([[0, 0], [0, 7], [3, 12], [1, 13], [9, 10], [0, 0]])
     token = np.arange(TOKENS)
@@ -73,7 +73,7 @@ def test_rows_of_several_sequences_see_the_prompt_they_name(with_kernels):
         arrays(6, 1, heads=2, kv_heads=1, prompts=4),
         jnp.array([PROMPT, 1, 9, 3]),
         index=jnp.asarray(token - first),
-        owner=jnp.array([[1, 0, 1], [0, 0, 5]]),
+        owner=jnp.array([[1, 0, 5], [0, 0, 0]]),
         window=jnp.asarray(7),
         softcap=2.0,
     )
