@@ -20,9 +20,10 @@ from grpo_jax.parallel.mesh import AXES, batch_shards
 
 # Wider than any sequence: "no window".
 _UNBOUNDED = 2**30
-# A block of queries has all heads that read the same keys. Wider heads, or more of
-# them, would not fit beside their gradients.
-_WIDEST_HEAD, _MOST_HEADS = 256, 16
+# A block of queries has all heads that read the same keys, one after the other in the
+# program. Three blocks of their size, each twice, and a sum have to fit beside the
+# cores together with scores; of 16 MiB they may take half.
+_MOST_HEADS, _MOST_BYTES = 16, 2**23
 # Padding that pays: so many pairs of a query and a key for each one that there is. The
 # plain form takes at least three times as long for a pair, to move its scores
 # (`benchmarks/tpu_attention.py`).
@@ -59,15 +60,17 @@ def serves_rows(
     if prefix is not None:
         batches += [len(prefix.lengths), n if owner is None else len(owner)]
         prompt = prefix.keys.shape[2]
-    own, shared = (_block(size, Blocks().lanes)[1] for size in (tokens, prompt))
+    lanes, each = Blocks().lanes, heads // kv_heads
+    (block, own), (_, shared) = _block(tokens, lanes), _block(prompt, lanes)
+    held = each * width * block * (6 * queries.dtype.itemsize + 4)
     mesh = jax.sharding.get_abstract_mesh()
     return (
         1 < tokens == keys.shape[3]
         and own * (own + shared) <= _MOST_PADDING * tokens * (tokens + prompt)
         and queries.dtype in (jnp.bfloat16, jnp.float32)
         and width % 16 == 0
-        and width <= _WIDEST_HEAD
-        and heads // kv_heads <= _MOST_HEADS
+        and each <= _MOST_HEADS
+        and held <= _MOST_BYTES
         and _is_tpu(mesh)
         and _splits(mesh, batches, kv_heads)
     )
@@ -178,15 +181,17 @@ def _fill(x: Array, tokens: int) -> Array:
 def _is_tpu(mesh: AbstractMesh) -> bool:
     device = mesh.abstract_device
     if device is None:
-        return jax.default_backend() == "tpu"
+        # Without a mesh nothing says how several devices would split the arrays.
+        return jax.default_backend() == "tpu" and jax.device_count() == 1
     return device.device_kind.startswith("TPU")
 
 
 def _splits(mesh: AbstractMesh, batches: list[int], kv_heads: int) -> bool:
     """Whether the mesh splits these batches, and heads, into equal parts."""
+    if set(mesh.axis_types) - {AxisType.Auto}:
+        return False  # within a map over devices
     if mesh.size <= 1:
         return True
-    known = mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}
-    if not known or kv_heads % mesh.shape[AXES[2]]:
+    if mesh.axis_names != AXES or kv_heads % mesh.shape[AXES[2]]:
         return False
     return all(size % batch_shards(mesh) == 0 for size in batches)

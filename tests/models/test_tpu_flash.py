@@ -106,7 +106,10 @@ def test_prompts_alone_are_causal(with_kernels):
         (255, 128, {"dtype": jnp.float32}, True),
         (255, 128, {"dtype": jnp.float16}, False),
         (255, 128, {"width": 72}, False),
-        (255, 128, {"width": 512}, False),
+        # Eight heads for each of keys take 8 MiB in bfloat16, in blocks of 256 tokens.
+        (255, 128, {"heads": 16, "width": 256}, True),
+        (256, 128, {"heads": 16, "width": 256, "dtype": jnp.float32}, False),
+        (300, 128, {"heads": 16, "width": 256}, False),
         (255, 128, {"heads": 64}, False),
         # Three prompts are not split over two devices, nor two heads over four.
         (255, 128, {"mesh": (1, 2, 1)}, True),
@@ -130,6 +133,20 @@ def test_shapes_that_kernels_serve(tokens, prompt, change, served, monkeypatch):
         assert not flash.serves_rows(queries, keys, prefix, None)  # not on a CPU
         monkeypatch.setattr(flash, "_is_tpu", lambda mesh: True)
         assert flash.serves_rows(queries, keys, prefix, None) == served
+
+
+def test_a_map_over_devices_keeps_the_plain_form(monkeypatch):
+    monkeypatch.setattr(flash, "_is_tpu", lambda mesh: True)
+    queries, keys = jnp.zeros((1, 1, 128, 1, 64)), jnp.zeros((1, 1, 1, 128, 64))
+    served = []
+
+    def within(x):
+        served.append(flash.serves_rows(queries, keys, None, None))
+        return x
+
+    within(0)
+    jax.pmap(within)(jnp.zeros(1))
+    assert served == [True, False]
 
 
 @pytest.mark.parametrize(("attention", "asked"), [("auto", True), ("xla", False)])
