@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from grpo_jax.models import rope
 from grpo_jax.models._flash import all_keys, flash_attention, has_flash
 from grpo_jax.models._layers import Projection, RMSNorm, constrain
+from grpo_jax.models._rows import of_owners
+from grpo_jax.models._tpu_flash import Seen, row_attention, serves_rows
 from grpo_jax.models.cache import Prefix, PromptBlock, Slots
 from grpo_jax.models.config import ModelConfig
 
@@ -36,6 +38,8 @@ def attention(
     scale: float,
     softcap: float | None,
     index: Int[Array, "N T"] | None = None,
+    owner: Int[Array, "A R"] | None = None,
+    kernels: bool = True,
 ) -> Float[Array, "N G T H h"]:
     """Returns softmax(scale q k^T) v over the prefix and the sequence's own tokens.
 
@@ -43,18 +47,24 @@ def attention(
     tokens of the prefix, of both only the last `window` positions, itself among them;
     so no row is ever empty. With `index`, for groups of one, several sequences stand
     behind each other, query t is token `index[:, t]` of its own and sees none of the
-    others. A softcap c turns scores s into c tanh(s / c) (Gemma Team 2024,
+    others. With `owner` they are A x R rows, and see these prompts of the prefix: see
+    `of_owners`. A softcap c turns scores s into c tanh(s / c) (Gemma Team 2024,
     https://arxiv.org/abs/2408.00118, section 2). Scores and softmax are float32. Query
     head i reads key/value head i // (H / K) (Ainslie et al. 2023,
-    https://arxiv.org/abs/2305.13245). Several queries at once are left to cuDNN where
-    it serves them.
+    https://arxiv.org/abs/2305.13245). Unless `kernels` is false, several queries at
+    once are left to kernels where there are some, for TPUs or of cuDNN.
     """
     n, g, t, heads, width = queries.shape
     kv_heads = keys.shape[1]
+    if kernels and serves_rows(queries, keys, prefix, owner):
+        seen = Seen(prefix, owner, index, window)
+        return row_attention(queries, keys, values, seen, scale=scale, softcap=softcap)
+    if owner is not None:  # a row has a copy of its prompt: there are few rows
+        prefix = jax.tree.map(lambda x: of_owners(x, owner), prefix)
     masks = [_own_mask(t, keys.shape[3], window=window, index=index)]
     if prefix is not None:
         masks.append(_prefix_mask(t, prefix, window=window, index=index))
-    if t > 1 and softcap is None and has_flash(queries):
+    if kernels and t > 1 and softcap is None and has_flash(queries):
         seen = all_keys(keys, values, prefix, masks)
         plain = prefix is None and window is None and index is None
         causal = plain and t == keys.shape[3]

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models import _rows
@@ -37,13 +36,11 @@ def attend_row(
     q, k, v = (own for _, own in parts)
     within = None
     if owner is not None:
-        # A row sees one prompt, of which it has a copy: there are few rows.
-        prefix = jax.tree.map(lambda x: _rows.of_owners(x, owner), prefix)
         q, k, v = (x.reshape(-1, 1, *x.shape[2:]) for x in (q, k, v))
         within = index.reshape(-1, index.shape[2])
     k, v = head_major(k), head_major(v)
-    how: Any = {"prefix": prefix, "index": within, "window": window}
-    own = _attention(q, k, v, config=config, **how)
+    seen: Any = {"prefix": prefix, "index": within, "owner": owner, "window": window}
+    own = _attention(q, k, v, config=config, **seen)
     return _rows.join(out, own.reshape(own_q.shape))
 
 
@@ -63,5 +60,10 @@ def attend_causal(
 
 def _attention(*arrays: Array, config: ModelConfig, **which: Any) -> Array:
     """Returns `attention` of these arrays as this model has it."""
-    scale, softcap = config.attention_scale, config.attention_softcap
-    return attention(*arrays, scale=scale, softcap=softcap, **which)
+    return attention(
+        *arrays,
+        scale=config.attention_scale,
+        softcap=config.attention_softcap,
+        kernels=config.attention == "auto",
+        **which,
+    )

@@ -29,9 +29,10 @@ _CHOICES = {
     "qk_norm": (None, "head", "width", "rotated"),
     "dtype": ("float32", "bfloat16", "float16"),
     "remat": ("none", "layer", "dots"),
+    "attention": ("auto", "xla"),
 }
 # Fields of how the model is run. They are not part of config.json.
-RUN_FIELDS = ("dtype", "remat", "lora_scale")
+RUN_FIELDS = ("dtype", "remat", "attention", "lora_scale")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ class ModelConfig:
     attention_gate: bool = False  # attention times a sigmoid, which q projects as well
     dtype: str = "float32"  # of compute; parameters stay float32
     remat: Literal["none", "layer", "dots"] = "none"  # what backward recomputes
+    attention: Literal["auto", "xla"] = "auto"  # kernels where they serve, or none
     lora_scale: float | None = None  # alpha / rank; needed when adapters are given
 
     def __post_init__(self):
@@ -127,8 +129,9 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """Returns a `config.json` that transformers reads back to the same model.
 
-        The spelling is that of transformers 4, which 5 also reads. `dtype`, `remat` and
-        `lora_scale` are left out. The caller adds the dtype of the stored weights.
+        The spelling is that of transformers 4, which 5 also reads. `dtype`, `remat`,
+        `attention` and `lora_scale` are left out. The caller adds the dtype of the
+        stored weights.
 
         Raises:
             ValueError: the architecture's `config.json` cannot express some field.

@@ -29,7 +29,7 @@ def with_compute_dtype(
     `accelerator` says whether it runs on one; by default, where this process does.
     """
     dtype = compute_dtype(config, accelerator=accelerator)
-    return dataclasses.replace(model, dtype=dtype)
+    return dataclasses.replace(model, dtype=dtype, attention=config.attention)
 
 
 def compute_dtype(config: TrainConfig, *, accelerator: bool | None = None) -> str:

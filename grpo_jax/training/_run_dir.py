@@ -30,7 +30,7 @@ from grpo_jax.weights.folder import remove_unfinished
 # how work is spread over time and devices.
 _FREE_FIELDS = (
     *("run_dir", "mesh", "report", "microbatch_size", "eval_batch_size", "remat"),
-    "packing",
+    *("packing", "attention"),
     *(f"checkpoint.{n}" for n in ("every", "keep", "keep_every", "grace_seconds")),
 )
 
