@@ -180,6 +180,7 @@ def test_slots_anywhere_in_a_ring_attend_as_each_would_alone(window, softcap, co
         prompts=PromptBlock(
             jnp.swapaxes(blocks[0], 2, 3),
             blocks[1],
+            None,
             *readers(members, np.full((parts, slots), rows * 3, np.int32)),
         ),
         **options,
