@@ -11,7 +11,7 @@ interruption the same command goes on.
 
 Hardware: one accelerator (all weights, 100 steps, all held-out problems), or a CPU
 (adapters, 30 small steps, 400 problems).
-Time: on 2 CPU cores about six hours a seed; `--steps 2 --prompts 8` is a trial.
+Time: on 2 CPU cores some hours a seed; `--steps 2 --prompts 8` is a trial.
 Expected result: a line for each seed in results.jsonl, with the accuracy before and
 after, strict and lenient, its standard error, and the share of cut completions.
 """

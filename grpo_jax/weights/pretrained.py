@@ -337,10 +337,10 @@ def _load_parameter(
     dtype: np.dtype,
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    if sharding is None or len(sharding.device_set) == 1:
+    if sharding is None:
         values = read_parameter(parameter, tensors, dtype=dtype)
         # Nothing else refers to this memory. A copy would need twice as much of it.
-        return jax.device_put(values, sharding, may_alias=True)
+        return jax.device_put(values, may_alias=True)
     parts: dict[tuple, np.ndarray] = {}
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
