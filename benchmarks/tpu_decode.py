@@ -23,7 +23,7 @@ from typing import Any
 import tyro
 from workloads import own_versions, publish, show, surroundings, versions
 
-from grpo_jax.planning.program_text import COLLECTIVES, Instruction, Program
+from grpo_jax.planning._program_text import COLLECTIVES, Instruction, Program
 
 PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS, TURNS = 16, 8, 128, 256, 128
 MIB = 2**20

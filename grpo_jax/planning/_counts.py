@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from grpo_jax.planning.program_text import COLLECTIVES, Instruction, Laid, Program
+from grpo_jax.planning._program_text import COLLECTIVES, Instruction, Laid, Program
 
 
 class Sent(NamedTuple):

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from jax.stages import Lowered
 
 from grpo_jax.planning._counts import products, sent
+from grpo_jax.planning._program_text import Program
 from grpo_jax.planning.devices import Device
-from grpo_jax.planning.program_text import Program
 
 
 class _ProgramToCompile(Protocol):

@@ -29,7 +29,7 @@ from grpo_jax.rollout._engine import MOST_TURNS, power
 from grpo_jax.rollout._settings import GroupSettings, group_settings
 
 
-class SamplerProgram(NamedTuple):
+class _SamplerProgram(NamedTuple):
     """A program of the sampler.
 
     Attributes:
@@ -59,7 +59,7 @@ def sampler_programs(
     sampling: SamplingConfig,
     slots: int | None = None,
     streams: bool = False,
-) -> Iterator[SamplerProgram]:
+) -> Iterator[_SamplerProgram]:
     """The programs that complete prompts, in the order in which they run.
 
     Each is lowered when it is asked for.
@@ -118,11 +118,11 @@ class _Shapes:
     groups: int
     streams: bool
 
-    def prepare(self) -> SamplerProgram:
+    def prepare(self) -> _SamplerProgram:
         lowered = self._prepare[1]
-        return SamplerProgram("prepare", lambda: lowered, (), (), 1)
+        return _SamplerProgram("prepare", lambda: lowered, (), (), 1)
 
-    def prefill(self) -> SamplerProgram:
+    def prefill(self) -> _SamplerProgram:
         count = min(power(self.groups), power(self.prompts))
         new = (
             self._of_parts(count, self.prompt_tokens),
@@ -138,18 +138,18 @@ class _Shapes:
 
         held = self.ready, block, last, first
         times = -(-self.prompts // count)
-        return SamplerProgram("prefill", lower, held, (new, block, last), times)
+        return _SamplerProgram("prefill", lower, held, (new, block, last), times)
 
-    def widen(self) -> SamplerProgram:
+    def widen(self) -> _SamplerProgram:
         narrow, at = self._ring(self.half), self._of_parts()
         lower = functools.partial(
             programs.widen.lower, narrow, at, columns=self.columns
         )
-        return SamplerProgram(
+        return _SamplerProgram(
             "widen", lower, (self.ready, self.kept, narrow), narrow, 1
         )
 
-    def decode(self) -> SamplerProgram:
+    def decode(self) -> _SamplerProgram:
         block, last = self.kept
         most, size = self.settings.max_new_tokens, self.settings.group_size
         own = self.ready, last, block, self._ring(self.columns), self._start()
@@ -164,7 +164,7 @@ class _Shapes:
         )
         # One after the other in a slot, each to its limit.
         turns = -(-self.prompts * size // self.slots) * most
-        return SamplerProgram("decode", lower, own, own, turns)
+        return _SamplerProgram("decode", lower, own, own, turns)
 
     @property
     def unrolled(self) -> bool:

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grpo_jax.planning._counts import products, sent
-from grpo_jax.planning.program_text import Program
+from grpo_jax.planning._program_text import Program
 
 # As a compiler for TPUs writes it: no trip count, a counter that goes in steps of two,
 # a batch of products as a convolution, groups by the axes of a mesh, tiles.
