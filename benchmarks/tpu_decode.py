@@ -6,7 +6,7 @@
 --target DIR libtpu` puts it beside an installation without TPUs). Each job compiles the
 loop from shapes alone, for a Qwen2.5-0.5B shape in bfloat16, and counts in the text of
 its body: copies of arrays of the cache's size, weights that are gathered, other
-communication, and bytes per token (program_text.py says how). The floor is the weights,
+communication, and bytes per token (`planning._program_text`). The floor is the weights,
 the prompts, and half of the ring, which equal lengths have written on average.
 """
 
