@@ -219,8 +219,6 @@ QWEN3_5 = {
         "rope_type": "default",
         "rope_theta": 100.0,
         "partial_rotary_factor": 0.5,
-        "mrope_interleaved": True,
-        "mrope_section": [1, 1, 0],
     },
 }
 CASES |= {"qwen3_5": ("Qwen3_5Text", QWEN3_5)}

@@ -86,13 +86,13 @@ def test_states_take_what_their_arrays_take(hybrid_policy):
     cache = jax.eval_shape(lambda: model.init_cache(4, 4, 32))
     sizes = (leaf.size * 4 for leaf in jax.tree.leaves(cache.state))
     rollout = made(model.config, (1, 2, 2)).phases["rollout"]
-    # Of two devices' sequences, and each prompt's; of one of two heads.
-    assert rollout["states"] == sum(sizes) // 4 * 5 // 4
+    # Of 16 sequences on a device, and of its four prompts; of half of the heads.
+    assert rollout["states"] == sum(sizes) // 2 * 5 // 4
     keys = 2 * cache.keys.size * 4
-    assert rollout["own keys and values"] == keys // 4
+    assert rollout["own keys and values"] == keys // 2
     narrow = dataclasses.replace(model.config, dtype="bfloat16")
     # Memories stay float32.
-    memory = cache.state.memory.size * 4 // 4 * 5 // 4
+    memory = cache.state.memory.size * 4 // 2 * 5 // 4
     half = made(narrow, (1, 2, 2)).phases["rollout"]["states"]
     assert half == memory + (rollout["states"] - memory) // 2
 
