@@ -97,8 +97,9 @@ def row_attention(
         batch: Any = P(AXES[:2])
         by_head: Any = P(AXES[:2], AXES[2])
         rows = P(AXES[:2], None, None, AXES[2])
-        of_seen = Seen(Prefix(by_head, by_head, batch), batch, batch, window=None)
-
+        whole: Any = P()
+        of_prefix = seen.prefix and Prefix(by_head, by_head, batch)
+        of_seen = Seen(of_prefix, owner=batch, index=batch, window=whole)
         over = jax.shard_map(
             over,
             in_specs=(rows, by_head, by_head, of_seen),

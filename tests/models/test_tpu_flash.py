@@ -43,6 +43,11 @@ def with_kernels(monkeypatch):
     monkeypatch.setattr(attentions, "serves_rows", lambda *given: True)
 
 
+def mesh_of_four():
+    axes = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh((1, 2, 2), AXES, axis_types=axes, devices=jax.devices()[:4])
+
+
 def check(given, lengths, **options):
     """Both forms give the same result, and gradients of a weighted sum of it."""
     weights = draw(9, *given[0].shape)
@@ -81,8 +86,7 @@ def test_rows_of_several_sequences_see_the_prompt_they_name(with_kernels):
 
 def test_a_group_shares_its_prompt_on_a_mesh(with_kernels):
     """The batch is split over two devices, the heads over two."""
-    axes = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh((1, 2, 2), AXES, axis_types=axes, devices=jax.devices()[:4])
+    mesh = mesh_of_four()
     with jax.set_mesh(mesh):
         given = jax.device_put(
             arrays(2, 2, heads=2, kv_heads=2, prompts=2), batch_sharding(mesh)
@@ -91,8 +95,9 @@ def test_a_group_shares_its_prompt_on_a_mesh(with_kernels):
 
 
 def test_prompts_alone_are_causal(with_kernels):
-    given = arrays(2, 1, heads=2, kv_heads=1, prompts=0)[:3]
-    check(given, None, window=None, softcap=None)
+    given = arrays(2, 1, heads=2, kv_heads=2, prompts=0)[:3]
+    with jax.set_mesh(mesh_of_four()):
+        check(given, None, window=jnp.asarray(9), softcap=None)
 
 
 @pytest.mark.parametrize(
