@@ -3,17 +3,18 @@
 Bodies of loops count as often as they run, and each branch of a condition once.
 """
 
+import dataclasses
 import functools
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from grpo_jax.planning._program_text import COLLECTIVES, Instruction, Laid, Program
 
 
-class Sent(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Sent:
     """Collective operations of a kind on arrays of a dtype, counted on one device.
 
     Attributes:
@@ -74,7 +75,8 @@ def sent(program: Program) -> list[Sent]:
             largest = shape if size >= most[key] else before.largest
             most[key] = max(most[key], size)
             received = _received(kind, laid, members)
-            found[key] = before._replace(
+            found[key] = dataclasses.replace(
+                before,
                 count=before.count + often * (laid is given[0]),
                 bytes=before.bytes + often * received,
                 largest=largest,

@@ -4,6 +4,7 @@ Numbers are of one device. What the compiler reserves is read from the compiled 
 the rest is counted from its text.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -75,7 +76,7 @@ def measure(program: _ProgramToCompile, device: Device | None) -> dict[str, Any]
         "code": memory.generated_code_size_in_bytes,
         "others": program.others,
     }
-    text = Program(compiled.as_text(), turns=program.turns)
+    text = Program(compiled.as_text() or "", turns=program.turns)
     collectives = sent(text)
     counts = {
         "flops": products(text),
@@ -87,7 +88,7 @@ def measure(program: _ProgramToCompile, device: Device | None) -> dict[str, Any]
         **own,
         "peak": sum(own.values()),
         **counts,
-        "sent": [one._asdict() for one in collectives],
+        "sent": [dataclasses.asdict(one) for one in collectives],
         "floor": None if device is None else _least(counts, device),
         "compile_seconds": seconds,
     }

