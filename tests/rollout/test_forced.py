@@ -122,7 +122,7 @@ def small_steps(monkeypatch):
         return next(min(2**k, limit) for k in range(2, 9) if 2**k >= longest)
 
     monkeypatch.setattr(engines, "cache_columns", columns)
-    monkeypatch.setattr(engines, "_MOST_TURNS", 20)
+    monkeypatch.setattr(engines, "MOST_TURNS", 20)
 
 
 @pytest.fixture(scope="module")

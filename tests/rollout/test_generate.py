@@ -219,7 +219,7 @@ def small_steps(monkeypatch):
         return next(min(2**k, limit) for k in range(1, 9) if 2**k >= longest)
 
     monkeypatch.setattr(engines, "cache_columns", columns)
-    monkeypatch.setattr(engines, "_MOST_TURNS", 3)
+    monkeypatch.setattr(engines, "MOST_TURNS", 3)
     monkeypatch.setattr(engines, "_SHORT", 0)
 
 
