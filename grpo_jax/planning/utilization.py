@@ -19,6 +19,7 @@ from grpo_jax.config import TrainConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.planning.devices import known_flops
 from grpo_jax.planning.flops import forward_flops, gradient_flops
+from grpo_jax.planning.resolve import for_updates
 
 Lengths = tuple[Int[np.ndarray, " N"], Int[np.ndarray, "N G"]]
 
@@ -28,6 +29,7 @@ class Utilization:
 
     def __init__(self, model: ModelConfig, config: TrainConfig, mesh: Mesh) -> None:
         self._model, self._config, self._mesh = model, config, mesh
+        self._learner = for_updates(model, config, mesh)
 
     def metrics(
         self, sampled: Lengths, learned: Lengths, seconds: Mapping[str, float]
@@ -55,12 +57,16 @@ class Utilization:
         spent = {name: seconds[f"time/{name}"] for name in (*flops, "step")}
         if not objective.resample_limit:
             spent["score"] += seconds["time/reward"]
-        flops["step"] = sum(flops.values())
-        peak = _peak_rate(self._mesh, self._model.dtype)
+        dtypes = dict.fromkeys(flops, self._learner.dtype)
+        dtypes["rollout"] = self._model.dtype
+        # Seconds at the peak.
+        least = {
+            name: count / _peak_rate(self._mesh, dtypes[name])
+            for name, count in flops.items()
+        }
+        least["step"] = sum(least.values())
         return {
-            f"mfu/{name}": flops[name] / (spent[name] * peak)
-            for name in flops
-            if flops[name]
+            f"mfu/{name}": least[name] / spent[name] for name in least if least[name]
         }
 
 

@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from grpo_jax.config.files import to_jsonable, write_json
+from grpo_jax.planning.devices import has_bfloat16_products
 from grpo_jax.reporting.metrics import METRICS_FILE
 
 Status = Literal["running", "preempted", "failed", "finished"]
@@ -204,11 +205,16 @@ def _first(found: list[str]) -> list[str]:
 def _machine(mesh: Mesh) -> dict[str, Any]:
     """The software and hardware that numbers depend on."""
     devices = mesh.devices.flat
+    # It decides in which dtype a run updates, if the run leaves it open.
+    fast = devices[0].platform == "cpu" and has_bfloat16_products()
+    more = " with fast bfloat16" if fast else ""
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "backend": jax.default_backend(),
-        "devices": [f"{device.platform}:{device.device_kind}" for device in devices],
+        "devices": [
+            f"{device.platform}:{device.device_kind}{more}" for device in devices
+        ],
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape),
         "git_revision": _git_revision(),

@@ -97,9 +97,10 @@ def score_batch(
         return at_own_width(functools.partial(padded, part), part.mask, widths)
 
     if parts.prompts.shape[0] == 1:
-        return at_width(jax.tree.map(lambda leaf: leaf[0], parts))
-    logp = lax.map(at_width, parts)
-    logp = jnp.moveaxis(logp, 0, 1).reshape(batch.completions.shape)
+        logp = at_width(jax.tree.map(lambda leaf: leaf[0], parts))
+    else:
+        logp = jnp.moveaxis(lax.map(at_width, parts), 0, 1)
+        logp = logp.reshape(batch.completions.shape)
     return logp if order is None else order.unsort(logp)
 
 

@@ -154,6 +154,8 @@ def _stored(
 ) -> StoredTensor:
     import gguf
 
+    if kind not in {known.value for known in gguf.GGMLQuantizationType}:
+        raise ValueError(f"{name} has the type {kind}, which is not known")
     named = gguf.GGMLQuantizationType(kind)
     size, width = gguf.GGML_QUANT_SIZES[named]
     if sizes[0] % size:
