@@ -208,9 +208,8 @@ class SelfAttention(nn.Module):
         kv_width = config.num_kv_heads * config.head_dim
         into, bias = ("embed", "heads"), config.attention_bias
         into_kv = ("embed", "kv_heads")
-        gated = (
-            2 if config.attention_gate else 1
-        )  # each head's gate is behind its query
+        # The gate of each head is behind its query.
+        gated = 2 if config.attention_gate else 1
         self.q = self._projection(model_width, gated * width, into, bias)
         self.k = self._projection(model_width, kv_width, into_kv, bias)
         self.v = self._projection(model_width, kv_width, into_kv, bias)
