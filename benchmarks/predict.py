@@ -40,7 +40,12 @@ SHAPES = {
     "70B": (8192, 28672, 80, 64, False),
 }
 # Name -> device and how many. A v5p-64 has 64 cores, which are 32 chips.
-BOXES = {"v5e-8": ("v5e", 8), "v5p-64": ("v5p", 32), "8 x H100": ("h100", 8)}
+BOXES = {
+    "v5e-8": ("v5e", 8),
+    "v6e-16": ("v6e", 16),
+    "v5p-64": ("v5p", 32),
+    "8 x H100": ("h100", 8),
+}
 WORK = Workload("predicted", "", 64, 8, 512, 1024, steps=1)
 
 
@@ -81,7 +86,7 @@ def predicted(
     kind, count = BOXES[box]
     device = DEVICES[kind]
     model, config = run(shape, count, rank)
-    mesh = meshes.abstract_mesh(config.mesh, count)
+    mesh = meshes.abstract_mesh(config.mesh, count, device.described)
     limit = int(USABLE * device.memory_gib * GIB)
     model, config = resolve_auto(model, config, mesh, limit=limit)
     copies = count // mesh.shape["tensor"]

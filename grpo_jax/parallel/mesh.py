@@ -13,7 +13,13 @@ import jax
 import numpy as np
 from flax.linen import spmd
 from jax.experimental import multihost_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+)
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
@@ -47,14 +53,23 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
     )
 
 
-def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
+def abstract_mesh(
+    config: MeshConfig, count: int, device: AbstractDevice | None = None
+) -> AbstractMesh:
     """The mesh of `count` devices, which need not exist: for shapes and shardings.
+
+    `device` is what they are, as far as it is known. A model may have kernels for it.
 
     Raises:
       ValueError: if the sizes in `config` do not fit the number of devices.
     """
-    sizes = _mesh_sizes(config, count)
-    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    sizes, types = _mesh_sizes(config, count), (AxisType.Auto,) * len(AXES)
+    return AbstractMesh(sizes, AXES, axis_types=types, abstract_device=device)
+
+
+def device_of(mesh: Mesh | AbstractMesh) -> AbstractDevice | None:
+    """What the devices of a mesh are; None if it is not known."""
+    return (mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh).abstract_device
 
 
 def _mesh_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:

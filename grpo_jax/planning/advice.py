@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
 from grpo_jax.config import TrainConfig
 from grpo_jax.models.config import ModelConfig
@@ -31,7 +31,7 @@ def _memory_savings(
         other = dataclasses.replace(model, remat=changed.remat)
         sizes = [vars(changed.mesh)[axis] for axis in meshes.AXES]
         try:
-            place = _mesh_of(changed, math.prod(sizes))
+            place = _mesh_of(changed, math.prod(sizes), meshes.device_of(mesh))
             saved[flags] = before - estimate(other, changed, place).peak
         except ValueError:  # the model or the batch does not divide over this mesh
             continue
@@ -178,12 +178,13 @@ def resolve_run(
 
     Arguments and errors are those of `make_plan`.
     """
+    kind = None
     if device is not None:
-        devices, memory_gib = _size_of(device, devices, memory_gib)
+        kind, devices, memory_gib = _size_of(device, devices, memory_gib)
     limit = None if memory_gib is None else int(USABLE * memory_gib * GIB)
     sizes = [vars(config.mesh)[axis] for axis in meshes.AXES]
     devices = devices or (jax.device_count() if -1 in sizes else math.prod(sizes))
-    mesh = _mesh_of(config, devices)
+    mesh = _mesh_of(config, devices, kind)
     accelerator = None if device is None else True
     model = with_compute_dtype(
         _read_model(config.model), config, accelerator=accelerator
@@ -194,19 +195,21 @@ def resolve_run(
 
 def _size_of(
     device: str, devices: int | None, memory_gib: float | None
-) -> tuple[int | None, float]:
-    """Number and memory of the devices of a kind, unless they are given."""
+) -> tuple[AbstractDevice, int | None, float]:
+    """A device, and number and memory of such devices unless they are given."""
     known, count = find_device(device)
     if count is not None and devices not in (None, count):
         raise ValueError(
             f"a {device} has {count} devices, got {devices}; leave the number out."
         )
-    return devices or count, memory_gib or known.memory_gib
+    return known.described, devices or count, memory_gib or known.memory_gib
 
 
-def _mesh_of(config: TrainConfig, devices: int) -> AbstractMesh:
+def _mesh_of(
+    config: TrainConfig, devices: int, device: AbstractDevice | None
+) -> AbstractMesh:
     """The mesh of a run over so many devices. Raises ValueError if it does not fit."""
-    mesh = meshes.abstract_mesh(config.mesh, devices)
+    mesh = meshes.abstract_mesh(config.mesh, devices, device)
     meshes.check_batch(
         mesh,
         config.prompts_per_update,

@@ -224,6 +224,7 @@ class _Sizes:
             group,
             self.config.max_prompt_tokens,
             self.config.max_new_tokens,
+            meshes.device_of(self.mesh),
         )
         # Without remat the kernels are kept as they were rounded for the products.
         rounded = remat == "none" and self.model.dtype != "float32"

@@ -20,7 +20,7 @@ def product(others=0, times=1, phase="update", fails=False):
 
 
 def test_a_program_holds_its_arrays_and_what_lies_beside_them():
-    row = measure(product(others=1000), Device(1, 1e6, 1e9))
+    row = measure(product(others=1000), Device("a kind", 1, 1e6, 1e9))
     one = 32 * 32 * 4
     assert (row["arguments"], row["results"]) == (2 * one, one)
     held = row["temporaries"] + row["code"] + 1000
@@ -29,15 +29,15 @@ def test_a_program_holds_its_arrays_and_what_lies_beside_them():
 
 
 def test_the_floor_is_the_slowest_of_products_memory_and_links():
-    row = measure(product(), Device(1, 1e6, 1e12))
+    row = measure(product(), Device("a kind", 1, 1e6, 1e12))
     assert row["floor"] == row["flops"] / 1e6
-    row = measure(product(), Device(1, 1e12, 1e3))
+    row = measure(product(), Device("a kind", 1, 1e12, 1e3))
     assert row["floor"] == row["moved"] / 1e3
     assert measure(product(), None)["floor"] is None
 
 
 def test_a_step_is_the_sum_of_its_phases_and_the_largest_counts():
-    device = Device(1, 1e6, 1e12)
+    device = Device("a kind", 1, 1e6, 1e12)
     programs = [
         product(5000, times=3),
         product(9000, phase="score"),

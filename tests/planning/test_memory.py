@@ -1,6 +1,7 @@
 """The estimate of memory is exact where it can be."""
 
 import dataclasses
+import functools
 
 import jax
 import pytest
@@ -95,6 +96,24 @@ def test_states_take_what_their_arrays_take(hybrid_policy):
     memory = cache.state.memory.size * 4 // 2 * 5 // 4
     half = made(narrow, (1, 2, 2)).phases["rollout"]["states"]
     assert half == memory + (rollout["states"] - memory) // 2
+
+
+def test_scores_are_kept_where_no_kernel_serves(tiny_policy):
+    model = dataclasses.replace(
+        tiny_policy.model.config, head_dim=16, dtype="bfloat16", attention="auto"
+    )
+    sizes = {"max_prompt_tokens": 128, "max_new_tokens": 129}
+    of = functools.partial(meshes.abstract_mesh, MeshConfig(), 1)
+    tpu = of(jax.sharding.AbstractDevice("TPU v5 lite", None, "tpu"))
+
+    def kept(mesh, **changes):
+        own = dataclasses.replace(model, remat="none", **changes)
+        return activation_bytes(own, make_config(**sizes), mesh)
+
+    # 8 prompts with 4 completions; two layers, four heads, float32.
+    scores = 2 * 4 * 4 * 8 * (128**2 + 4 * 128 * (128 + 128))
+    assert kept(of()) - kept(tpu) > scores
+    assert kept(of(), attention="xla") == kept(tpu, attention="xla") == kept(of())
 
 
 # Keys and values of a token: two layers, two heads of width 8, float32.
