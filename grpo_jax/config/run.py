@@ -228,7 +228,7 @@ class TrainConfig(Section):
     # rollout, or fewer if they would need more memory than training.
     eval_batch_size: Count | None = None
     # dtype of the matrix products; auto: bfloat16, on a CPU float32, there bfloat16 for
-    # scoring and updates of large models if the CPU has AMX and jax uses it (0.11)
+    # scoring and updates of large models if CPU and jax (0.11) have instructions for it
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # What the backward pass recomputes to save memory: nothing (none), everything
     # except matrix products (dots), or whole layers (layer). auto: as little as fits.

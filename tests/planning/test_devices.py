@@ -68,11 +68,15 @@ def test_a_peak_is_known_for_the_names_that_jax_gives_devices():
     [
         ((0, 11, 0), "avx512f amx_bf16 amx_tile", True),
         ((0, 10, 2), "avx512f amx_bf16 amx_tile", False),
-        ((0, 12, 0), "avx512f avx512_bf16", False),
+        ((0, 12, 0), "avx512f avx512_bf16", True),
+        ((0, 10, 2), "avx512f avx512_bf16", False),
+        ((0, 12, 0), "avx512f avx512_vnni", False),
         ((0, 12, 0), None, False),
     ],
 )
-def test_amx_counts_where_jax_uses_it(version, flags, expected, tmp_path, monkeypatch):
+def test_instructions_for_bfloat16_count_where_jax_uses_them(
+    version, flags, expected, tmp_path, monkeypatch
+):
     monkeypatch.setattr(devices.jax, "__version_info__", version)
     cpuinfo = tmp_path / "cpuinfo"
     if flags is not None:
