@@ -37,6 +37,7 @@ class Job:
       target: the slice.
       phases: those of its programs that are compiled.
       layers: fewer than the model has: each layer of a loop over tokens is compiled.
+      keys: of `config.json`, changed.
       run: fields of `TrainConfig`.
     """
 
@@ -44,10 +45,19 @@ class Job:
     target: str
     phases: tuple[str, ...]
     layers: int | None = None
+    keys: dict[str, Any] = dataclasses.field(default_factory=dict)
     run: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-SMALL, BIG = "Qwen/Qwen2.5-0.5B-Instruct", "mistralai/Mistral-7B-v0.1"
+SMALL, BIG = "Qwen/Qwen2.5-0.5B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
+# Llama 3.1 8B.
+EIGHT = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
 UPDATE, LEARN, SAMPLE = ("update",), ("score", "update"), ("rollout",)
 LORA = {"lora": LoraConfig(rank=16)}
 LONG = {"max_prompt_tokens": 512, "max_new_tokens": 1024}
@@ -75,13 +85,15 @@ JOBS = {
     "gemma2-2b": Job("google/gemma-2-2b-it", "v6e:2x4", LEARN),
     "gemma2-sampling": Job("google/gemma-2-2b-it", "v6e:2x4", SAMPLE, layers=2),
     "qwen3-experts": Job("Qwen/Qwen3-30B-A3B", "v5p:2x2x2", LEARN, layers=8),
-    "7b-lora": Job(
-        BIG,
-        "v5e:2x4",
-        LEARN,
-        run=LORA | LONG | {"remat": "layer", "microbatch_size": 64},
+    "8b-lora": Job(
+        BIG, "v5e:2x4", LEARN, keys=EIGHT, run=LORA | LONG | {"microbatch_size": 64}
     ),
-    "7b-full": Job(BIG, "v5p:2x2x2", LEARN, run=LONG | {"microbatch_size": 64}),
+    "8b-lora-sampling": Job(
+        BIG, "v5e:2x4", SAMPLE, layers=2, keys=EIGHT, run=LORA | LONG
+    ),
+    "8b-full": Job(
+        BIG, "v5p:2x2x1", LEARN, keys=EIGHT, run=LONG | {"microbatch_size": 64}
+    ),
 }
 
 
@@ -127,7 +139,7 @@ def measure(name: str) -> dict[str, dict[str, Any]]:
     """A row for each program of a job, and one for each of its phases."""
     job = JOBS[name]
     with tempfile.TemporaryDirectory() as folder:
-        config = json.loads(PUBLISHED.read_text())[job.model]
+        config = json.loads(PUBLISHED.read_text())[job.model] | job.keys
         if job.layers is not None:
             config["num_hidden_layers"] = job.layers
             config.pop("layer_types", None)

@@ -66,12 +66,19 @@ def checked_step(step: Any) -> CheckedStep:
             f"step returned {step!r:.80}; expected Step(observation, reward, done)."
         )
     reward = checked_reward(step.reward, of="step")
-    if step.done:
+    if _checked_flag(step.done):
         return CheckedStep([], reward, True)
     text = step.observation
     if isinstance(text, str):
         return CheckedStep([{"role": "user", "content": text}], reward, False)
     return CheckedStep(checked_messages(text, of="step"), reward, False)
+
+
+def _checked_flag(done: Any) -> bool:
+    # A text would be true, whatever it says.
+    if np.ndim(done) == 0 and np.asarray(done).dtype.kind in "bi" and done in (0, 1):
+        return bool(done)
+    raise NonsenseError(f"step returned done={done!r:.80}; expected True or False.")
 
 
 def checked_reward(reward: Any, *, of: str) -> float | None:

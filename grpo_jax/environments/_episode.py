@@ -5,12 +5,16 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from grpo_jax.config import EnvironmentsConfig
-from grpo_jax.environments._checked import CheckedStep
-from grpo_jax.environments._seat import Act, Answer, Kind, timed_out
+from grpo_jax.environments._checked import (
+    CheckedStep,
+    NonsenseError,
+    checked_reward,
+)
+from grpo_jax.environments._seat import Act, Answer, Kind, failed, timed_out
 from grpo_jax.environments._tools import Call, calls_of, error_text
 from grpo_jax.environments.base import Message
 from grpo_jax.environments.outcome import Failure, Reply
@@ -29,10 +33,17 @@ class Caller(Protocol):
 class Episode:
     """What has happened in one episode. Its coroutines belong to the host's loop."""
 
-    def __init__(self, kind: Kind, config: EnvironmentsConfig, caller: Caller) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        config: EnvironmentsConfig,
+        caller: Caller,
+        report: Callable[[Act, Failure], None],
+    ) -> None:
         self._kind = kind
         self._config = config
         self._caller = caller
+        self._report = report  # of a failure that no call had
         self._rounds = 0  # turns that were answered
         self._used = 0.0  # seconds in calls, of those of the episode
         self._hash = hashlib.sha256()
@@ -96,9 +107,7 @@ class Episode:
         if self.failure is not None or not self._kind.has_reward:
             return math.nan
         if self._kind.is_text:
-            given = [reward for reward in self._step_rewards if reward is not None]
-            withheld = self._step_rewards and not given
-            return math.nan if withheld else math.fsum(given)
+            return self._sum()
         answer = await self._caller(Act("reward"), self.limit)
         self._account(answer)
         if answer.failure is not None:
@@ -107,6 +116,20 @@ class Episode:
             return math.nan
         self._observe({"reward": answer.value})
         return math.nan if answer.value is None else answer.value
+
+    def _sum(self) -> float:
+        given = [reward for reward in self._step_rewards if reward is not None]
+        if self._step_rewards and not given:
+            return math.nan
+        try:
+            checked_reward(total := math.fsum(given), of="all steps of an episode")
+        except NonsenseError as error:
+            failure = failed(error).failure
+            assert failure is not None, "it is no interrupt"
+            self._report(Act("step"), failure)
+            self._fail(failure)
+            return math.nan
+        return total
 
     async def _step(self, message: Message, *, last: bool) -> Reply:
         act = Act("step", arguments=message.get("content") or "")

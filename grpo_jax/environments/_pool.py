@@ -71,7 +71,7 @@ class Pool:
         self._waiting: dict[Name, list[Any]] = {}
         # All that are open, by their ids.
         self._all: dict[int, tuple[Name, Any]] = {}
-        self._logged: set[tuple[str, str]] = set()
+        self._logged: set[tuple[str, str, str]] = set()
 
     def probe(self, name: Name) -> Answer:
         """A description of a factory's environments, by making the first of them."""
@@ -148,7 +148,11 @@ class Pool:
             then = "the policy reads the error message"
         # Names that no tool has are of one kind, however many a policy invents.
         unknown = failure.cause == UnknownToolError.__name__
-        key = ("" if unknown else what, failure.cause)
+        # One call can return nonsense of several kinds: what was expected tells them.
+        expected = (
+            failure.message.rpartition(";")[2] if failure.kind == "invalid" else ""
+        )
+        key = ("" if unknown else what, failure.cause, expected)
         if key not in self._logged:
             self._logged.add(key)
             _logger.warning(

@@ -127,7 +127,7 @@ class Seat:
             value = self._finish(act, value)
             return Answer(value=value, seconds=time.monotonic() - start)
         except BaseException as error:
-            return _failed(error, time.monotonic() - start)
+            return failed(error, time.monotonic() - start)
 
     async def run_async(self, act: Act) -> Answer:
         """The answer of an act that is `async`.
@@ -141,7 +141,7 @@ class Seat:
                 coroutine = Stepped(coroutine, Draws(act.seed).in_use)
             return Answer(value=self._finish(act, await coroutine))
         except BaseException as error:
-            return _failed(error)
+            return failed(error)
 
     def _begin(self, act: Act) -> Any:
         """Calls the user's function: its value, or its coroutine."""
@@ -212,8 +212,10 @@ class Seat:
                 f"environment_factory returned {environment!r:.80}, which has no "
                 "method `reset`."
             )
+        _check_reward(environment, methods)
         own = []
         if not isinstance(environment, TextEnvironment):
+            _check_step(environment, methods)
             # By the class, since looking at an instance would evaluate properties.
             public = [n for n in methods if not n.startswith("_")]
             names = [name for name in public if name not in _NOT_TOOLS]
@@ -290,6 +292,28 @@ def timed_out(seconds: float) -> Failure:
     )
 
 
+def _check_reward(environment: Any, methods: list[str]) -> None:
+    if "get_reward" not in methods:
+        return
+    try:
+        inspect.signature(environment.get_reward).bind()
+    except TypeError as error:
+        raise NonsenseError(
+            f"{type(environment).__name__}.get_reward must need no arguments, but is "
+            f"called without them: {error}. What it needs can be kept in `self`."
+        ) from error
+
+
+def _check_step(environment: Any, methods: list[str]) -> None:
+    if "step" in methods and not inspect.getdoc(environment.step):
+        raise NonsenseError(
+            f"{type(environment).__name__} has a method `step` without a docstring. If "
+            "it answers texts, let the class inherit from "
+            "grpo_jax.environments.TextEnvironment; if it is a tool of the policy, "
+            "document it."
+        )
+
+
 def _methods(environment: Any) -> list[str]:
     return [n for n, _ in inspect.getmembers(type(environment), inspect.isfunction)]
 
@@ -298,7 +322,8 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function)
 
 
-def _failed(error: BaseException, seconds: float = 0.0) -> Answer:
+def failed(error: BaseException, seconds: float = 0.0) -> Answer:
+    """The answer of an act that raised an error."""
     if isinstance(error, KeyboardInterrupt):
         return Answer(interrupted=True, seconds=seconds)
     try:

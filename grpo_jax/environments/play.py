@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -135,8 +136,9 @@ class Play:
                 number, act, await self._pool.place.act(self._seats[number], act, limit)
             )
 
-        kind = self._pool.kinds[self._name(number)]
-        return Episode(kind, self._pool.config, act)
+        name = self._name(number)
+        report = functools.partial(self._pool.log, name)
+        return Episode(self._pool.kinds[name], self._pool.config, act, report)
 
     def _settled(self, number: int, act: Act, answer: Answer) -> Answer:
         if answer.interrupted:

@@ -19,6 +19,18 @@ def begins(row, observation, may_replace=False):
     return opening(row, observation, may_replace=may_replace)
 
 
+@pytest.mark.parametrize("done", [True, np.True_, np.array(True), 1])
+def test_an_end_is_one_however_it_is_said(done):
+    assert checked_step(Step("m", 1.0, done)) == ([], 1.0, True)
+    assert not checked_step(Step("m", 1.0, done ^ 1)).done
+
+
+@pytest.mark.parametrize("done", ["False", "", None, 0.5, 2, np.array([True]), [1]])
+def test_anything_else_is_no_end(done):
+    with pytest.raises(NonsenseError, match="returned done=.*expected True or False"):
+        checked_step(Step("m", 1.0, done))
+
+
 def test_a_text_is_appended_to_the_last_message_and_the_row_stays():
     row = {"prompt": CHAT}
     found = begins(row, " more")

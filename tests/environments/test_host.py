@@ -107,6 +107,20 @@ def test_what_cannot_be_played_is_refused_at_once():
     def broken():
         raise OSError("no server")
 
+    class Heirless:  # of TextEnvironment
+        def reset(self, **row):
+            pass
+
+        def step(self, text):
+            pass
+
+    class Needy:
+        def reset(self, **row):
+            pass
+
+        def get_reward(self, answer):
+            pass
+
     class Twice(examples.Count):
         def product(self) -> int:
             """Be called as another tool is."""
@@ -115,6 +129,8 @@ def test_what_cannot_be_played_is_refused_at_once():
     refused = {
         "give tools, an environment_factory, or both": ((), None),
         "has no method `reset`": ((), Resetless),
+        "Heirless has a method `step`.*inherit from .*TextEnvironment": ((), Heirless),
+        "Needy.get_reward must need no arguments.*'answer'": ((), Needy),
         "(?s)environment 'x'.*no server": ((), {"x": broken}),
         "Twice has two tools named 'product'": ([examples.product], Twice),
         "two tools named 'product'": ([examples.product, examples.product], None),

@@ -863,6 +863,27 @@ def test_rewards_of_turns_are_summed_and_none_withholds_one(rewards, expected):
     np.testing.assert_equal(result.rewards["Game"], expected)
 
 
+def test_rewards_of_turns_too_large_together_cost_the_episode(caplog):
+    class Game(TextEnvironment):
+        def reset(self, *, seed, **row):
+            self.large = True
+
+        def step(self, text):
+            return Step("go on", 3e38) if text == "much" else "nothing"
+
+    with host_of(factory=Game) as host:
+        with host.play([{"prompt": "p"}], seeds=[0], members=2) as play:
+            for text in ("much", "much"):
+                turn(play, 0, says(text))
+            turn(play, 1, says("nothing"))
+            found = play.results()
+    assert [r.failure and r.failure.kind for r in found] == ["invalid", "invalid"]
+    assert all(math.isnan(result.rewards["Game"]) for result in found)
+    # Two kinds of nonsense of one call are both told.
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and "6e+38" in "".join(told)
+
+
 def test_a_turn_that_has_earned_nothing_yet_has_the_reward_0():
     class Game(TextEnvironment):
         def reset(self, *, seed, **row):
