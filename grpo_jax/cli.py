@@ -177,6 +177,8 @@ def _plan(
         print(json.dumps(made, indent=2))
     else:
         print_plan(made)
+    if made["refused"] is not None:
+        sys.exit(2)  # as the run would
 
 
 def _export(

@@ -38,9 +38,9 @@ def test_a_config_alone_is_planned_for_devices_that_are_not_here(
     capsys, folder, monkeypatch
 ):
     monkeypatch.setattr(jax, "device_count", lambda: pytest.fail("counted devices"))
-    flags = ["--model", folder, "--prompts-per-step", 64, "--json"]
-    flags += ["--mesh.data", 2, "--devices", 64, "--mesh.tensor", 2, "--device", "v5e"]
-    made = json.loads(planned(capsys, *flags))
+    flags = ["--model", folder, "--prompts-per-step", 64, "--max-new-tokens", 64]
+    flags += ["--mesh.data", 2, "--devices", 64, "--mesh.tensor", 2]
+    made = json.loads(planned(capsys, *flags, "--device", "v5e", "--json"))
     assert made["mesh"] == {"data": 2, "fsdp": 16, "tensor": 2}
     assert made["compute_dtype"] == "bfloat16"
     assert made["usable"] == int(USABLE * 16 * GIB) and made["fits"] is True
@@ -73,8 +73,9 @@ def test_the_type_of_a_slice_says_how_many_devices(folder):
 def test_the_table_shows_every_size_and_what_to_turn_where_it_does_not_fit(
     capsys, folder
 ):
-    flags = ["--model", folder, "--mesh.fsdp", 1]
-    needed = make_plan(TrainConfig(model=str(folder), mesh=MeshConfig(fsdp=1)))
+    flags = ["--model", folder, "--mesh.fsdp", 1, "--max-new-tokens", 64]
+    config = TrainConfig(model=str(folder), mesh=MeshConfig(fsdp=1), max_new_tokens=64)
+    needed = make_plan(config)
     shown = planned(capsys, *flags)
     for name in [*needed["always"], *needed["phases"], *needed["phases"]["update"]]:
         assert name in shown
@@ -90,7 +91,9 @@ def test_a_plan_says_what_a_run_would_refuse(capsys, folder):
     flags = ["--model", folder, "--mesh.fsdp", 1, "--max-new-tokens"]
     config = TrainConfig(model="tiny", sampling=SamplingConfig(stop_ids=(263, 264)))
     assert "stop_ids 264: the model's" in _refused(read_model_config(folder), config)
-    assert told in " ".join(planned(capsys, *flags, 128).split())
+    with pytest.raises(SystemExit, match="2"):
+        planned(capsys, *flags, 128)
+    assert told in " ".join(capsys.readouterr().out.split())
     assert json.loads(planned(capsys, *flags, 127, "--json"))["refused"] is None
 
 
