@@ -64,7 +64,7 @@ def sent(program: Program) -> list[Sent]:
     most: Counter[tuple[str, str]] = Counter()
     for name, one, often in _all(program):
         kind = one.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
+        if kind not in COLLECTIVES or program.goes_on(name, one):
             continue
         given = [x for operand in one.operands for x in program.laid_of(name, operand)]
         members = _members(one)

@@ -205,6 +205,19 @@ class Program:
         found = self.computations[inside].get(name)
         return found.result if found else ()
 
+    def goes_on(self, inside: str, one: Instruction) -> bool:
+        """Whether a line only goes on with a collective operation that another began.
+
+        The compiler for TPUs cuts some into a chain of steps, each fused with a part of
+        a product. All steps of a chain look like the whole operation.
+        """
+        if one.opcode not in COLLECTIVES or "chain_id=" not in one.rest:
+            return False
+        users = (
+            x for x in self.computations[inside].values() if one.name in x.operands
+        )
+        return not any("AsyncCollectiveStart" in user.rest for user in users)
+
     def _read(self, one: Instruction, operand: int) -> float:
         """Most bytes that an instruction reads of an operand."""
         if one.opcode in _SLICES and operand == 0:
@@ -230,9 +243,18 @@ class Program:
                 for at in [i for i, x in enumerate(user.operands) if x == name]:
                     if user.opcode == "bitcast" or self._renames(user):
                         names.append(user.name)
-                    else:
+                    elif not self._hands_on(computation, user):
                         total += self._read(user, at)
         return total
+
+    def _hands_on(self, computation: str, one: Instruction) -> bool:
+        """Whether a step of a chain leaves its operands where they are."""
+        if one.opcode == "tuple" and one.root:
+            return any(
+                self.goes_on(computation, x)
+                for x in self.computations[computation].values()
+            )
+        return self.goes_on(computation, one)
 
     def _renames(self, one: Instruction) -> bool:
         """Whether a fusion only gives an array another shape."""
@@ -243,15 +265,18 @@ class Program:
 
     def _written(self, one: Instruction) -> int:
         """Bytes that an instruction writes to main memory."""
-        parts = [one]
+        parts, still = [one], ()
         if one.opcode == "fusion":
             lines = self.computations[one.called[0]]
             (root,) = [x for x in lines.values() if x.root]
             names = root.operands if root.opcode == "tuple" else [root.name]
             parts = [lines[name] for name in names]
+            if root.opcode == "tuple" and self._hands_on(one.called[0], root):
+                still = (*COLLECTIVES, "parameter")
         total = 0
         for part, laid in zip(parts, one.result, strict=False):
-            total += 0 if laid.fast else self._update_of(part, laid)
+            if not (laid.fast or part.opcode in still):
+                total += self._update_of(part, laid)
         return total
 
     def _update_of(self, part: Instruction, laid: Laid) -> int:

@@ -52,6 +52,59 @@ window={size=2 stride=1 lhs_dilate=2}, dim_labels=0bf_0oi->0bf
 """
 
 
+# A gather that is cut into steps, of which the second also has a product.
+CHAIN = """\
+HloModule jit_g
+
+%first (p.0: bf16[16,128]) -> (bf16[16,128], bf16[64,128], u32[]) {
+  %p.0 = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %g.0 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%p.0), channel_id=7, \
+replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %s.0 = (bf16[16,128]{1,0:T(8,128)(2,1)}, bf16[64,128]{1,0:T(8,128)(2,1)}, \
+u32[]{:S(2)}) custom-call(%g.0), custom_call_target="AsyncCollectiveStart"
+}
+
+%second (p.1: bf16[16,128], q.1: bf16[64,128], r.1: u32[], x.1: bf16[8,128], \
+y.1: bf16[128,256]) -> (bf16[8,256], bf16[16,128], bf16[64,128], bf16[64,128], u32[]) {
+  %p.1 = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %q.1 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %r.1 = u32[]{:S(2)} parameter(2)
+  %x.1 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(3)
+  %y.1 = bf16[128,256]{1,0:T(8,128)(2,1)} parameter(4)
+  %g.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=7, \
+replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  %z.1 = bf16[8,256]{1,0:T(8,128)(2,1)} convolution(%x.1, %y.1), dim_labels=bf_io->bf
+  ROOT %t.1 = (bf16[8,256]{1,0:T(8,128)(2,1)}, bf16[16,128]{1,0:T(8,128)(2,1)}, \
+bf16[64,128]{1,0:T(8,128)(2,1)}, bf16[64,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) \
+tuple(%z.1, %p.1, %q.1, %g.1, %r.1)
+}
+
+ENTRY %main (a: bf16[16,128], x: bf16[8,128], y: bf16[128,256]) -> bf16[8,256] {
+  %a = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %y = bf16[128,256]{1,0:T(8,128)(2,1)} parameter(2)
+  %begun = (bf16[16,128]{1,0:T(8,128)(2,1)}, bf16[64,128]{1,0:T(8,128)(2,1)}, \
+u32[]{:S(2)}) fusion(%a), kind=kCustom, calls=%first
+  %s = bf16[16,128]{1,0:T(8,128)(2,1)} get-tuple-element(%begun), index=0
+  %b = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%begun), index=1
+  %u = u32[]{:S(2)} get-tuple-element(%begun), index=2
+  %step = (bf16[8,256]{1,0:T(8,128)(2,1)}, bf16[16,128]{1,0:T(8,128)(2,1)}, \
+bf16[64,128]{1,0:T(8,128)(2,1)}, bf16[64,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) \
+fusion(%s, %b, %u, %x, %y), kind=kOutput, calls=%second
+  ROOT %z = bf16[8,256]{1,0:T(8,128)(2,1)} get-tuple-element(%step), index=0
+}
+"""
+
+
+def test_a_gather_cut_into_steps_counts_once():
+    program = Program(CHAIN)
+    (gathered,) = sent(program)
+    assert (gathered.count, gathered.bytes) == (1, 3 * 16 * 128 * 2)
+    # A step moves the product's arrays, and no buffer of the gather.
+    moved = program.traffic("main")["step"]
+    assert moved == 2 * (8 * 128 + 128 * 256 + 8 * 256)
+
+
 def test_a_program_for_a_tpu_is_counted_by_hand():
     program = Program(TPU)
     loop = program.computations["main"]["loop"]
