@@ -21,6 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # optimized, and a private cache lets processes and the next run share what is compiled.
 # By environment, so that the processes that tests start do the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# No one reads from which lines of Python a program was made.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # The older emitters compile tiny programs in less than half of the time. Newer
     # versions no longer have them, and die of a flag that they do not know.
