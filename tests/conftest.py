@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import gc
+import importlib.metadata
 import os
 import pathlib
 import random
@@ -20,6 +21,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # optimized, and a private cache lets processes and the next run share what is compiled.
 # By environment, so that the processes that tests start do the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# No one reads from which lines of Python a program was made.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # The older emitters compile tiny programs in less than half of the time. Newer
+    # versions no longer have them, and die of a flag that they do not know.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_use_fusion_emitters" not in flags:
+        flags = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+    os.environ["XLA_FLAGS"] = flags
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     f"{tempfile.gettempdir()}/grpo_jax_test_cache_{os.getuid()}_{_cache_name()}",
@@ -42,6 +52,28 @@ pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).mkdir(mode=0o700, exist_ok
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+HERE = pathlib.Path(__file__).parent
+# Files of a minute or more, the longest first.
+LONGEST = (
+    "training/test_torture.py",
+    "training/test_processes.py",
+    "training/test_loop.py",
+    "training/test_meshes.py",
+    "planning/test_programs.py",
+    "rollout/test_forced.py",
+    "rollout/test_carry_over.py",
+    "rollout/test_sampler.py",
+    "models/test_decoder.py",
+    "test_docs.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Start with what takes longest, so that no worker is left alone with it."""
+    places = {HERE / name: place for place, name in enumerate(LONGEST)}
+    assert all(path.exists() for path in places)
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="module", autouse=True)

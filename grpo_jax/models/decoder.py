@@ -373,20 +373,26 @@ def init_params(model: Decoder, key: Key[Array, ""]) -> PyTree:
 
 def abstract_params(model: Decoder) -> PyTree:
     """Returns the tree of `init_params` with shapes and dtypes in place of arrays."""
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return _shapes_and_axes(model.config)[0]
 
 
 def param_axes(model: Decoder) -> PyTree:
     """Returns the tree of `init_params` with a tuple of logical axis names per leaf."""
-    boxed = jax.eval_shape(lambda: _boxed_params(model, jax.random.key(0)))
+    return _shapes_and_axes(model.config)[1]
+
+
+# Kept: every run asks several times, and tracing takes as long as loading the model.
+@functools.lru_cache(maxsize=8)
+def _shapes_and_axes(config: ModelConfig) -> tuple[PyTree, PyTree]:
+    boxed = jax.eval_shape(lambda: _boxed_params(Decoder(config), jax.random.key(0)))
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
-    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
+    shape = lambda box: jax.ShapeDtypeStruct(box.value.shape, box.value.dtype)  # noqa: E731
+    shapes = jax.tree.map(shape, boxed, is_leaf=is_box)
+    return shapes, jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
 
 
 def _boxed_params(model: Decoder, key: Key[Array, ""]) -> PyTree:
-    def touch(bound: Decoder, tokens: Array, lengths: Array) -> tuple[Array, Array]:
-        return bound.forward(tokens, lengths), bound.head()
-
+    touch = lambda bound, *given: (bound.forward(*given), bound.head())  # noqa: E731
     tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
     params = model.init(key, tokens, lengths, method=touch)["params"]
     if model.config.delta is None:

@@ -356,7 +356,6 @@ class _Sizes:
         }
 
 
-@functools.lru_cache(maxsize=8)
 def _parameters(model: ModelConfig) -> tuple[PyTree, PyTree]:
     """Shapes and logical axes of the parameters."""
     decoder = Decoder(model)

@@ -187,11 +187,11 @@ def test_slots_anywhere_in_a_ring_attend_as_each_would_alone(window, softcap, co
     )
     assert np.isfinite(ours).all()
     for part, slot in set(np.ndindex(parts, slots)) - {EMPTY}:
-        row, count = PROMPT_OF[part, slot], FED[part, slot] + 1
-        one = jnp.asarray(own[:, part, slot, :, :count])[:, None, :, None]
+        row, last = PROMPT_OF[part, slot], FED[part, slot]
+        one = jnp.asarray(own[:, part, slot])[:, None, :, None]
         alone = attention(
-            # Of queries at all its tokens the last is that of the slot.
-            jnp.broadcast_to(queries[part, slot], (1, 1, count, H, WIDTH)),
+            # Of queries at all tokens that of the slot; it does not see later ones.
+            jnp.broadcast_to(queries[part, slot], (1, 1, COLUMNS, H, WIDTH)),
             *one,
             prefix=Prefix(
                 *jnp.asarray(shared[:, part, row])[:, None],
@@ -199,7 +199,7 @@ def test_slots_anywhere_in_a_ring_attend_as_each_would_alone(window, softcap, co
             ),
             **options,
         )
-        np.testing.assert_allclose(ours[part, slot], alone[0, 0, -1], atol=1e-5)
+        np.testing.assert_allclose(ours[part, slot], alone[0, 0, last], atol=1e-5)
 
 
 def test_a_token_is_written_in_one_column_of_one_layer():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.models import decoder as decoders
 from grpo_jax.models._block import Layer, per_layer_data, rotary_tables
 from grpo_jax.models._layers import Embedding, RMSNorm
 from grpo_jax.models._row_attention import attend_causal
@@ -265,6 +266,13 @@ def test_every_parameter_has_one_logical_axis_name_per_dimension(any_tiny):
         assert len(names) == shape.ndim
         for name, size in zip(names, shape.shape, strict=True):
             assert sizes.get(name, size) == size, (path, names)
+
+
+def test_shapes_and_axes_of_equal_models_are_traced_once(plain, monkeypatch):
+    before = abstract_params(plain.model), param_axes(plain.model)
+    monkeypatch.setattr(decoders, "_boxed_params", None)
+    model = Decoder(dataclasses.replace(plain.model.config))
+    assert (abstract_params(model), param_axes(model)) == before
 
 
 def test_fresh_parameters_are_the_identity_in_norms_and_zero_in_biases(full):

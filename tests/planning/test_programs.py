@@ -47,6 +47,8 @@ def compiled(monkeypatch):
 
     logger, listener = logging.getLogger("jax._src.interpreters.pxla"), Listener()
     monkeypatch.setattr(logger, "propagate", False)
+    # Takes as long as the run.
+    monkeypatch.setattr("grpo_jax.training.loop.plot_runs", lambda runs, out: None)
     logger.addHandler(listener)
     with jax.log_compiles():
         yield found

@@ -60,34 +60,44 @@ def assert_same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one[1:], other[1:])
 
 
+@pytest.fixture(scope="module")
+def drawn_at_once(tiny_policy):
+    """The first groups of the stream, as `generate` draws them in one call."""
+    prompts = [prompt_of(position) for position in range(8 * STEP)]
+    padded = np.zeros((len(prompts), 6), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return generate(
+        tiny_policy.model,
+        tiny_policy.params,
+        padded,
+        np.array([len(prompt) for prompt in prompts]),
+        jax.random.key(7),
+        group_size=GROUP,
+        max_new_tokens=NEW,
+        sampling=SAMPLED,
+        prompt_ids=np.arange(len(prompts)),
+    )
+
+
 @pytest.mark.parametrize("slots", [None, 1, 5])
 def test_a_policy_that_stays_draws_what_it_draws_step_by_step(
-    slots, stream_of, tiny_policy
+    slots, stream_of, drawn_at_once
 ):
     _, at = stream_of(slots=slots)
     seen = []
     for version in range(4):
         taken = at(version)
         seen += taken.positions
-        for n, position in enumerate(taken.positions):
-            prompt = np.array([prompt_of(position)])
-            alone = generate(
-                tiny_policy.model,
-                tiny_policy.params,
-                prompt,
-                np.array([prompt.size]),
-                jax.random.key(7),
-                group_size=GROUP,
-                max_new_tokens=NEW,
-                sampling=SAMPLED,
-                prompt_ids=np.array([position]),
-            )
-            of_it = jax.tree.map(lambda x, n=n: x[n], taken.completions)
-            kept = of_it.tokens.shape[-1]
-            np.testing.assert_array_equal(of_it.tokens, alone.tokens[0, :, :kept])
-            np.testing.assert_array_equal(of_it.lengths, alone.lengths[0])
-            np.testing.assert_array_equal(of_it.finished, alone.finished[0])
-            np.testing.assert_allclose(of_it.logp, alone.logp[0, :, :kept], atol=1e-5)
+        own = taken.completions
+        kept = own.tokens.shape[-1]
+        alone = jax.tree.map(
+            lambda x, at=taken.positions: x[np.array(at)], drawn_at_once
+        )
+        np.testing.assert_array_equal(own.tokens, alone.tokens[..., :kept])
+        np.testing.assert_array_equal(own.lengths, alone.lengths)
+        np.testing.assert_array_equal(own.finished, alone.finished)
+        np.testing.assert_allclose(own.logp, alone.logp[..., :kept], atol=1e-5)
     assert len(set(seen)) == len(seen) == 4 * STEP
 
 

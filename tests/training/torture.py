@@ -33,7 +33,7 @@ CARRY_OVER = ("--rollout.carry-over", "--rollout.slots", "3")
 # Completions of several turns, answered by an environment.
 PLAYED = ("--environment", f"{Path(__file__).parent / 'echoes.py'}:Echo")
 PLAYED += ("--max-new-tokens", "16")
-_PATIENCE = 300.0  # seconds in which what is waited for must happen
+_PATIENCE = 1800.0  # seconds in which what is waited for must happen
 _FREE_METRICS = ("time/", "tokens_per_second/", "mfu/", "compile/")
 _FREE_METRICS += ("tools/latency", "eval/tools/latency")
 
@@ -78,9 +78,11 @@ class Torture:
         model: str,
         cache: str,
         seed: int,
+        steps: int = STEPS,
         options: Sequence[str] = (),
     ) -> None:
         self.tally = Tally()
+        self._steps = steps
         self._options = options
         self._model = model
         self._cache = cache
@@ -152,7 +154,7 @@ class Torture:
         }
         with open(self._path / "output.txt", "ab") as output:
             return subprocess.Popen(
-                [*_command(self._model, self._path), *self._options],
+                [*_command(self._model, self._path, self._steps), *self._options],
                 env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -202,7 +204,7 @@ class Torture:
             }
             for line in lines
         ]
-        assert [line["step"] for line in history] == list(range(1, STEPS + 1))
+        assert [line["step"] for line in history] == list(range(1, self._steps + 1))
         summary = _read_json(self._path / "summary.json")
         return summary["params_sha256"], history
 
@@ -222,11 +224,11 @@ class Torture:
         return found
 
 
-def _command(model: str, run_dir: Path) -> list[str]:
+def _command(model: str, run_dir: Path, steps: int) -> list[str]:
     return [
         *(sys.executable, "-m", "grpo_jax", "train"),
         *("--model", model, "--run-dir", str(run_dir), "--task", "arithmetic"),
-        *("--steps", str(STEPS), "--prompts-per-step", "2", "--group-size", "2"),
+        *("--steps", str(steps), "--prompts-per-step", "2", "--group-size", "2"),
         *("--max-new-tokens", "4", "--eval-every", "0", "--eval-prompts", "0"),
         *("--checkpoint.every", "2", "--optimizer.learning-rate", "1e-3"),
         # Moves the parameters even where no answer is right.

@@ -27,6 +27,7 @@ from grpo_jax import (
 )
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.processes import initialize_processes
+from grpo_jax.training import loop
 
 ROWS = [{"prompt": f"{a}+{b}="} for a in range(6) for b in range(6)]
 
@@ -93,6 +94,8 @@ def refusal(config, **options):
 
 
 def main(model, folder):
+    # Takes longer than a run, and says nothing about processes.
+    loop.plot_runs = lambda runs, out: None
     initialize_processes(MeshConfig())
     connect()
     data = {"dataset": ROWS, "eval_dataset": ROWS[:3]}
