@@ -39,9 +39,12 @@ class Objects:
         self.address = address
         self._root = address.removeprefix("gs://").rstrip("/")
         self._bucket, _, self._key = self._root.partition("/")
-        # Other machines, and TensorStore, write there as well: a listing that is kept
-        # would hide what they have written.
-        self._files = gcsfs.GCSFileSystem(use_listings_cache=False)
+        # Other machines, and TensorStore, write there as well. A listing that is kept
+        # would hide what they have written, and Orbax would take a folder that was
+        # removed to be there. This holds for the file system that Orbax makes, too.
+        settings = importlib.import_module("fsspec.config").conf
+        settings.setdefault("gcs", {})["use_listings_cache"] = False
+        self._files = gcsfs.GCSFileSystem()
 
     def read(self, name: str) -> bytes:
         """The content of an object."""

@@ -191,8 +191,9 @@ def _unreadable(address: str, error: OSError) -> str:
             f"there is no bucket {bucket!r}, which {address} names; create it (gcloud "
             "storage buckets create), or correct the name."
         )
+    why = " ".join(str(error).split())
     return (
-        f"{address} cannot be used: {str(error):.300}. Log in (gcloud auth "
+        f"{address} cannot be used: {why:.300}. Log in (gcloud auth "
         "application-default login), or give the service account of this machine the "
         f"role storage.objectAdmin on the bucket {bucket!r}."
     )
