@@ -79,11 +79,14 @@ def mirrored(address: str, folder: Path) -> Iterator[Callable[[], None]]:
       ValueError: if another run uses the address, or the bucket cannot be used.
       OSError: at the end, if files could not be sent. They stay in the folder.
     """
-    objects = Objects(address)
     try:
+        objects = Objects(address)
         lock = BucketLock(objects)
-    except OSError as error:
-        raise ValueError(_unreadable(address, error)) from error
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ValueError(_unreadable(address, error)) from error
+        raise
     try:
         _fetch(objects, folder, completions=True)
         mirror = _Mirror(objects, folder, lock)

@@ -200,10 +200,8 @@ def _load(
         )
     learner = Learner(scorer, policy.params, policy.config, mesh, base=policy.base)
     warn = console.warning
-    checkpoints = Checkpoints(
-        f"{place}/checkpoints", config.checkpoint, report=warn, before_save=before_save
-    )
-    stack.callback(checkpoints.abandon)
+    saved = _open_checkpoints(config, place, warn, before_save)
+    stack.callback(saved.abandon)
     run = Run(
         config=config,
         task=task,
@@ -215,7 +213,7 @@ def _load(
         collector=collector,
         evaluate=evaluate,
         learner=learner,
-        checkpoints=checkpoints,
+        checkpoints=saved,
         references=References(f"{place}/references", config, report=warn),
         record=record,
         repeats=Repeats(path, report=warn, enabled=first),
@@ -228,6 +226,17 @@ def _load(
         "prompts_sha256": collector.prompts_sha256(),
         "test_prompts_sha256": prompts_sha256(prompts),
     }
+
+
+def _open_checkpoints(
+    config: TrainConfig,
+    place: Path | str,
+    warn: Callable[[str], None],
+    before_save: Callable[[], None] | None,
+) -> Checkpoints:
+    return Checkpoints(
+        f"{place}/checkpoints", config.checkpoint, report=warn, before_save=before_save
+    )
 
 
 def _make_collector(

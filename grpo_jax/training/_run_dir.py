@@ -75,7 +75,7 @@ def run_path(run_dir: str | None, task: str) -> Path:
     """
     if (address := bucket_address(run_dir)) is not None:
         made = Path(tempfile.gettempdir()) / f"grpo-jax-{uuid.uuid4().hex[:12]}"
-        return made / address.removeprefix("gs://")
+        return made / Path(address).name
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(task).stem).strip("-.") or "run"
     return Path(run_dir or Path("runs") / name).expanduser()
 
@@ -98,11 +98,17 @@ def open_run_dir(
         stack.enter_context(claim(path))
         send = lambda: None  # noqa: E731
         if address is not None:
+            stack.callback(_remove_empty, path.parent)
             send = stack.enter_context(mirrored(address, path))
         remove_unfinished(path)
         check_config(path, config, data)
         stack.enter_context(attach_log_file(path))
         yield Origin.read(read_manifest(path)), send
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def check_config(

@@ -358,6 +358,7 @@ def test_a_bucket_that_cannot_be_used_is_refused_before_anything_is_loaded(
     monkeypatch.setattr("grpo_jax.training._run.load_policy", pytest.fail)
     with pytest.raises(ValueError, match=message):
         train(config_of(tiny_policy, tmp_path, place))
+    assert not any(temporary.iterdir())
 
 
 def test_without_gcsfs_it_is_named(tiny_policy, tmp_path, temporary, monkeypatch):
