@@ -165,8 +165,7 @@ def _load(
     stack: contextlib.ExitStack,
 ) -> tuple[Run, dict[str, str]]:
     """The open run, and the checksums of its prompts as token ids."""
-    first = jax.process_index() == 0
-    place = bucket_address(config.run_dir) or path
+    first, place = jax.process_index() == 0, bucket_address(config.run_dir) or path
     runner = make_runner(config, task, host)
     stack.callback(runner.close)
     tracker = make_tracker(config.report, path, enabled=first)
