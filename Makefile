@@ -75,6 +75,8 @@ $(VENV)/.train: $(BIN)/python pyproject.toml
 
 $(VENV)/.test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@$(BIN)/python -m pip install --quiet --editable '.[gcs]' >/dev/null 2>&1 \
+		|| echo "gcsfs could not be installed; the tests of runs in buckets are skipped"
 	@$(BIN)/python -m pip install --quiet --editable '.[tasks]' >/dev/null 2>&1 \
 		|| echo "reasoning-gym could not be installed (pycosat needs a C compiler); its tests are skipped"
 	@$(BIN)/python -m pip install --quiet --editable '.[environments]' >/dev/null 2>&1 \

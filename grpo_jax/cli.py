@@ -183,7 +183,7 @@ def _plan(
 
 def _export(
     *,
-    run_dir: Path,
+    run_dir: str,
     out: Path | None = None,
     step: int | Literal["best"] | None = None,
     adapter: bool = False,
@@ -192,15 +192,19 @@ def _export(
 
     Args:
       run_dir: the run.
-      out: the folder; by default RUN_DIR/export, or RUN_DIR/adapter for adapters.
+      out: the folder; by default RUN_DIR/export, or RUN_DIR/adapter for adapters. Of a
+        run in a bucket, the folder export or adapter here.
       step: the checkpoint, or best; by default the newest.
       adapter: write only the adapters, for PEFT; by default they are merged.
     """
+    from grpo_jax.checkpointing.bucket import bucket_address
+
+    home = Path(run_dir if bucket_address(run_dir) is None else "")
     if adapter:
         from grpo_jax.training.restore import restore_adapter
         from grpo_jax.weights.adapter import save_adapter
 
-        folder = out or run_dir / "adapter"
+        folder = out or home / "adapter"
         found, adapters, config = restore_adapter(run_dir, step)
         save_adapter(folder, adapters, config)
         print(f"adapters of step {found} written to {folder}")
@@ -210,7 +214,7 @@ def _export(
     from grpo_jax.weights.pretrained import Pretrained, save_pretrained
 
     policy = open_policy(run_dir=run_dir, step=step)
-    folder = out or run_dir / "export"
+    folder = out or home / "export"
     model = policy.model
     exported = Pretrained(model, policy.params, policy.tokenizer, model.config)
     sampling = policy_sampling(model.config, policy.tokenizer, policy.config.sampling)
@@ -219,9 +223,9 @@ def _export(
 
 
 def _plot(
-    runs: tyro.conf.Positional[tuple[Path, ...]] = (),
+    runs: tyro.conf.Positional[tuple[str, ...]] = (),
     *,
-    run_dir: tuple[Path, ...] = (),
+    run_dir: tuple[str, ...] = (),
     out: Path = Path("metrics.png"),
 ) -> None:
     """Plot the curves of one or more runs in one picture.
@@ -237,12 +241,12 @@ def _plot(
     print(f"written to {out}")
 
 
-def _report(run: tyro.conf.Positional[Path], *, out: Path | None = None) -> None:
+def _report(run: tyro.conf.Positional[str], *, out: Path | None = None) -> None:
     """Write one HTML page with the curves and completions of a run.
 
     Args:
       run: the directory of the run.
-      out: the file; by default RUN/report.html.
+      out: the file; by default RUN/report.html, or report.html here for a bucket.
     """
     from grpo_jax.reporting.page import write_report
 

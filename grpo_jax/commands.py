@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     *,
-    run_dir: Path | None = None,
+    run_dir: str | None = None,
     model: str | None = None,
     task: str | None = None,
     data: str | None = None,
@@ -108,7 +108,7 @@ def evaluate(
         **played,
     )
     settings = {
-        "model": config.model if run_dir is None else str(run_dir),
+        "model": config.model if run_dir is None else run_dir,
         "step": policy.step,
         "task": task,
         **({} if loaded is None else {"held_out": describe_held_out(loaded)}),
@@ -133,7 +133,7 @@ def _write_results(values: dict[str, Any], out: Path | None) -> None:
 
 
 def _task_of(
-    policy: "Restored", run_dir: Path | None, environment: str | None
+    policy: "Restored", run_dir: str | None, environment: str | None
 ) -> str | None:
     """The task that a policy was trained on; None if its environment made the prompts.
 
@@ -155,7 +155,7 @@ def _warn_of_unknown(policy: "Restored", prompts: Sequence[Any]) -> None:
             print(f"warning: {text}", file=sys.stderr)
 
 
-def _check_stored(task: str, run_dir: Path | None) -> None:
+def _check_stored(task: str, run_dir: str | None) -> None:
     """Raises ValueError for a run whose rows its configuration does not name."""
     from grpo_jax.tasks.base import CALLERS_ROWS
     from grpo_jax.training.restore import trained_task
@@ -180,7 +180,7 @@ def sample(
     *,
     prompt: str,
     model: str | None = None,
-    run_dir: Path | None = None,
+    run_dir: str | None = None,
     step: int | Literal["best"] | None = None,
     samples: int = 1,
     temperature: float | None = None,
@@ -237,7 +237,7 @@ def sample(
 def chat(
     *,
     model: str | None = None,
-    run_dir: Path | None = None,
+    run_dir: str | None = None,
     step: int | Literal["best"] | None = None,
     tools: tuple[str, ...] = (),
     environment: str | None = None,

@@ -44,6 +44,8 @@ ROWS = {
 # a longer name here starts with has an owner of its own.
 OWNERS = {
     "orbax": "checkpointing._orbax",
+    "gcsfs": "checkpointing._gcs",
+    "fsspec": "checkpointing._gcs",
     "transformers": "weights.tokenizer",
     # About functions, and not about models: environments know nothing of weights.
     "transformers.utils.chat_template_utils": "environments._tools",
@@ -159,6 +161,10 @@ TESTED_IN = {
     "rollout._settings": "rollout/test_generate.py",
     "rollout._programs": "rollout/test_generate.py",
     "rollout._stored": "rollout/test_carry_over.py",
+    "checkpointing._bucket_folders": "checkpointing/test_bucket.py",
+    "checkpointing._bucket_lock": "checkpointing/test_bucket.py",
+    "checkpointing._gcs": "checkpointing/test_bucket.py",
+    "checkpointing._steps": "checkpointing/test_retention.py",
     "checkpointing._metadata": "checkpointing/test_checkpoints.py",
     "checkpointing._orbax": "checkpointing/test_accidents.py",
     "training._lowered": "planning/test_programs.py",

@@ -9,12 +9,10 @@ import contextlib
 import functools
 import gc
 import itertools
-import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,13 +21,13 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
 
+from grpo_jax.checkpointing._bucket_folders import BucketFolders
 from grpo_jax.checkpointing._corruption import (
-    BROKEN,
     READ_ERRORS,
     CorruptCheckpointError,
     corruption_of,
 )
-from grpo_jax.checkpointing.retention import TEMPORARY
+from grpo_jax.checkpointing.retention import StepFolders
 from grpo_jax.parallel import mesh
 from grpo_jax.parallel.processes import leave_processes
 
@@ -40,43 +38,43 @@ _CARRIED = ("carried", "carried_cache")
 _numbers = itertools.count()
 
 
-def start_save(path: Path, content: Mapping[str, Any]) -> Future[None]:
+def start_save(
+    folders: StepFolders | BucketFolders, step: int, content: Mapping[str, Any]
+) -> Future[None]:
     """Starts to write a checkpoint; the future ends as soon as this process's part has.
 
-    On return the arrays have left the devices. The checkpoint is complete under a name
-    of its own before it takes the place of what is at `path`. So nothing that is late
-    can write into a checkpoint that is saved at the same path later.
-
-    All processes must call this at the same point.
+    On return the arrays have left the devices. All processes must call this at the same
+    point.
 
     Raises:
       OSError: if nothing could be started here; the others learn of it in the
         background.
     """
     number = _agreed_number()
-    name = path.with_name(f"{path.name}.{number}")
+    path = str(folders.unfinished(step, number))
     if jax.process_count() > 1:
         _leave_at_exit()
     with _handlers():
-        response = ocp.save_checkpointables_async(str(name), dict(content))
+        response = ocp.save_checkpointables_async(path, dict(content))
     ended: Future[None] = Future()
+    complete = functools.partial(folders.complete, step, number)
     threading.Thread(
-        target=_follow, args=(response, name, path, ended), daemon=True
+        target=_follow, args=(response, complete, ended), daemon=True
     ).start()
     return ended
 
 
-def read(path: Path, targets: dict[str, Any]) -> dict[str, PyTree]:
-    """The items of a checkpoint, read by this process without the others.
+def read(
+    folders: StepFolders | BucketFolders, step: int, targets: dict[str, Any]
+) -> dict[str, PyTree]:
+    """The items of a step, read by this process without the others.
 
     Raises:
       CorruptCheckpointError: if its files have changed or are missing.
     """
     for name in targets:
-        try:
-            (path / name / ".").stat()
-        except BROKEN as error:
-            raise CorruptCheckpointError(f"folder {name} is missing") from error
+        if not folders.has(step, name):
+            raise CorruptCheckpointError(f"folder {name} is missing")
     # A failed read of Orbax leaves coroutines that were never awaited. They are
     # collected here, where Python's warning about them is ignored.
     with warnings.catch_warnings():
@@ -84,7 +82,7 @@ def read(path: Path, targets: dict[str, Any]) -> dict[str, PyTree]:
         try:
             # Alone: a process that cannot read its part must not keep others waiting.
             with _handlers(alone=jax.process_count() > 1):
-                return ocp.load_checkpointables(str(path), targets)
+                return ocp.load_checkpointables(str(folders.path(step)), targets)
         except READ_ERRORS as error:
             corruption = corruption_of(error)
             if corruption is None:
@@ -130,9 +128,11 @@ def _leave_at_exit() -> None:
 
 
 def _follow(
-    response: ocp.AsyncResponse[None], name: Path, path: Path, ended: Future[None]
+    response: ocp.AsyncResponse[None],
+    complete: Callable[[], None],
+    ended: Future[None],
 ) -> None:
-    """Ends the future with the save, which process 0 then moves to its place."""
+    """Ends the future with the save, which process 0 then completes."""
     try:
         if jax.process_count() > 1:
             # The response itself ends after all of its parts, of which one may still
@@ -140,27 +140,13 @@ def _follow(
             response._thread_runner._future.result()  # type: ignore[attr-defined]
         response.result()
         if jax.process_index() == 0:
-            _replace(path, name)
+            complete()
     except BaseException as error:
         ended.set_exception(error)
         with contextlib.suppress(BaseException):
             response.result()
     else:
         ended.set_result(None)
-
-
-def _replace(path: Path, name: Path) -> None:
-    """Renames `name` to `path`, and removes what was there."""
-    old = path.with_name(f"{path.name}.old.{TEMPORARY}")
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(old)
-    try:
-        name.rename(path)
-    except OSError:
-        with contextlib.suppress(FileNotFoundError):
-            old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _handlers(*, alone: bool = False) -> ocp.Context:

@@ -11,7 +11,7 @@ under adapters is not saved. Orbax has no checksums and falls back to no older s
 """
 
 import contextlib
-import json
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -26,6 +26,7 @@ from jaxtyping import PyTree
 
 from grpo_jax.checkpointing import _orbax
 from grpo_jax.checkpointing._best_step import BestStep
+from grpo_jax.checkpointing._bucket_folders import BucketFolders
 from grpo_jax.checkpointing._corruption import (
     CorruptCheckpointError,
     with_retries,
@@ -69,22 +70,26 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Path | str,
         config: CheckpointConfig,
         *,
         report: Callable[[str], None] = _LOG.warning,
+        before_save: Callable[[], None] | None = None,
         read_only: bool = False,
     ) -> None:
         """Opens a folder, which need not exist yet.
 
         Args:
+          directory: the folder, or its address ``gs://bucket/...``.
           report: called with a message for each corrupt step and each failed save.
+          before_save: called by the first process; its OSError makes the save fail.
           read_only: never change the folder. Set by all readers but the run that holds
             the lock of its directory.
         """
         self.failed_saves = 0
         self._read_only = read_only
-        self._folders = StepFolders(Path(directory).absolute())
+        self._folders = _folders_in(directory)
+        self._before_save = before_save
         self._config = config
         self._report = report
         self._running: tuple[int, Future[None]] | None = None
@@ -120,8 +125,9 @@ class Checkpoints:
 
         def prepare(_: float) -> None:
             if jax.process_index() == 0:
-                self._folders.directory.mkdir(parents=True, exist_ok=True)
-                self._folders.remove_leftovers()
+                if self._before_save is not None:
+                    self._before_save()
+                self._folders.prepare(step)
 
         self._finish()
         saved = jax.tree.map(savable, dict(items))
@@ -133,7 +139,7 @@ class Checkpoints:
         self._best.saving(step, metadata["metrics"])
         content = {**saved, "meta": metadata}
         try:
-            running = _orbax.start_save(self._folders.path(step), content)
+            running = _orbax.start_save(self._folders, step, content)
         except OSError as failure:
             # Kept until `_finish`, where all processes learn of it together.
             running = Future()
@@ -289,7 +295,7 @@ class Checkpoints:
     ) -> tuple[dict[str, PyTree], dict[str, Any]]:
         """The verified items and metadata; raises CorruptCheckpointError."""
         path = self._folders.path(step)
-        metadata = _read_together(path, {"meta": None})["meta"]
+        metadata = _read_together(self._folders, step, {"meta": None})["meta"]
         check_metadata(metadata, name=str(path))
         if like is None:
             targets = {"params": host_targets(metadata)}
@@ -298,7 +304,7 @@ class Checkpoints:
             if more is not None:
                 like = like | more(listed_arrays(metadata))
             targets = restore_targets(like)
-        items = _read_together(path, targets)
+        items = _read_together(self._folders, step, targets)
         if like is not None:
             # NumPy arrays become uncommitted JAX arrays, which can join any mesh.
             items = jax.tree.map(jnp.asarray, items)
@@ -307,12 +313,11 @@ class Checkpoints:
 
     def _read_metadata(self, step: int) -> dict[str, Any]:
         """The metadata alone, read by this process without the others."""
-        path = self._folders.path(step)
         # Not with Orbax. It numbers its barriers by counting calls, so a process that
         # reads more often than the others would wait for them at another number.
-        file = path / "meta" / "data.json"
-        metadata = json.loads(with_retries(lambda: file.read_text(encoding="utf-8")))
-        check_metadata(metadata, name=str(path))
+        read = functools.partial(self._folders.read_json, step, "meta/data.json")
+        metadata = with_retries(read)
+        check_metadata(metadata, name=str(self._folders.path(step)))
         return metadata
 
     def _quarantine(self, step: int, reason: str, *, instead: int) -> None:
@@ -333,12 +338,20 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _read_together(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
+def _folders_in(directory: Path | str) -> StepFolders | BucketFolders:
+    if str(directory).startswith("gs://"):
+        return BucketFolders(str(directory))
+    return StepFolders(Path(directory).absolute())
+
+
+def _read_together(
+    folders: StepFolders | BucketFolders, step: int, targets: dict[str, Any]
+) -> dict[str, Any]:
     """The items, read on all processes; if one finds corruption, all raise it."""
     items, corruption = None, None
-    with Agreement().phase(f"reading {path}"):
+    with Agreement().phase(f"reading {folders.path(step)}"):
         try:
-            items = with_retries(lambda: _orbax.read(path, targets))
+            items = with_retries(lambda: _orbax.read(folders, step, targets))
         except CorruptCheckpointError as error:
             corruption = error
     failed = mesh.gather_rows(np.array([corruption is not None]))

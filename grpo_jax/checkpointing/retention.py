@@ -1,13 +1,16 @@
 """Which checkpoints are stored, and which are removed."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from grpo_jax.checkpointing._corruption import BROKEN
+from grpo_jax.checkpointing._steps import chosen_steps, old_steps
 from grpo_jax.config import CheckpointConfig
 
 # Orbax writes a checkpoint into a folder with this in its name, and renames the folder
@@ -53,26 +56,57 @@ class StepFolders:
         Raises:
           ValueError: if `step` does not exist.
         """
-        steps = self.steps()
-        if step is None:
-            return steps[::-1]
-        if step in steps:
-            return [step]
-        raise ValueError(
-            f"there is no checkpoint {step} in {self.directory}; steps that exist: "
-            f"{steps}."
-        )
+        return chosen_steps(self.steps(), step, self.directory)
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether a folder of a step is there."""
+        try:
+            (self.path(step) / name / ".").stat()
+        except BROKEN:
+            return False
+        return True
+
+    def read_json(self, step: int, name: str) -> Any:
+        """The content of a JSON file of a step."""
+        return json.loads((self.path(step) / name).read_text(encoding="utf-8"))
+
+    def prepare(self, step: int) -> None:
+        """Makes the directory, and removes what failed saves left."""
+        del step  # what is at its place stays until the new one is complete
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.remove_leftovers()
+
+    def unfinished(self, step: int, number: int) -> Path:
+        """Where Orbax writes a step: under a name of this save alone.
+
+        So nothing that is late can write into a checkpoint that is saved at the same
+        place later.
+        """
+        return self.directory / f"{step}.{number}"
+
+    def complete(self, step: int, number: int) -> None:
+        """Moves what Orbax has written to its place, and removes what was there."""
+        path, written = self.path(step), self.unfinished(step, number)
+        old = path.with_name(f"{path.name}.old.{TEMPORARY}")
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(old)
+        try:
+            written.rename(path)
+        except OSError:
+            with contextlib.suppress(FileNotFoundError):
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
     def remove_old(
         self, *, keep: int, keep_every: int | None, best: int | None
     ) -> None:
         """Removes all but the newest `keep`, `best`, and multiples of `keep_every`."""
-        for step in self.steps()[:-keep]:
-            if step != best and (keep_every is None or step % keep_every):
-                path = self.path(step)
-                # Renamed first: a half-removed step must not look corrupt.
-                path = path.rename(f"{path}.old.{TEMPORARY}")
-                shutil.rmtree(path, ignore_errors=True)
+        for step in old_steps(self.steps(), keep, keep_every, best):
+            path = self.path(step)
+            # Renamed first: a half-removed step must not look corrupt.
+            path = path.rename(f"{path}.old.{TEMPORARY}")
+            shutil.rmtree(path, ignore_errors=True)
 
     def remove_leftovers(self) -> None:
         """Removes files of killed processes and failed saves, as far as possible."""

@@ -5,6 +5,7 @@ means off or automatic. A wrong value raises `ValueError` with the field, the va
 the remedy.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
@@ -36,6 +37,7 @@ DELTA_TARGETS: tuple[_OfDelta, ...] = get_args(_OfDelta)
 _LoraTarget = Literal[_Usual, _OfDelta]
 
 EMBEDDED = "embedded"  # the small model that comes with the package
+_BUCKET = r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[A-Za-z0-9._=-]+)+/?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +212,8 @@ class TrainConfig(Section):
     # arithmetic, gsm8k, gsm8k:boxed, reasoning_gym:NAME or a .jsonl file
     task: Text = "arithmetic"
     data: str | None = None  # local file or folder with the task's rows
-    run_dir: str | None = None  # where the run is stored; None: runs/<task>
+    # Where the run is stored, a folder or gs://bucket/folder; None: runs/<task>
+    run_dir: str | None = None
     steps: Count = UNSET  # rollouts, each followed by its updates
     seed: Seed = 0  # all random numbers of the run depend on it
     prompts_per_step: Count = UNSET  # prompts of a step, over all processes
@@ -270,11 +273,9 @@ class TrainConfig(Section):
 
     def problems(self) -> Iterator[str]:
         """Problems between fields, one line each."""
-        if self.run_dir is not None and "://" in self.run_dir:
-            yield (
-                f"run_dir must be a local folder, got {self.run_dir!r}; mount a bucket "
-                "(Cloud Storage FUSE) and give the folder"
-            )
+        place = self.run_dir or ""
+        if "://" in place and not re.fullmatch(_BUCKET, place):
+            yield f"run_dir must be a local folder or gs://BUCKET/FOLDER, got {place!r}"
         yield from self._batch_problems()
         best = self.checkpoint.keep_best
         if best is not None and best.startswith("eval/"):

@@ -250,7 +250,7 @@ class Console:
 
 
 def next_commands(
-    run_dir: Path, config: TrainConfig, *, played: Sequence[str] = ()
+    run_dir: Path | str, config: TrainConfig, *, played: Sequence[str] = ()
 ) -> str:
     """The commands for a run that has ended, one per line.
 

@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from grpo_jax.checkpointing.bucket import local_copy
 from grpo_jax.reporting._run_files import read_lines
 from grpo_jax.rewards.metrics import has_signal
 
@@ -118,7 +119,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     A last line that a killed run left unfinished is dropped. Raises ValueError if the
     file is missing, or damaged anywhere else.
     """
-    path = Path(run_dir) / METRICS_FILE
+    path = local_copy(run_dir) / METRICS_FILE
     if not path.is_file():
         raise ValueError(
             f"{run_dir} has no {METRICS_FILE}; give the directory of a run that has"

@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from grpo_jax.checkpointing.bucket import bucket_address, local_copy
 from grpo_jax.config.files import write_text
 from grpo_jax.reporting import _run_files, metrics
 from grpo_jax.reporting._figure import make_figure, to_svg
@@ -36,12 +37,14 @@ _MAX_CHARACTERS = 8000  # of a prompt or completion; the rest is cut
 def write_report(run_dir: str | Path, out_html: str | Path | None = None) -> Path:
     """The path of the run's page, `report.html` in its directory by default.
 
-    Works for a run that is still going on, has no evaluation or no completions. Raises
-    ValueError when the directory has no metrics, or the page cannot be written.
+    For a run in a bucket the default is `report.html` in the current folder. Works for
+    a run that is still going on, has no evaluation or no completions. Raises ValueError
+    when the directory has no metrics, or the page cannot be written.
     """
-    folder = Path(run_dir).resolve()
+    folder = local_copy(run_dir, completions=True).resolve()
     history = metrics.read_metrics(folder)
-    path = folder / "report.html" if out_html is None else Path(out_html)
+    home = folder if bucket_address(run_dir) is None else Path()
+    path = home / "report.html" if out_html is None else Path(out_html)
     text = _page(folder, history)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

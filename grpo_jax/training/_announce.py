@@ -12,7 +12,7 @@ from grpo_jax.tasks.base import Task, describe_held_out
 from grpo_jax.training._policy import Policy
 
 
-def describe_run(policy: Policy, task: Task, mesh: Mesh, path: Path) -> str:
+def describe_run(policy: Policy, task: Task, mesh: Mesh, place: Path | str) -> str:
     """Model, devices, rows, the work of a step and the folder, in one line."""
     config, devices = policy.config, mesh.devices.flat
     base, trained = (
@@ -25,7 +25,7 @@ def describe_run(policy: Policy, task: Task, mesh: Mesh, path: Path) -> str:
         f"{mesh.size} x {devices[0].device_kind}; {task.name}, {len(task.train):,} "
         f"rows, {describe_held_out(task)}; a step: {config.prompts_per_step} prompts x "
         f"{config.group_size} completions of up to {config.max_new_tokens} "
-        f"tokens; in {path}"
+        f"tokens; in {place}"
     )
 
 

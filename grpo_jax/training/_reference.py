@@ -5,7 +5,6 @@ run's checkpoints do not hold it, so it is saved on its own, in ``references/<st
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax.numpy as jnp
 
@@ -19,7 +18,7 @@ class References:
     """The references of a run; does nothing when the first one stays for good."""
 
     def __init__(
-        self, directory: Path, config: TrainConfig, *, report: Callable[[str], None]
+        self, directory: str, config: TrainConfig, *, report: Callable[[str], None]
     ) -> None:
         self._every = config.objective.reference_every
         # Each checkpoint that is kept must find its reference.

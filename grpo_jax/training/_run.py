@@ -10,6 +10,7 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from grpo_jax.checkpointing.bucket import bucket_address
 from grpo_jax.checkpointing.checkpoints import Checkpoints
 from grpo_jax.config import TrainConfig
 from grpo_jax.environments.host import Host
@@ -52,11 +53,17 @@ from grpo_jax.weights.pretrained import check_name
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is open while a run goes on. Where the run stands is in `Progress` alone."""
+    """What is open while a run goes on. Where the run stands is in `Progress` alone.
+
+    Attributes:
+      path: the local directory.
+      place: the same, or the address in a bucket of which it is a copy.
+    """
 
     config: TrainConfig
     task: Task
     path: Path
+    place: Path | str
     agreement: Agreement
     policy: Policy
     sampler: Sampler
@@ -120,9 +127,9 @@ def open_run(
         path = run_path(config.run_dir, task.name)
         held_out = held_out_rows(task, config)
         data = describe_data(task, held_out)
-        origin = Origin()
+        origin, send = Origin(), None
         if jax.process_index() == 0:
-            origin = stack.enter_context(open_run_dir(path, config, data))
+            origin, send = stack.enter_context(open_run_dir(path, config, data))
     # Dates and commits are those of the first process.
     origin = Origin.read(meshes.gather_lists([origin.plain()])[0])
     with agreement.phase("load"):
@@ -135,6 +142,7 @@ def open_run(
             origin,
             host=host,
             agreement=agreement,
+            before_save=send,
             stack=stack,
         )
     data |= checksums | run.policy.description()
@@ -153,10 +161,11 @@ def _load(
     *,
     host: Host | None,
     agreement: Agreement,
+    before_save: Callable[[], None] | None,
     stack: contextlib.ExitStack,
 ) -> tuple[Run, dict[str, str]]:
     """The open run, and the checksums of its prompts as token ids."""
-    first = jax.process_index() == 0
+    first, place = jax.process_index() == 0, bucket_address(config.run_dir) or path
     runner = make_runner(config, task, host)
     stack.callback(runner.close)
     tracker = make_tracker(config.report, path, enabled=first)
@@ -178,7 +187,7 @@ def _load(
     prompts = encode_held_out(policy, held_out, shared["episodes"])
     asked = policy, task, held_out, prompts, runner, mesh
     evaluate = make_evaluation(*asked, announce=console.phase, **shared)
-    console.note(describe_run(policy, task, mesh, path))
+    console.note(describe_run(policy, task, mesh, place))
     for text in warnings(policy, task, plays=host is not None):
         console.warning(text)
     compiles = stack.enter_context(CompileCounter())
@@ -190,20 +199,21 @@ def _load(
         )
     learner = Learner(scorer, policy.params, policy.config, mesh, base=policy.base)
     warn = console.warning
-    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint, report=warn)
-    stack.callback(checkpoints.abandon)
+    saved = _open_checkpoints(config, place, warn, before_save)
+    stack.callback(saved.abandon)
     run = Run(
         config=config,
         task=task,
         path=path,
+        place=place,
         agreement=agreement,
         policy=policy,
         sampler=sampler,
         collector=collector,
         evaluate=evaluate,
         learner=learner,
-        checkpoints=checkpoints,
-        references=References(path / "references", config, report=warn),
+        checkpoints=saved,
+        references=References(f"{place}/references", config, report=warn),
         record=record,
         repeats=Repeats(path, report=warn, enabled=first),
         tracker=tracker,
@@ -215,6 +225,17 @@ def _load(
         "prompts_sha256": collector.prompts_sha256(),
         "test_prompts_sha256": prompts_sha256(prompts),
     }
+
+
+def _open_checkpoints(
+    config: TrainConfig,
+    place: Path | str,
+    warn: Callable[[str], None],
+    before_save: Callable[[], None] | None,
+) -> Checkpoints:
+    return Checkpoints(
+        f"{place}/checkpoints", config.checkpoint, report=warn, before_save=before_save
+    )
 
 
 def _make_collector(

@@ -8,10 +8,13 @@ import contextlib
 import dataclasses
 import fcntl
 import re
-from collections.abc import Iterator, Mapping
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.checkpointing.bucket import bucket_address, mirrored
 from grpo_jax.checkpointing.retention import StepFolders, best_mode
 from grpo_jax.config import EMBEDDED, TrainConfig, validation
 from grpo_jax.config.files import load_config, to_yaml, write_text
@@ -66,7 +69,13 @@ def claim(path: Path) -> Iterator[None]:
 
 
 def run_path(run_dir: str | None, task: str) -> Path:
-    """The directory of a run; by default a folder of `runs` named after its task."""
+    """The local directory of a run; by default a folder of `runs` named after its task.
+
+    For a bucket, a new name in the folder of temporary files.
+    """
+    if (address := bucket_address(run_dir)) is not None:
+        made = Path(tempfile.gettempdir()) / f"grpo-jax-{uuid.uuid4().hex[:12]}"
+        return made / Path(address).name
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(task).stem).strip("-.") or "run"
     return Path(run_dir or Path("runs") / name).expanduser()
 
@@ -74,17 +83,32 @@ def run_path(run_dir: str | None, task: str) -> Path:
 @contextlib.contextmanager
 def open_run_dir(
     path: Path, config: TrainConfig, data: Mapping[str, Any]
-) -> Iterator[Origin]:
-    """Locks the directory for a run, logs into it, and yields the run's origin.
+) -> Iterator[tuple[Origin, Callable[[], None]]]:
+    """Locks the directory for a run, and logs into it.
+
+    Yields:
+      The run's origin, and what is to be called before a checkpoint is saved: it sends
+      the files of a run in a bucket there.
 
     Raises:
-      ValueError: as `claim` and `check_config`.
+      ValueError: as `claim`, `mirrored` and `check_config`.
     """
-    with claim(path):
+    address = bucket_address(config.run_dir)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(claim(path))
+        send = lambda: None  # noqa: E731
+        if address is not None:
+            stack.callback(_remove_empty, path.parent)
+            send = stack.enter_context(mirrored(address, path))
         remove_unfinished(path)
         check_config(path, config, data)
-        with attach_log_file(path):
-            yield Origin.read(read_manifest(path))
+        stack.enter_context(attach_log_file(path))
+        yield Origin.read(read_manifest(path)), send
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def check_config(
@@ -124,7 +148,8 @@ def check_config(
         lines = "\n  ".join(["", *fields, *rows])
         raise ValueError(
             "use another run_dir (--run-dir), or the same configuration to resume: "
-            f"{path} holds a run with another configuration (stored and new value)"
+            f"{config.run_dir or path} holds a run with another configuration (stored "
+            "and new value)"
             f"{lines}{hints}"
         )
     if moved:

@@ -333,7 +333,7 @@ def _result(run: Run, progress: Progress, status: Status) -> TrainResult:
     return TrainResult(
         params=params,
         tokenizer=run.policy.tokenizer,
-        run_dir=run.path,
+        run_dir=run.place,
         history=read_metrics(run.path) if jax.process_index() == 0 else [],
         summary=summary,
     )

@@ -73,7 +73,7 @@ class TrainResult:
       params: the trained parameters; with LoRA, those of the model with the adapters
         merged.
       tokenizer: the model's tokenizer.
-      run_dir: where everything is kept.
+      run_dir: where everything is kept, a folder or the address of one in a bucket.
       history: one dict of metrics per step, with ``step``.
       summary: ``accuracy_before`` and ``accuracy_after``, or ``eval_reward_before`` and
         ``eval_reward_after`` where nothing knows what is right; ``steps``, ``seconds``,
@@ -82,6 +82,6 @@ class TrainResult:
 
     params: PyTree
     tokenizer: Any
-    run_dir: Path
+    run_dir: Path | str
     history: list[dict[str, Any]]
     summary: dict[str, Any]

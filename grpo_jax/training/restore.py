@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import PyTree
 
+from grpo_jax.checkpointing.bucket import bucket_address, local_copy
 from grpo_jax.checkpointing.checkpoints import Checkpoints, Step
 from grpo_jax.config import SamplingConfig, TrainConfig
 from grpo_jax.models.config import ModelConfig
@@ -73,9 +74,9 @@ def restore(
       ValueError: if the directory holds no run or no such step, or if the model is not
         the one with which the run began.
     """
-    path = Path(run_dir)
+    path = local_copy(run_dir)
     origin = Origin.read(read_manifest(path))
-    config, found, params = _read_trained(path, step)
+    config, found, params = _read_trained(run_dir, path, step)
     model_config, tokenizer = load_without_weights(config.model, revision=origin.commit)
     check_data(path, {"model_config": describe_architecture(model_config)})
     if config.lora.rank is not None:
@@ -105,8 +106,9 @@ def restore_adapter(
     Raises:
       ValueError: as `restore`, and if the run trained all weights.
     """
-    origin = Origin.read(read_manifest(Path(run_dir)))
-    config, found, params = _read_trained(Path(run_dir), step)
+    path = local_copy(run_dir)
+    origin = Origin.read(read_manifest(path))
+    config, found, params = _read_trained(run_dir, path, step)
     if config.lora.rank is None:
         raise ValueError(
             f"the run in {run_dir} has no adapters: it trained all weights (lora.rank "
@@ -116,13 +118,13 @@ def restore_adapter(
     return found, adapter, load_without_weights(config.model, revision=origin.commit)[0]
 
 
-def trained_task(run_dir: Path) -> str | None:
+def trained_task(run_dir: str | Path) -> str | None:
     """The name of the task whose rows a run was trained on, if its manifest has it."""
-    return read_data(run_dir).get("task")
+    return read_data(local_copy(run_dir)).get("task")
 
 
 def open_policy(
-    *, run_dir: Path | None = None, model: str | None = None, step: Step = None
+    *, run_dir: str | Path | None = None, model: str | None = None, step: Step = None
 ) -> Restored:
     """The policy of a run, or of a model that was not trained here.
 
@@ -144,10 +146,17 @@ def open_policy(
     )
 
 
-def _read_trained(path: Path, step: Step) -> tuple[TrainConfig, int, PyTree]:
-    """The configuration of a run, and the newest or another step, on the host."""
+def _read_trained(
+    run_dir: str | Path, path: Path, step: Step
+) -> tuple[TrainConfig, int, PyTree]:
+    """The configuration of a run, and the newest or another step, on the host.
+
+    Args:
+      path: the run's directory, or a copy of its small files.
+    """
     config = directories.read_located_config(path)
-    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint, read_only=True)
+    place = f"{bucket_address(run_dir) or path}/checkpoints"
+    checkpoints = Checkpoints(place, config.checkpoint, read_only=True)
     found, params, _ = checkpoints.restore_params(step)
     checkpoints.close()
     return config, found, params

@@ -5,6 +5,7 @@
 # (states, one line served per describe, the last one stays; "-" means not found),
 # `create_N` and `node_N` (the states after the N-th create) and one home per worker.
 set -euo pipefail
+caller=$PWD
 cd "$FAKE_CLOUD"
 printf '%s\x1f' "$@" >>log
 printf '\x1e' >>log
@@ -75,10 +76,10 @@ run_over_ssh() {
 copy() {
   local home target=${words[-1]}
   for home in "${homes[@]}"; do
-    if [[ $target == *: ]]; then
-      cp "${words[@]:0:${#words[@]}-1}" "$home/"
+    if [[ $target == *:* ]]; then
+      cp "${words[@]:0:${#words[@]}-1}" "$home/${target#*:}"
     else
-      cp "$home/${words[0]#*:}" "$target"
+      (file=$PWD/$home/${words[0]#*:} && cd "$caller" && cp "$file" "$target")
     fi
   done
 }

@@ -1,4 +1,4 @@
-"""The commands of the page, run as they are printed, and the bucket they mount."""
+"""The commands of the pages, run as they are printed, and the bucket of one."""
 
 import re
 import shutil
@@ -39,6 +39,8 @@ def reader(committed):
     committed.git("add", "--all")
     for name, text in {"edit": EDITOR, "gcsfuse": GCSFUSE, "tail": TAIL}.items():
         committed.stand_in(name, text)
+    for name in ("grpo-jax", "pip", "tensorboard", "python"):
+        committed.stand_in(name, f'#!/bin/sh\necho "$*" >>{committed.root}/called\n')
     for name in ("ssh-keygen", "ssh-agent", "ssh-add"):
         committed.stand_in(name, QUIET)
     committed.stand_in("mountpoint", "#!/bin/sh\nexit 1\n")
@@ -67,19 +69,54 @@ def test_the_page_leads_from_an_empty_project_to_a_finished_run(reader):
     homes = [reader.worker(index).parent for index in range(2)]
     for home in homes:
         log = (home / "grpo-jax/logs/latest.log").read_text()
-        assert f"--run-dir {home}/bucket/runs/first" in log
-    own = follow(
-        reader, program.splitlines()[2] + "\n" + steps("### My own", "### What")
-    )
+        assert "--run-dir gs://my-bucket/runs/first" in log
+    own = follow(reader, steps("### My own", "### A run in a bucket"))
     assert own.returncode == 0, own.stderr
     for home in homes:
-        assert f"python mine.py --run-dir {home}/bucket/runs/mine\n" in (
+        assert "python mine.py --run-dir gs://my-bucket/runs/mine\n" in (
             home / "uv.log"
         ).read_text(encoding="utf-8")
-        mounts = (home / "mounts").read_text().splitlines()
-        assert len(mounts) == 2
-        assert "--rename-dir-limit" in mounts[0]
-        assert mounts[0].endswith(f" my-bucket {home}/bucket")
+
+
+@pytest.mark.slow
+def test_the_page_goes_on_after_a_preemption_and_cleans_up(reader):
+    """And what it does on the worker, with the token of a gated model and an event."""
+    home = reader.root / "home"
+    (home / ".cache/huggingface").mkdir(parents=True)
+    (home / ".cache/huggingface/token").write_text("secret")
+    reader.environment["HOME"] = str(home)
+    program = (
+        steps("**1. Write the settings", "**2. Log in")
+        + steps("### On the worker", "## Cost, quota")
+        + steps("**6. On spot capacity", "### My own")
+        + steps("## Troubleshooting", "## GPU boxes")
+    )
+    done = follow(reader, program.replace("tpu_setup/delete", "yes | tpu_setup/delete"))
+    assert done.returncode == 0, done.stderr
+    assert "--spot" in {word for call in reader.calls("create") for word in call}
+    assert reader.calls("delete")
+    assert any("simulate-maintenance-event" in call for call in reader.calls())
+    assert (reader.repository / "logs").is_dir()
+    called = (reader.root / "called").read_text()
+    assert "report gs://my-bucket/runs/first" in called
+    assert "--logdir events" in called
+
+
+@pytest.mark.slow
+def test_the_page_of_boxes_and_slurm_and_the_page_of_tpus_name_what_there_is(reader):
+    """The commands begin with programs that are there, or that they install."""
+    tpus = (ROOT / "docs/tpu.md").read_text(encoding="utf-8")
+    fences = re.findall(r"^```sh\n(.*?)^```", tpus, re.MULTILINE | re.DOTALL)
+    program = "\n".join(fences) + steps("## GPU boxes", "## GKE")
+    (reader.repository / ".venv").mkdir()
+    done = follow(reader, program.replace("srun ", "").replace(".venv/bin/", ""))
+    assert done.returncode == 0, done.stderr
+    called = (reader.root / "called").read_text()
+    assert "train --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --run-dir gs://" in (
+        called
+    )
+    assert called.count("check_devices.py --platform") == 2
+    assert "plan --model Qwen/Qwen2.5-0.5B-Instruct --compile v5e:2x4" in called
 
 
 def test_the_page_sets_what_it_uses_before():
