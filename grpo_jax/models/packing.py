@@ -109,7 +109,7 @@ def packed_hidden(
     Raises:
       ValueError: for a model that scores a completion per row only.
     """
-    if not isinstance(model, RowScorer) or not model.shares_rows:
+    if not isinstance(model, RowScorer):
         raise ValueError(
             f"{type(model).__name__} has no score_rows for completions that share a "
             "row, which a packed batch needs; leave out Batch.packing."

@@ -123,11 +123,6 @@ class RowScorer(LanguageModel, Protocol):
     each has a row of its own, by `score`.
     """
 
-    @property
-    def shares_rows(self) -> bool:
-        """Whether this one does; False is as without the method."""
-        ...
-
     def score_rows(
         self,
         prompts: Int[Array, "N P"],
