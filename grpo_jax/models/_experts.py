@@ -12,7 +12,7 @@ from flax.linen import spmd
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from grpo_jax.models._layers import KERNEL_INIT, activation, parameter
+from grpo_jax.models._layers import KERNEL_INIT, activation, checked_scale, parameter
 from grpo_jax.models._routing import ExpertKernels, route, through_experts
 from grpo_jax.models.config import ModelConfig
 
@@ -51,6 +51,7 @@ class ExpertsMLP(nn.Module):
             gate=self.gate.astype(x.dtype),
             up=self.up.astype(x.dtype),
             down=self.down.astype(x.dtype),
+            adapters=self._adapters(x.dtype),
         )
 
         def mix(x: Array, router: Array, kernels: ExpertKernels) -> Array:
@@ -63,6 +64,16 @@ class ExpertsMLP(nn.Module):
             return through_experts(rows, routing, kernels, act=act).reshape(x.shape)
 
         return _by_shard(mix, x, self.router, kernels)
+
+    def _adapters(self, dtype: jnp.dtype) -> dict[str, tuple[Array, Array]]:
+        """Returns the factors of adapters by the name of the kernel."""
+        found = {}
+        for name in ("gate", "up", "down"):
+            if self.has_variable("lora", name):
+                factors = self.get_variable("lora", name)
+                b = checked_scale(self.config.lora_scale) * factors["b"]
+                found[name] = factors["a"].astype(dtype), b.astype(dtype)
+        return found
 
 
 def _by_shard(mix: Callable, x: Array, *weights: Any) -> Array:
