@@ -348,7 +348,7 @@ class Decoder(nn.Module):
             )
         scan = nn.scan(
             body,
-            variable_axes={"params": 0, "lora": 0},
+            variable_axes={"params": 0, "lora": 0, "routers": 0},
             split_rngs={"params": True},
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -67,7 +67,9 @@ class LanguageModel(Protocol):
         """Facts about the model."""
         ...
 
-    def apply(self, variables: Any, *args: Any, method: Any = None) -> Any:
+    def apply(
+        self, variables: Any, *args: Any, method: Any = None, mutable: Any = False
+    ) -> Any:
         """Returns what a method of the module computes with these variables."""
         ...
 

@@ -306,7 +306,7 @@ def _expert_rows(config: ModelConfig) -> Iterator[Parameter]:
     width, layers = config.hidden_size, range(config.num_layers)
     router, module, files = EXPERT_NAMES[config.architecture]
     shapes = (width, inner), (width, inner), (inner, width)
-    tensors = [("router", (width, count), [router], ["ffn_gate_inp"])]
+    tensors: list[Any] = [("router", (width, count), [router], ["ffn_gate_inp"])]
     for path, sizes, file in zip(("gate", "up", "down"), shapes, files, strict=True):
         names = [f"{module}.{e}.{file}" for e in range(count)]
         gguf = [f"ffn_{path}_exps.{e}" for e in range(count)]

@@ -245,7 +245,7 @@ def test_on_a_mesh_memories_of_shared_rows_are_those_of_their_prompts(hybrid):
 
 def test_a_model_without_such_rows_is_refused(packed):
     class Plain:
-        pass
+        score = None
 
     with pytest.raises(ValueError, match="Plain has no score_rows"):
-        packings.packed_hidden(Plain(), {}, *[jnp.zeros(1)] * 3, packing=packed)
+        packings.completion_states(Plain(), {}, *[jnp.zeros(1)] * 3, packing=packed)
