@@ -111,7 +111,11 @@ OF_THE_WINGS = {
         "training.optimizer",
     },
     "training.state": {"training._like_lengths"},
-    "training.step": {"training._like_lengths", "training._microbatches"},
+    "training.step": {
+        "training._balance",
+        "training._like_lengths",
+        "training._microbatches",
+    },
 }
 # Modules without a test file of their own name -> the file that tests them.
 TESTED_IN = {

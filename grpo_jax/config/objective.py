@@ -88,6 +88,8 @@ class ObjectiveConfig(Section):
     kl_in: Literal["loss", "reward"] = "loss"
     kl_estimator: Literal["k2", "k3"] = "k3"  # per-token KL estimator
     entropy_coef: NotNegative = 0.0  # weight of the entropy bonus
+    # Weight of the loss that spreads tokens over the experts of a mixture.
+    router_aux_loss_coef: NotNegative = 0.0
     # Upper limit of the importance weights of learner to sampler; None: no weights.
     sampler_correction_cap: Positive | None = None
     # How the losses of the tokens become one number.

@@ -7,6 +7,7 @@ corrects what the memory answers to its key, by a share of the error. All is flo
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,17 +137,38 @@ def advance(
         decay, share = jnp.where(real, decay, 0.0), jnp.where(real, share, 0.0)
     before = state.recent.swapaxes(1, 2).astype(inputs.channels.dtype)
     tokens = jnp.concatenate([before, inputs.channels], axis=1)
-    mixed = _convolved(tokens, inputs.kernel)
+    mixed = jax.nn.silu(_convolved(tokens, inputs.kernel))
     # Token s is at c - 1 + s, so what ends with the last real one starts at its count.
     last = jax.vmap(lambda x, at: lax.dynamic_slice_in_dim(x, at, before.shape[1]))
     recent = last(tokens, counts).swapaxes(1, 2).astype(state.recent.dtype)
-    ends = config.key_dim, 2 * config.key_dim
-    queries, keys, values = jnp.split(mixed, ends, axis=-1)
-    queries, keys = _normalized(queries) * config.key_dim**-0.5, _normalized(keys)
-    values = values.reshape(rows, length, config.value_heads, config.value_dim)
     rule = delta_rule if length == 1 else chunked_delta_rule
-    out, memory = rule(queries, keys, values, decay, share, state.memory)
+    out, memory = rule(*_split(mixed, config), decay, share, state.memory)
     return out, DeltaState(memory=memory, recent=recent)
+
+
+def answers_in_rows(
+    inputs: DeltaInputs,
+    state: DeltaState,
+    index: Int[Array, "R S"],
+    *,
+    config: DeltaConfig,
+) -> Float[Array, "R S V v"]:
+    """Returns what the memory answers in rows with sequences behind each other.
+
+    Each sequence of a row starts from the row's `state`, memory and convolution, and
+    sees nothing of the one before. `index` is a token's number in its sequence.
+    """
+    taps = len(inputs.kernel)
+    before = state.recent.swapaxes(1, 2).astype(jnp.float32)
+    nothing = jnp.zeros_like(before)
+    own = jnp.concatenate([nothing, inputs.channels], axis=1)
+    mixed = _convolved(own, inputs.kernel, index=index)
+    # What the state adds to the first tokens of each sequence.
+    added = _convolved(jnp.concatenate([before, nothing], axis=1), inputs.kernel)
+    first = jax.nn.one_hot(index, taps - 1)  # zeros for all that come later
+    mixed = jax.nn.silu(mixed + _product("rsj,rjkw->rskw", first, added))
+    given = *_split(mixed, config), inputs.decay, inputs.share, state.memory
+    return chunked_delta_rule(*given, index=index)[0]
 
 
 def delta_rule(
@@ -187,6 +209,7 @@ def chunked_delta_rule(
     share: Float[Array, "R S V"],
     memory: Float[Array, "R V k v"],
     *,
+    index: Int[Array, "R S"] | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, "R S V v"], Float[Array, "R V k v"]]:
     """Returns what `delta_rule` does, with matrix products over chunks of tokens.
@@ -197,6 +220,10 @@ def chunked_delta_rule(
     solved for all chunks at once; only M goes from one to the next. D_i - D_j is a
     difference of sums: if decays of a chunk add up to thousands, it has an error of
     1e-4, and small ones behind large ones are as inexact.
+
+    With `index`, the number of each token in its sequence, a row has sequences behind
+    each other, which all start from `memory`. A and D are then those of each sequence,
+    and M is the given memory for what starts within the chunk.
     """
     rows, length, heads = keys.shape[:3]
     size = min(chunk, length)
@@ -212,9 +239,15 @@ def chunked_delta_rule(
     queries, keys = split(queries), split(keys)  # [n, R, K, C, k]
     groups = functools.partial(_grouped, heads=heads, axis=2)
     values, decay, share = (groups(split(x)) for x in (values, decay, share))
-    summed = jnp.cumsum(decay, axis=-1)  # [n, R, K, g, C]
+    seen, begun = jnp.tri(size, dtype=bool).reshape(1, 1, size, size), None
+    if index is not None:
+        begins = jnp.cumsum(split(index == 0), axis=-1)  # [n, R, C]
+        seen = seen & (begins[..., :, None] == begins[..., None, :])
+        begun = jnp.expand_dims(begins > 0, (2, 3, 5))
+    seen = jnp.expand_dims(seen, (2, 3))
+    # Also of one sequence only, and with less error than a difference of sums.
+    summed = jnp.where(seen, decay[..., None, :], 0.0).sum(axis=-1)  # [n, R, K, g, C]
     between = summed[..., :, None] - summed[..., None, :]
-    seen = jnp.tri(size, dtype=bool).reshape(1, 1, 1, 1, size, size)
     # Behind a token the difference is positive, and its exponential may overflow.
     kept = jnp.exp(jnp.where(seen, between, -jnp.inf))
     overlap = _product("nrkix,nrkjx->nrkij", keys, keys)[:, :, :, None]
@@ -227,33 +260,72 @@ def chunked_delta_rule(
     )
     given, answered = jnp.split(solved, [values.shape[-1]], axis=-1)
     within = kept * _product("nrkix,nrkjx->nrkij", queries, keys)[:, :, :, None]
-    left = jnp.exp(summed[..., -1:] - summed)
-
-    def step(memory: Array, one: tuple[Array, ...]) -> tuple[Array, Array]:
-        queries, keys, given, answered, within, summed, left = one
-        errors = given - _product("rkgix,rkgxy->rkgiy", answered, memory)
-        out = jnp.exp(summed)[..., None] * _product(
-            "rkix,rkgxy->rkgiy", queries, memory
-        ) + _product("rkgij,rkgjy->rkgiy", within, errors)
-        memory = jnp.exp(summed[..., -1])[..., None, None] * memory
-        added = left[..., None] * errors
-        return memory + _product("rkix,rkgiy->rkgxy", keys, added), out
-
-    parts = queries, keys, given, answered, within, summed, left
-    memory, out = lax.scan(step, _grouped(memory, 1, heads=heads), parts)
+    left = kept[..., -1, :]
+    start = _grouped(memory, 1, heads=heads)
+    parts = queries, keys, given, answered, within, summed, left, begun
+    step = functools.partial(_through_chunk, start)
+    memory, out = lax.scan(step, start, parts)
     out = jnp.moveaxis(_ungrouped(out, 2), (0, 3), (1, 2))  # [R, n, C, V, v]
     out = out.reshape(rows, count * size, *out.shape[3:])[:, :length]
     return out, _ungrouped(memory)
 
 
+def _through_chunk(
+    start: Float[Array, "R K g k v"],
+    memory: Float[Array, "R K g k v"],
+    chunk: tuple[Any, ...],
+) -> tuple[Float[Array, "R K g k v"], Float[Array, "R K g C v"]]:
+    """Returns the memory behind a chunk, and what its tokens are answered."""
+    queries, keys, given, answered, within, summed, left, begun = chunk
+
+    def read(which: str, x: Array) -> Float[Array, "R K g C v"]:
+        found = _product(which, x, memory)
+        if begun is None:
+            return found
+        return jnp.where(begun, _product(which, x, start), found)
+
+    errors = given - read("rkgix,rkgxy->rkgiy", answered)
+    seen = jnp.exp(summed)[..., None] * read("rkix,rkgxy->rkgiy", queries)
+    out = seen + _product("rkgij,rkgjy->rkgiy", within, errors)
+    if begun is not None:
+        memory = jnp.where(begun[..., -1:, :], start, memory)
+    memory = jnp.exp(summed[..., -1])[..., None, None] * memory
+    added = left[..., None] * errors
+    return memory + _product("rkix,rkgiy->rkgxy", keys, added), out
+
+
+def _split(
+    mixed: Float[Array, "R S K w"], config: DeltaConfig
+) -> tuple[Array, Array, Array]:
+    """Returns queries and keys, normalized, and values of what was convolved."""
+    ends = config.key_dim, 2 * config.key_dim
+    queries, keys, values = jnp.split(mixed, ends, axis=-1)
+    queries, keys = _normalized(queries) * config.key_dim**-0.5, _normalized(keys)
+    shape = (*mixed.shape[:2], config.value_heads, config.value_dim)
+    return queries, keys, values.reshape(shape)
+
+
 def _convolved(
-    tokens: Float[Array, "R S+c-1 K w"], kernel: Float[Array, "c K w"]
+    tokens: Float[Array, "R S+c-1 K w"],
+    kernel: Float[Array, "c K w"],
+    *,
+    index: Int[Array, "R S"] | None = None,
 ) -> Float[Array, "R S K w"]:
-    """Returns silu of sum_i kernel_i x_(s - c + 1 + i), float32."""
-    length = tokens.shape[1] - len(kernel) + 1
+    """Returns sum_i kernel_i x_(s - c + 1 + i), float32.
+
+    With `index` of the own sequence only, which has `index` tokens before this one.
+    """
+    length, back = tokens.shape[1] - len(kernel) + 1, len(kernel) - 1
     wide, kernel = tokens.astype(jnp.float32), kernel.astype(jnp.float32)
+
+    def term(i: int, tap: Array) -> Float[Array, "R S K w"]:
+        x = wide[:, i : i + length]
+        if index is not None:
+            x = jnp.where((index >= back - i)[..., None, None], x, 0.0)
+        return x * tap
+
     taps = enumerate(kernel[:, None, None])
-    return jax.nn.silu(sum(wide[:, i : i + length] * tap for i, tap in taps))
+    return sum((term(i, tap) for i, tap in taps), start=jnp.zeros(()))
 
 
 def _normalized(x: Float[Array, "... k"]) -> Float[Array, "... k"]:

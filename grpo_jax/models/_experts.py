@@ -12,7 +12,7 @@ from flax.linen import spmd
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from grpo_jax.models._layers import KERNEL_INIT, activation, parameter
+from grpo_jax.models._layers import KERNEL_INIT, activation, checked_scale, parameter
 from grpo_jax.models._routing import ExpertKernels, route, through_experts
 from grpo_jax.models.config import ModelConfig
 
@@ -43,7 +43,10 @@ class ExpertsMLP(nn.Module):
         )
 
     def __call__(self, x: Float[Array, "N S D"]) -> Float[Array, "N S D"]:
-        """Returns the output of the block, without the residual."""
+        """Returns the output of the block, without the residual.
+
+        Where the collection `routers` is asked for, it gets the logits of the router.
+        """
         experts = self.config.experts
         assert experts is not None, "checked in setup"
         act = functools.partial(activation, kind=self.config.activation)
@@ -51,21 +54,34 @@ class ExpertsMLP(nn.Module):
             gate=self.gate.astype(x.dtype),
             up=self.up.astype(x.dtype),
             down=self.down.astype(x.dtype),
+            adapters=self._adapters(x.dtype),
         )
 
-        def mix(x: Array, router: Array, kernels: ExpertKernels) -> Array:
+        def mix(x: Array, router: Array, kernels: ExpertKernels) -> tuple[Array, Array]:
             rows = x.reshape(-1, x.shape[-1])
+            logits = rows.astype(jnp.float32) @ router.astype(jnp.float32)
             routing = route(
-                rows.astype(jnp.float32) @ router.astype(jnp.float32),
-                per_token=experts.per_token,
-                normalized=experts.normalized,
+                logits, per_token=experts.per_token, normalized=experts.normalized
             )
-            return through_experts(rows, routing, kernels, act=act).reshape(x.shape)
+            out = through_experts(rows, routing, kernels, act=act).reshape(x.shape)
+            return out, logits.reshape(*x.shape[:-1], -1)
 
-        return _by_shard(mix, x, self.router, kernels)
+        out, logits = _by_shard(mix, x, self.router, kernels)
+        self.sow("routers", "logits", logits)
+        return out
+
+    def _adapters(self, dtype: jnp.dtype) -> dict[str, tuple[Array, Array]]:
+        """Returns the factors of adapters by the name of the kernel."""
+        found = {}
+        for name in ("gate", "up", "down"):
+            if self.has_variable("lora", name):
+                factors = self.get_variable("lora", name)
+                b = checked_scale(self.config.lora_scale) * factors["b"]
+                found[name] = factors["a"].astype(dtype), b.astype(dtype)
+        return found
 
 
-def _by_shard(mix: Callable, x: Array, *weights: Any) -> Array:
+def _by_shard(mix: Callable, x: Array, *weights: Any) -> tuple[Array, Array]:
     """Returns mix(x, *weights), where each device mixes its own rows of the batch.
 
     Left to the compiler, a sort over all rows would bring all to every device.

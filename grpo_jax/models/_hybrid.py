@@ -17,9 +17,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from grpo_jax.models._block import Layer, PerLayer, per_layer_data, rotary_tables
-from grpo_jax.models._delta import DeltaInputs, advance, empty_state
+from grpo_jax.models._delta import DeltaInputs, advance, answers_in_rows, empty_state
 from grpo_jax.models._delta_net import delta_of
-from grpo_jax.models._rows import join, part
+from grpo_jax.models._rows import join, of_owners, part
 from grpo_jax.models.cache import Cache, DeltaState, PromptBlock, Slots, per_layer
 from grpo_jax.models.config import ModelConfig
 
@@ -132,26 +132,34 @@ def of_row(
     *,
     config: ModelConfig,
     lengths: Int[Array, " N"],
+    index: Int[Array, "A|1 R|1 S"],
+    owner: Int[Array, "A R"] | None,
     own_shape: tuple[int, ...],
 ) -> tuple[Answers, None]:
-    """Returns answers to a row of `score`: a prompt, and behind it its completions.
+    """Returns answers to a row of `score`: prompts, and behind them own tokens.
 
-    Each completion starts from the state after its prompt.
+    Each completion starts from the state after its prompt. With `owner` several share
+    a row, and a token's `index` says where the next one starts.
     """
-    delta, (n, group, length) = delta_of(config), own_shape
-    both = jax.tree.map(
-        lambda x: part(x, own_shape), (inputs.channels, inputs.decay, inputs.share)
-    )
+    delta, (parts, count, length) = delta_of(config), own_shape
+    both = jax.tree.map(lambda x: part(x, own_shape), _tokens(inputs))
     prompt, own = zip(*both, strict=True)
-    state = empty_state(delta, n, config.dtype)
+    state = empty_state(delta, len(lengths), config.dtype)
+    prompt = [x.reshape(len(lengths), -1, *x.shape[2:]) for x in prompt]
     given = DeltaInputs(*prompt, kernel=inputs.kernel)
     out, state = advance(given, state, lengths, config=delta)
+    out = out.reshape(parts, -1, *out.shape[2:])
     if not length:  # completions of one token: it is predicted, never read
         return out, None
-    own = [x.reshape(n * group, length, *x.shape[3:]) for x in own]
-    state = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), state)
+    own = [x.reshape(parts * count, length, *x.shape[3:]) for x in own]
     given = DeltaInputs(*own, kernel=inputs.kernel)
-    answers, _ = advance(given, state, None, config=delta)
+    if owner is None:
+        state = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), state)
+        answers, _ = advance(given, state, None, config=delta)
+    else:
+        state = jax.tree.map(lambda x: of_owners(x, owner), state)
+        within = index.reshape(-1, length)
+        answers = answers_in_rows(given, state, within, config=delta)
     return join(out, answers.reshape(*own_shape, *answers.shape[2:])), None
 
 

@@ -123,14 +123,10 @@ class Projection(nn.Module):
         return self.kernel
 
     def _adapter(self, x: Float[Array, "R I"]) -> Float[Array, "R O"]:
-        if self.lora_scale is None:
-            raise ValueError(
-                "adapters were given, but ModelConfig.lora_scale is None; set it to "
-                "alpha / rank with dataclasses.replace(config, lora_scale=...)"
-            )
+        scale = checked_scale(self.lora_scale)
         a = self.get_variable("lora", "a").astype(x.dtype)
         b = self.get_variable("lora", "b").astype(x.dtype)
-        return self.lora_scale * ((x @ a) @ b)
+        return scale * ((x @ a) @ b)
 
 
 class GatedMLP(nn.Module):
@@ -191,6 +187,16 @@ def _transpose_kernels(params: PyTree) -> PyTree:
     }
     kept = {path: leaf for path, leaf in flat.items() if path[-1] != "kernel"}
     return traverse_util.unflatten_dict(kept | turned)
+
+
+def checked_scale(lora_scale: float | None) -> float:
+    """Returns the scale of adapters; a ValueError if there is none."""
+    if lora_scale is None:
+        raise ValueError(
+            "adapters were given, but ModelConfig.lora_scale is None; set it to "
+            "alpha / rank with dataclasses.replace(config, lora_scale=...)"
+        )
+    return lora_scale
 
 
 def activation(x: Float[Array, "..."], *, kind: str) -> Float[Array, "..."]:

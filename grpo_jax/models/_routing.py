@@ -6,7 +6,7 @@ chosen; `through_all_experts` says the same in one line of mathematics.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +47,33 @@ class Routing:
 
 @struct.dataclass
 class ExpertKernels:
-    """The matrices of E gated MLPs."""
+    """The matrices of E gated MLPs, each plus a b where it has such factors.
+
+    Attributes:
+        adapters: a [E, I, r] and b [E, r, O] by the name of the matrix.
+    """
 
     gate: Float[Array, "E D F"]
     up: Float[Array, "E D F"]
     down: Float[Array, "E F D"]
+    adapters: Mapping[str, tuple[Array, Array]] = struct.field(default_factory=dict)
+
+    def whole(self, name: str) -> Float[Array, "E I O"]:
+        """Returns a matrix of all experts, with what its factors add."""
+        kernel = vars(self)[name]
+        if name not in self.adapters:
+            return kernel
+        return kernel + jnp.einsum("eir,ero->eio", *self.adapters[name])
+
+    def of_blocks(
+        self, name: str, rows: Float[Array, "R I"], sizes: Int[Array, " E"]
+    ) -> Float[Array, "R O"]:
+        """Returns a matrix times rows, the first `sizes[0]` of them expert 0's."""
+        out = jax.lax.ragged_dot(rows, vars(self)[name], sizes)
+        if name not in self.adapters:
+            return out
+        a, b = self.adapters[name]
+        return out + jax.lax.ragged_dot(jax.lax.ragged_dot(rows, a, sizes), b, sizes)
 
 
 def route(logits: Float[Array, "R E"], *, per_token: int, normalized: bool) -> Routing:
@@ -77,9 +99,10 @@ def through_all_experts(
     count = kernels.gate.shape[0]
     chosen = jax.nn.one_hot(routing.experts, count, dtype=jnp.float32)
     weights = jnp.einsum("rke,rk->re", chosen, routing.weights)
-    gate = jnp.einsum("rd,edf->erf", x, kernels.gate)
-    inner = act(gate) * jnp.einsum("rd,edf->erf", x, kernels.up)
-    outer = jnp.einsum("erf,efd->erd", inner, kernels.down).astype(jnp.float32)
+    gate = jnp.einsum("rd,edf->erf", x, kernels.whole("gate"))
+    inner = act(gate) * jnp.einsum("rd,edf->erf", x, kernels.whole("up"))
+    outer = jnp.einsum("erf,efd->erd", inner, kernels.whole("down"))
+    outer = outer.astype(jnp.float32)
     return jnp.einsum("re,erd->rd", weights, outer).astype(x.dtype)
 
 
@@ -97,9 +120,9 @@ def through_experts(
     order = jnp.argsort(experts)
     sizes = jnp.bincount(experts, length=count).astype(jnp.int32)
     rows = _permuted(jnp.repeat(x, per_token, axis=0), order)
-    gate = jax.lax.ragged_dot(rows, kernels.gate, sizes)
-    inner = act(gate) * jax.lax.ragged_dot(rows, kernels.up, sizes)
-    outer = _permuted(jax.lax.ragged_dot(inner, kernels.down, sizes), _inverse(order))
+    gate = kernels.of_blocks("gate", rows, sizes)
+    inner = act(gate) * kernels.of_blocks("up", rows, sizes)
+    outer = _permuted(kernels.of_blocks("down", inner, sizes), _inverse(order))
     outer = outer.reshape(*routing.experts.shape, -1).astype(jnp.float32)
     return jnp.einsum("rk,rkd->rd", routing.weights, outer).astype(x.dtype)
 

@@ -202,11 +202,6 @@ class Decoder(nn.Module):
             split = functools.partial(hybrid.split_layers, kinds=kinds)
         return unrolled(variables, split)
 
-    @property
-    def shares_rows(self) -> bool:
-        """Whether completions can share rows: not if a state runs through the row."""
-        return self.config.delta is None
-
     def score(
         self,
         prompts: Int[Array, "N P"],
@@ -239,8 +234,6 @@ class Decoder(nn.Module):
         attention takes the row apart.
         """
         before = lengths[:, None, None]
-        if owner is not None and not self.shares_rows:
-            raise ValueError("gated delta nets need a row for each completion")
         if index is None or owner is None:
             index = jnp.arange(own.shape[2])[None, None]
         else:
@@ -261,8 +254,9 @@ class Decoder(nn.Module):
             return layer(x, tables, data, attend, of_row)
 
         over = functools.partial(attend_row, config=self.config)
+        rows: Any = {"lengths": lengths, "index": index, "owner": owner}
         of_row = functools.partial(
-            hybrid.of_row, config=self.config, lengths=lengths, own_shape=own.shape
+            hybrid.of_row, config=self.config, own_shape=own.shape, **rows
         )
         x, _ = self._run(body, self.embed(_rows.join(of_part(prompts), own)))
         prompt, hidden = _rows.part(x, own.shape)
@@ -354,7 +348,7 @@ class Decoder(nn.Module):
             )
         scan = nn.scan(
             body,
-            variable_axes={"params": 0, "lora": 0},
+            variable_axes={"params": 0, "lora": 0, "routers": 0},
             split_rngs={"params": True},
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},

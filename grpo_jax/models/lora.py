@@ -5,7 +5,8 @@ The collection `lora` mirrors the paths of the projections it adapts, e.g.
 copy of the weights is needed. The scale alpha / rank is `ModelConfig.lora_scale`.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,26 @@ PATHS = (
     | {name: "layers/" + name.replace("_", "/") for name in DELTA_TARGETS}
 )
 
+_TARGETS = {path: name for name, path in PATHS.items()}
+T = TypeVar("T")
+
 
 def adaptable(config: ModelConfig) -> tuple[str, ...]:
-    """Returns the targets that this model has: all projections, but not experts."""
-    parts = {"attn": True, "mlp": not config.experts, "delta": bool(config.delta)}
-    return tuple(name for name, path in PATHS.items() if parts[path.split("/")[1]])
+    """Returns the targets that this model has: all projections, those of experts too.
+
+    A projection of experts has an adapter for each of them.
+    """
+    parts = ("attn", "mlp") if config.delta is None else ("attn", "mlp", "delta")
+    return tuple(name for name, path in PATHS.items() if path.split("/")[1] in parts)
+
+
+def kernel_of(kernels: Mapping[str, T], target: str) -> T:
+    """Returns what belongs to the kernel of a target, by the path of its parameter.
+
+    Experts have their kernels in one array, without a module for each.
+    """
+    path = PATHS[target]
+    return kernels[path] if path in kernels else kernels[f"{path}/kernel"]
 
 
 def init_lora(
@@ -37,7 +53,8 @@ def init_lora(
     """Returns fresh float32 adapters, with which the model computes what it did before.
 
     a [L, in, rank] is uniform in +-1/sqrt(in), b [L, rank, out] is 0, as in the
-    reference implementation of Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+    reference implementation of Hu et al. 2021, https://arxiv.org/abs/2106.09685. Those
+    of experts are [L, E, in, rank] and [L, E, rank, out].
 
     Raises:
         ValueError: a target that is no projection, a rank below 1, or one larger than
@@ -45,15 +62,14 @@ def init_lora(
     """
     known = adaptable(model.config)
     if not targets or not set(targets) <= set(known):
-        why = "" if model.config.experts is None else "; experts have no adapters"
         raise ValueError(
-            f"lora targets must be some of {sorted(known)}, got {list(targets)}{why}"
+            f"lora targets must be some of {sorted(known)}, got {list(targets)}"
         )
     if rank < 1:
         raise ValueError(f"lora rank must be at least 1, got {rank}")
     shapes = named_leaves(abstract_params(model))
     for name in targets:
-        sides = shapes[f"{PATHS[name]}/kernel"].shape[1:]
+        sides = kernel_of(shapes, name).shape[-2:]
         if rank > min(sides):
             raise ValueError(
                 f"lora rank must be at most {min(sides)}, got {rank}: the kernel of "
@@ -62,11 +78,11 @@ def init_lora(
     adapters = {}
     for name, one_key in zip(PATHS, jax.random.split(key, len(PATHS)), strict=True):
         if name in targets:
-            num_layers, fan_in, fan_out = shapes[f"{PATHS[name]}/kernel"].shape
-            shape, bound = (num_layers, fan_in, rank), fan_in**-0.5
+            *stack, fan_in, fan_out = kernel_of(shapes, name).shape
+            shape, bound = (*stack, fan_in, rank), fan_in**-0.5
             a = jax.random.uniform(one_key, shape, minval=-bound, maxval=bound)
             adapters[f"{PATHS[name]}/a"] = a
-            adapters[f"{PATHS[name]}/b"] = jnp.zeros((num_layers, rank, fan_out))
+            adapters[f"{PATHS[name]}/b"] = jnp.zeros((*stack, rank, fan_out))
     return traverse_util.unflatten_dict(adapters, sep="/")
 
 
@@ -79,8 +95,8 @@ def lora_axes(model: Decoder, adapters: PyTree) -> PyTree:
     axes = {}
     for path in named_leaves(adapters):
         module, _, factor = path.rpartition("/")
-        layers, inward, outward = kernels[f"{module}/kernel"]
-        ends = {"a": (layers, inward, None), "b": (layers, None, outward)}
+        *stack, inward, outward = kernel_of(kernels, _TARGETS[module])
+        ends = {"a": (*stack, inward, None), "b": (*stack, None, outward)}
         axes[path] = ends[factor]
     return traverse_util.unflatten_dict(axes, sep="/")
 
@@ -100,7 +116,8 @@ def merge_lora(params: PyTree, adapters: PyTree, config: ModelConfig) -> PyTree:
     factors = named_leaves(adapters)
     for path in {path.rpartition("/")[0] for path in factors}:
         a, b = factors[f"{path}/a"], factors[f"{path}/b"]
-        merged[f"{path}/kernel"] += config.lora_scale * jnp.matmul(
+        kernel = path if path in merged else f"{path}/kernel"
+        merged[kernel] += config.lora_scale * jnp.matmul(
             a, b, precision=jax.lax.Precision.HIGHEST
         )
     return traverse_util.unflatten_dict(merged, sep="/")

@@ -95,30 +95,46 @@ class Packing(struct.PyTreeNode):
         return jnp.take_along_axis(tokens, at, axis=1).reshape(source.shape)
 
 
-def packed_hidden(
+def completion_states(
     model: LanguageModel,
     variables: PyTree,
     prompts: Int[Array, "N P"],
     prompt_lengths: Int[Array, " N"],
     completions: Int[Array, "N G T"],
     *,
-    packing: Packing,
-) -> tuple[Float[Array, "A M D"], Int[Array, "A M"]]:
-    """Hidden states, and `packing.targets(completions)`, which they predict.
+    packing: Packing | None,
+    with_routers: bool = False,
+) -> tuple[Float[Array, "*B M D"], Int[Array, "*B M"], Float[Array, "L A S E"] | None]:
+    """Hidden states, the tokens that they predict, and router logits if asked for.
+
+    The tokens are the completions, or `packing.targets` of them. Router logits are
+    those of all layers of a mixture for the tokens of its rows: the prompts of a part,
+    and behind them own tokens.
 
     Raises:
       ValueError: for a model that scores a completion per row only.
     """
-    if not isinstance(model, RowScorer) or not model.shares_rows:
-        raise ValueError(
-            f"{type(model).__name__} has no score_rows for completions that share a "
-            "row, which a packed batch needs; leave out Batch.packing."
-        )
-    given: Any = (variables, prompts, prompt_lengths, *packing.rows(completions))
-    last, hidden = model.apply(*given, method=model.score_rows)
+    method: Any = model.score
+    rows: Any = (completions,)
+    if packing is not None:
+        if not isinstance(model, RowScorer):
+            raise ValueError(
+                f"{type(model).__name__} has no score_rows for completions that share "
+                "a row, which a packed batch needs; leave out Batch.packing."
+            )
+        method, rows = model.score_rows, packing.rows(completions)
+    given = variables, prompts, prompt_lengths, *rows
+    if with_routers:
+        found, kept = model.apply(*given, method=method, mutable=("routers",))
+        routers = next(iter(jax.tree.leaves(kept)), None)
+    else:
+        found, routers = model.apply(*given, method=method), None
+    if packing is None:
+        return found, completions, routers
+    last, own = found
     first = jnp.broadcast_to(last[:, None], (*completions.shape[:2], last.shape[-1]))
-    first = first.reshape(len(hidden), -1, last.shape[-1])
-    return join(first, hidden), packing.targets(completions)
+    first = first.reshape(len(own), -1, last.shape[-1])
+    return join(first, own), packing.targets(completions), routers
 
 
 class _Shape(NamedTuple):

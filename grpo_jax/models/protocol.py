@@ -67,7 +67,9 @@ class LanguageModel(Protocol):
         """Facts about the model."""
         ...
 
-    def apply(self, variables: Any, *args: Any, method: Any = None) -> Any:
+    def apply(
+        self, variables: Any, *args: Any, method: Any = None, mutable: Any = False
+    ) -> Any:
         """Returns what a method of the module computes with these variables."""
         ...
 
@@ -122,11 +124,6 @@ class RowScorer(LanguageModel, Protocol):
     With it the learner scores several completions of a prompt in one row. Without it
     each has a row of its own, by `score`.
     """
-
-    @property
-    def shares_rows(self) -> bool:
-        """Whether this one does; False is as without the method."""
-        ...
 
     def score_rows(
         self,

@@ -11,10 +11,14 @@ from jaxtyping import Array, Float
 
 @struct.dataclass
 class TokenLogprobs:
-    """Log-probabilities of given tokens and, if asked for, entropies, in nats."""
+    """Log-probabilities of given tokens and, if asked for, entropies, in nats.
+
+    `routers` are the logits of a mixture's routers, in the layout of the model's rows.
+    """
 
     logp: Float[Array, "*B T"]
     entropy: Float[Array, "*B T"] | None
+    routers: Float[Array, "L A M E"] | None = None
 
 
 @struct.dataclass

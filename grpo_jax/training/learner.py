@@ -85,7 +85,7 @@ class Learner:
         # Under pmap each device cuts its own prompts into microbatches.
         cuts = config.mesh.mode == "pmap" and config.microbatch_size is not None
         self._saves_padding = config.packing == "auto" and not cuts
-        self._packs = isinstance(model, RowScorer) and model.shares_rows
+        self._packs = isinstance(model, RowScorer)
         self._compute_dtype = model.config.dtype
         self._copy_for_sampling: Callable[[PyTree], PyTree] | None = None
         if config.mesh.offload:

@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from grpo_jax import objective
 from grpo_jax.config import TrainConfig
-from grpo_jax.models.packing import Packing, packed_hidden
+from grpo_jax.models.packing import Packing, completion_states
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.objective import Mean
 from grpo_jax.parallel.collectives import matmul_over_fsdp
+from grpo_jax.training._balance import experts_per_token, with_balance
 from grpo_jax.training._like_lengths import at_own_width
 from grpo_jax.training._microbatches import microbatches, narrow
 from grpo_jax.training.state import Batch, TrainState, policy_variables
@@ -39,17 +40,16 @@ def policy_logprobs(
     *,
     temperature: float,
     with_entropy: bool = False,
+    with_routers: bool = False,
     packing: Packing | None = None,
 ) -> objective.TokenLogprobs:
     """Log-probability of each completion token, nats, each prompt computed once.
 
     With `packing` tokens that stand in no row have 0; the others are the same.
     """
-    given: Any = (variables, prompts, prompt_lengths, completions)
-    if packing is None:
-        hidden, targets = model.apply(*given, method=model.score), completions
-    else:
-        hidden, targets = packed_hidden(model, *given, packing=packing)
+    given: Any = (model, variables, prompts, prompt_lengths, completions)
+    how: Any = {"packing": packing, "with_routers": with_routers}
+    hidden, targets, routers = completion_states(*given, **how)
     head: Any = model.apply(variables, method=model.head)
     scored = matmul_over_fsdp(
         objective.chunked_logprobs,
@@ -60,9 +60,9 @@ def policy_logprobs(
         logit_softcap=model.config.logit_softcap,
         with_entropy=with_entropy,
     )
-    if packing is None:
-        return scored
-    return jax.tree.map(lambda x: packing.unpack(x, completions), scored)
+    if packing is not None:
+        scored = jax.tree.map(lambda x: packing.unpack(x, completions), scored)
+    return scored.replace(routers=routers)
 
 
 def score_batch(
@@ -116,7 +116,12 @@ def make_train_step(
     parameters, which gradients then have too. Metrics are scalars: the loss and those
     of `objective.grpo_loss`, ``grad_norm`` before clipping, ``sampler_logp_diff/max``
     and ``update_skipped``.
+
+    Raises:
+      ValueError: a loss that balances experts, for a model without them.
     """
+    if config.objective.router_aux_loss_coef:
+        experts_per_token(model)
 
     def step(
         state: TrainState,
@@ -167,6 +172,7 @@ def _loss_totals(
         batch.completions,
         temperature=config.sampling.temperature,
         with_entropy=True,
+        with_routers=chosen.router_aux_loss_coef > 0,
         packing=batch.packing,
     )
     output = objective.grpo_loss(
@@ -195,7 +201,10 @@ def _loss_totals(
     fresh = batch.mask if batch.fresh is None else batch.mask & batch.fresh
     largest = jnp.max(jnp.where(fresh, difference, 0.0))
     sums = {"loss": output.loss} | output.metrics
-    return output.loss.total, (sums, {"sampler_logp_diff/max": largest})
+    if scored.routers is not None:
+        given = output.loss, scored.routers, batch, chosen.router_aux_loss_coef
+        sums |= with_balance(*given, model=model)
+    return sums["loss"].total, (sums, {"sampler_logp_diff/max": largest})
 
 
 def _accumulate(

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.lora import PATHS
+from grpo_jax.models.lora import PATHS, kernel_of
 from grpo_jax.weights._names import Parameter, parameter_table
 
 
@@ -25,8 +25,8 @@ def adapter_table(
     rows = []
     for target in targets:
         path = PATHS[target]
-        kernel = kernels[f"{path}/kernel"]
-        num_layers, inward, outward = kernel.shape
+        kernel = kernel_of(kernels, target)
+        *stack, inward, outward = kernel.shape
         together = [row for row in kernels.values() if row.names == kernel.names]
         if _module(kernel) in shared:
             together = [kernel]
@@ -48,7 +48,7 @@ def adapter_table(
                 dataclasses.replace(
                     kernel,
                     path=f"{path}/{factor}",
-                    shape=(num_layers, *shape),
+                    shape=(*stack, *shape),
                     names=names,
                     gguf_names=(),
                     start=start,

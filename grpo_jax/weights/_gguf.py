@@ -95,6 +95,8 @@ def open_gguf(path: pathlib.Path) -> GgufModel:
         for row in parameter_table(config)
         for gguf_name, name in zip(row.gguf_names, row.names, strict=True)
     }
+    if config.experts is not None:
+        stored, files = _experts_apart(stored, files)
     rotary = {}
     if fields["general.architecture"] in PAIRED_ROWS:
         rotary = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
@@ -109,6 +111,31 @@ def open_gguf(path: pathlib.Path) -> GgufModel:
         if name not in ROPE_TENSORS
     }
     return GgufModel(config=config, tensors=tensors, fields=fields)
+
+
+def _experts_apart(
+    stored: Mapping[str, StoredTensor], files: Mapping[str, str]
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors where those of experts are one for each, and their files.
+
+    llama.cpp joins the experts of a layer: "blk.0.ffn_up_exps.weight" [E, out, in].
+    """
+    apart: dict[str, StoredTensor] = {}
+    of_files: dict[str, str] = {}
+    for name, tensor in stored.items():
+        own = {name: tensor}
+        joined = name.removesuffix("_exps.weight")
+        if joined != name and len(tensor.shape) == 3:
+            rows = np.split(tensor.raw, tensor.shape[0])
+            own = {
+                f"{joined}_exps.{e}.weight": StoredTensor(
+                    name, tensor.kind, tensor.shape[1:], raw
+                )
+                for e, raw in enumerate(rows)
+            }
+        apart |= own
+        of_files |= dict.fromkeys(own, files[name])
+    return apart, of_files
 
 
 def _read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:

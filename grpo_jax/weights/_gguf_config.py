@@ -31,6 +31,12 @@ _ARCHITECTURES = {
     "glm4": "Glm4ForCausalLM",
     "hunyuan-dense": "HunYuanDenseV1ForCausalLM",
 }
+# Those that have experts, in the MLP's place, and the keys of their numbers. Files of
+# Mixtral are those of Llama with experts.
+_MIXTURES = {
+    "llama": ("MixtralForCausalLM", "num_local_experts"),
+    "qwen3moe": ("Qwen3MoeForCausalLM", "num_experts"),
+}
 # Architectures of which llama.cpp reorders the rows of queries and keys.
 PAIRED_ROWS = frozenset({"llama", "granite", "smollm3"})
 # Tensors with factors of rotary frequencies, which are part of the configuration.
@@ -76,20 +82,19 @@ def hf_config(
             supported.
     """
     name = fields.get("general.architecture")
-    if name not in _ARCHITECTURES:
+    known = _ARCHITECTURES.keys() | _MIXTURES.keys()
+    if name not in known:
         raise ValueError(
             f"architecture {name!r} is not supported in GGUF; supported are "
-            f"{sorted(_ARCHITECTURES)}"
+            f"{sorted(known)}"
         )
     own = {
         key.removeprefix(f"{name}."): _one_value(key, value)
         for key, value in fields.items()
         if key.startswith(f"{name}.")
     }
-    if own.pop("expert_count", 0):
-        raise ValueError("mixtures of experts are not supported")
     windows = _windows(own) if name in _WINDOWED else {}
-    architecture = _ARCHITECTURES[name]
+    architecture, experts = _architecture(name, own)
     if name == "olmo2":
         windowed = windows["sliding_window"] is not None
         architecture = "Olmo3ForCausalLM" if windowed else architecture
@@ -113,6 +118,7 @@ def hf_config(
         "eos_token_id": list(stop_ids(fields)) or None,
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
         **windows,
+        **experts,
     }
     if name == "exaone4" and hf["sliding_window"] is None:
         hf["layer_types"] = ["full_attention"] * hf["num_hidden_layers"]
@@ -126,6 +132,22 @@ def hf_config(
     hf |= _rotary(own, hf, stored)
     _check_unread(name, own, head_dim)
     return hf
+
+
+def _architecture(name: str, own: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The class of Hugging Face, and the options of its experts if it has any."""
+    count = own.pop("expert_count", 0)
+    if not count and name in _ARCHITECTURES:
+        return _ARCHITECTURES[name], {}
+    if name not in _MIXTURES or not count:
+        raise ValueError(f"{name} with expert_count={count} is not supported in GGUF")
+    architecture, key = _MIXTURES[name]
+    options = {key: count, "num_experts_per_tok": own.pop("expert_used_count")}
+    if "moe_intermediate_size" in FAMILIES[architecture].defaults:
+        # llama.cpp always divides the weights of a token's experts by their sum.
+        width = own.pop("expert_feed_forward_length")
+        options |= {"moe_intermediate_size": width, "norm_topk_prob": True}
+    return architecture, options
 
 
 def _one_value(key: str, value: Any) -> Any:

@@ -305,28 +305,20 @@ def _expert_rows(config: ModelConfig) -> Iterator[Parameter]:
     count, inner = config.experts.count, config.experts.width
     width, layers = config.hidden_size, range(config.num_layers)
     router, module, files = EXPERT_NAMES[config.architecture]
-    for path, shape, names in (
-        ("router", (width, count), [f"{router}.weight"]),
-        *(
-            (
-                path,
-                (count, *sizes),
-                [f"{module}.{e}.{file}.weight" for e in range(count)],
-            )
-            for path, sizes, file in (
-                ("gate", (width, inner), files[0]),
-                ("up", (width, inner), files[1]),
-                ("down", (inner, width), files[2]),
-            )
-        ),
-    ):
+    shapes = (width, inner), (width, inner), (inner, width)
+    tensors: list[Any] = [("router", (width, count), [router], ["ffn_gate_inp"])]
+    for path, sizes, file in zip(("gate", "up", "down"), shapes, files, strict=True):
+        names = [f"{module}.{e}.{file}" for e in range(count)]
+        gguf = [f"ffn_{path}_exps.{e}" for e in range(count)]
+        tensors.append((path, (count, *sizes), names, gguf))
+    for path, shape, names, gguf in tensors:
         yield Parameter(
             path=f"layers/mlp/{path}",
             shape=(config.num_layers, *shape),
             stacked=len(shape) - 1,
             transposed=True,
-            names=tuple(f"model.layers.{i}.{name}" for i in layers for name in names),
-            gguf_names=(),
+            names=tuple(f"model.layers.{i}.{n}.weight" for i in layers for n in names),
+            gguf_names=tuple(f"blk.{i}.{n}.weight" for i in layers for n in gguf),
         )
 
 

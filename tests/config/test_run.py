@@ -313,6 +313,7 @@ def test_a_preset_has_the_numbers_of_its_paper(name):
         "kl_in": "loss",
         "kl_estimator": "k3",
         "entropy_coef": 0.0,
+        "router_aux_loss_coef": 0.0,
         "sampler_correction_cap": None,
         "aggregation": "sequence_mean",
         "mask_truncated": False,

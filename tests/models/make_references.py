@@ -3,7 +3,8 @@
 Needs torch and transformers 5: `python tests/models/make_references.py`. Each file
 holds `config` (config.json as text), `tokens` [B, S] right-padded with junk, `lengths`,
 `logits` [B, S, V] of the real tokens, and the state dict under `weights/`. Weights are
-float16 numbers, so that the files stay small and lose nothing.
+float16 numbers, so that the files stay small and lose nothing. `balance.json` has the
+loss that balances experts for the files of mixtures.
 """
 
 import json
@@ -112,6 +113,7 @@ QWEN3_MOE = {
 }
 # Later than the others, so that theirs keep their seeds.
 CASES |= {"mixtral": ("Mixtral", MIXTRAL), "qwen3_moe": ("Qwen3Moe", QWEN3_MOE)}
+EXPERTS = ("mixtral", "qwen3_moe")
 
 YARN_ROPE = {
     "rope_type": "yarn",
@@ -281,7 +283,26 @@ def reference(kind: str, options: dict, seed: int) -> dict[str, np.ndarray]:
     }
 
 
+def balance(case: str, seed: int) -> float:
+    """The loss that balances experts, over the real tokens of a file."""
+    generator = torch.Generator().manual_seed(seed)
+    model = random_model(*CASES[case], generator)
+    shape = (len(LENGTHS), max(LENGTHS))
+    tokens = torch.randint(0, SHARED["vocab_size"], shape, generator=generator)
+    real = torch.arange(shape[1])[None] < torch.tensor(LENGTHS)[:, None]
+    with torch.no_grad():
+        found = model(tokens, attention_mask=real.long(), output_router_logits=True)
+    return float(found.aux_loss)
+
+
+def write_balance() -> None:
+    """Writes references/balance.json: the loss of `balance` by the name of the file."""
+    values = {case: balance(case, [*CASES].index(case)) for case in EXPERTS}
+    (FOLDER / "balance.json").write_text(json.dumps(values))
+
+
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
+    write_balance()
     for seed, (case, (kind, options)) in enumerate(CASES.items()):
         np.savez_compressed(FOLDER / f"{case}.npz", **reference(kind, options, seed))

@@ -1,6 +1,7 @@
 """The gated delta rule: token by token, in chunks, and as its paper writes it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo_jax.models import _delta
 from grpo_jax.models._delta import (
     DeltaConfig,
     DeltaInputs,
     advance,
+    answers_in_rows,
     chunked_delta_rule,
     delta_rule,
     empty_state,
@@ -115,13 +118,17 @@ def part_of(inputs, start, end):
     )
 
 
+@jax.jit
+def go_on(inputs, state):
+    return advance(inputs, state, None, config=CONFIG)
+
+
 @pytest.mark.parametrize("cut", [1, 2, 5])
 def test_what_is_cut_goes_on_where_it_was(cut):
     inputs, state = inputs_of(1, 6), empty_state(CONFIG, 2, "float32")
-    run = jax.jit(lambda inputs, state: advance(inputs, state, None, config=CONFIG))
-    whole, last = run(inputs, state)
-    first, state = run(part_of(inputs, 0, cut), state)
-    second, state = run(part_of(inputs, cut, 6), state)
+    whole, last = go_on(inputs, state)
+    first, state = go_on(part_of(inputs, 0, cut), state)
+    second, state = go_on(part_of(inputs, cut, 6), state)
     parts = jnp.concatenate([first, second], axis=1)
     np.testing.assert_allclose(parts, whole, atol=1e-5)
     np.testing.assert_allclose(state.memory, last.memory, atol=1e-5)
@@ -140,6 +147,43 @@ def test_what_is_not_real_enters_no_state():
     # A row without real tokens stays as it was.
     np.testing.assert_array_equal(padded.memory[1], start.memory[1])
     np.testing.assert_array_equal(padded.recent[1], start.recent[1])
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def in_rows(inputs, state, index, *, chunk):
+    with pytest.MonkeyPatch.context() as patch:
+        rule = functools.partial(chunked_delta_rule, chunk=chunk)
+        patch.setattr(_delta, "chunked_delta_rule", rule)
+        return answers_in_rows(inputs, state, index, config=CONFIG)
+
+
+@given(
+    cuts=st.tuples(*[st.sets(st.integers(1, 7))] * 2),
+    chunk=st.sampled_from([3, 64]),
+    seed=st.integers(0, 10**6),
+)
+def test_sequences_of_a_row_start_from_its_state_and_see_no_other(cuts, chunk, seed):
+    """Wherever they begin within a chunk, and however short they are."""
+    _, state = go_on(inputs_of(seed, 5), empty_state(CONFIG, 2, "float32"))
+    inputs = inputs_of(seed + 1, 8)
+    starts = [sorted({0, *own}) for own in cuts]
+    begins = [np.isin(np.arange(8), own) for own in starts]
+    index = np.stack(
+        [np.arange(8) - np.maximum.accumulate(np.arange(8) * one) for one in begins]
+    )
+    found = in_rows(inputs, state, jnp.asarray(index), chunk=chunk)
+    for start in sorted({*starts[0], *starts[1]}):
+        # With the sequence in front, and behind it what it does not see.
+        turned = jax.tree.map(
+            lambda x, start=start: x if x.shape[0] == 4 else np.roll(x, -start, axis=1),
+            inputs,
+        )
+        alone, _ = go_on(turned, state)
+        for row in (row for row in (0, 1) if start in starts[row]):
+            end = min([at for at in starts[row] if at > start], default=8)
+            np.testing.assert_allclose(
+                found[row, start:end], alone[row, : end - start], atol=1e-5
+            )
 
 
 @pytest.mark.parametrize(

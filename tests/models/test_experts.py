@@ -18,7 +18,8 @@ from grpo_jax.models._routing import (
     through_all_experts,
     through_experts,
 )
-from grpo_jax.models.lora import init_lora
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.lora import init_lora, lora_axes, merge_lora
 from grpo_jax.models.protocol import in_compute_dtype
 from grpo_jax.parallel.mesh import RULES, make_mesh
 
@@ -63,6 +64,9 @@ def test_the_fast_path_is_the_reference_with_its_gradient(popular):
         up=draw(count, 8, 6, seed=3),
         down=draw(count, 6, 8, seed=4),
     )
+
+    factors = draw(count, 8, 2, seed=6), draw(count, 2, 6, seed=7)
+    kernels = kernels.replace(adapters={"up": factors})
 
     def loss(through, x, logits, kernels):
         routing = route(logits, per_token=2, normalized=not popular)
@@ -128,9 +132,30 @@ def test_the_router_works_in_float32(plain):
     assert float(jnp.abs(ExpertsMLP(config).apply({"params": params}, x)).min()) > 1.0
 
 
-def test_adapters_of_experts_are_refused(experts):
-    model = experts.model
-    with pytest.raises(ValueError, match=r"\['k', 'o', 'q', 'v'\].*experts have no"):
-        init_lora(model, jax.random.key(0), rank=2, targets=("q", "up"))
-    adapters = init_lora(model, jax.random.key(0), rank=2, targets=("q", "o"))
-    assert set(adapters["layers"]) == {"attn"}
+def test_merged_adapters_of_experts_compute_what_they_did(experts):
+    config = dataclasses.replace(experts.model.config, lora_scale=2.0)
+    model = Decoder(config)
+    targets = ("q", "gate", "up", "down")
+    adapters = init_lora(model, jax.random.key(0), rank=2, targets=targets)
+    mlp = adapters["layers"]["mlp"]
+    assert jax.tree.map(jnp.shape, mlp["down"]) == {
+        "a": (2, 5, 12, 2),
+        "b": (2, 5, 2, 32),
+    }
+    assert lora_axes(model, adapters)["layers"]["mlp"]["gate"] == {
+        "a": ("layers", "expert", "embed", None),
+        "b": ("layers", "expert", None, "mlp"),
+    }
+    random = np.random.default_rng(5)
+    move = lambda x: x + 0.2 * random.standard_normal(x.shape).astype("float32")  # noqa: E731
+    adapters = jax.tree.map(move, adapters)
+    args = experts.prompts, experts.lengths, experts.completions
+    score = jax.jit(lambda given: model.apply(given, *args, method=model.score))
+    found = score({**experts.variables, "lora": adapters})
+    merged = score({"params": merge_lora(experts.params, adapters, config)})
+    np.testing.assert_allclose(found, merged, atol=5e-5)
+    assert jnp.abs(found - score(experts.variables)).max() > 0.1
+    plain = Decoder(experts.model.config)
+    with pytest.raises(ValueError, match="lora_scale is None"):
+        given = {**experts.variables, "lora": adapters}
+        plain.apply(given, *args, method=plain.score)

@@ -10,7 +10,6 @@ import pytest
 from grpo_jax.models._hybrid import _period
 from grpo_jax.models.decoder import Decoder, init_params
 from grpo_jax.models.lora import init_lora, merge_lora
-from grpo_jax.models.protocol import RowScorer
 
 
 def gradient(model, tiny, lora=None):
@@ -109,15 +108,6 @@ def test_slots_may_be_stacks_where_prompts_are_not(hybrid, in_layers):
     assert shapes(again) == shapes(cache)
     apart = in_layers(cache).of_layers(*in_layers(cache).arrays)
     assert isinstance(apart.keys, tuple) and isinstance(apart.state.memory, tuple)
-
-
-def test_completions_that_share_a_row_are_refused(hybrid):
-    model = hybrid.model
-    assert not model.shares_rows and isinstance(model, RowScorer)
-    rows = jnp.zeros((3, 1, 4), jnp.int32), jnp.zeros((3, 1, 4), jnp.int32)
-    args = hybrid.prompts, hybrid.lengths, *rows, jnp.zeros((3, 1), jnp.int32)
-    with pytest.raises(ValueError, match="need a row for each completion"):
-        model.apply(hybrid.variables, *args, method=model.score_rows)
 
 
 def test_fresh_parameters_decay_as_those_of_the_models(hybrid):

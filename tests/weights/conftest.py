@@ -149,6 +149,7 @@ def write_gguf(path, pretrained, *, arch="llama", kind=lambda name: "F32", **ext
         for row in parameter_table(config)
         for name, gguf_name in zip(row.names, row.gguf_names, strict=True)
     }
+    joined = {}
     for name, values in parameter_tensors(config, pretrained.params):
         paired = arch in ("llama", "granite", "smollm3")
         if paired and ("q_proj" in name or "k_proj" in name):
@@ -158,6 +159,14 @@ def write_gguf(path, pretrained, *, arch="llama", kind=lambda name: "F32", **ext
             values = values + np.float32(1)
         quantization = gguf.GGMLQuantizationType[kind(name)]
         raw = gguf.quantize(values, quantization)
+        module, joins, _ = names[name].partition("_exps.")
+        if joins:  # the experts of a layer follow each other, and are one tensor
+            own = joined.setdefault(module, [])
+            own.append(raw)
+            if len(own) == config.experts.count:
+                together = np.stack(own)
+                writer.add_tensor(f"{module}_exps.weight", together, None, quantization)
+            continue
         writer.add_tensor(names[name], raw, raw_dtype=quantization)
     for name, values in extra.items():
         writer.add_tensor(name.replace("__", "."), values)

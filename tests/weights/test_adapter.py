@@ -18,7 +18,8 @@ from grpo_jax.weights import load_pretrained
 from grpo_jax.weights._names import parameter_table
 from grpo_jax.weights.adapter import Adapter, load_adapter, save_adapter
 
-REFERENCE = pathlib.Path(__file__).parent / "references" / "adapter.npz"
+REFERENCES = pathlib.Path(__file__).parent / "references"
+REFERENCE = REFERENCES / "adapter.npz"
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -36,8 +37,11 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("peft")
-    with np.load(REFERENCE) as data:
+    return read_reference(REFERENCE, tmp_path_factory.mktemp("peft"))
+
+
+def read_reference(file, folder):
+    with np.load(file) as data:
         config = ModelConfig.from_hf(json.loads(str(data["config"])))
         weights = {
             name.removeprefix("weights/"): data[name].astype(np.float32)
@@ -77,6 +81,30 @@ def test_adapters_of_peft_give_its_logits(reference, adapter):
     assert adapter.targets == ("q", "k", "v", "o", "gate", "up", "down")
     error = np.abs(logits_with(reference, adapter) - reference.logits).max()
     assert error < 1e-5 * reference.logits.std()
+
+
+def test_adapters_of_experts_give_the_logits_of_peft(tmp_path):
+    """One for each expert. PEFT joins them, as transformers 5 joins the experts."""
+    reference = read_reference(REFERENCES / "adapter_experts.npz", tmp_path)
+    adapter = load_adapter(tmp_path, reference.config)
+    assert adapter.targets == ("q", "k", "v", "o", "gate", "up", "down")
+    assert adapter.params["layers"]["mlp"]["down"]["a"].shape == (2, 3, 12, 3)
+    error = np.abs(logits_with(reference, adapter) - reference.logits).max()
+    assert error < 1e-5 * reference.logits.std()
+    save_adapter(tmp_path / "out", adapter, reference.config)
+    file = "adapter_model.safetensors"
+    theirs = safetensors.numpy.load_file(tmp_path / file)
+    ours = safetensors.numpy.load_file(tmp_path / "out" / file)
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        np.testing.assert_array_equal(ours[name], values, err_msg=name)
+    options = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    expected = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert options["target_modules"] == sorted(expected["target_modules"])
+    # What PEFT writes for joined experts.
+    copy_of(reference, tmp_path, options={"target_parameters": ["experts.down_proj"]})
+    with pytest.raises(ValueError, match="not supported: target_parameters="):
+        load_adapter(tmp_path, reference.config)
 
 
 def test_what_is_written_is_what_peft_wrote(reference, adapter, tmp_path):

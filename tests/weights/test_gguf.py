@@ -265,6 +265,48 @@ def test_files_of_newer_families_give_the_model_that_was_converted(
     assert NAMED.get(name, "token_embd.weight").encode() in path.read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+@pytest.mark.parametrize(
+    ("name", "arch", "options"),
+    [
+        ("Mixtral", "llama", {"num_local_experts": 3}),
+        ("Qwen3Moe", "qwen3moe", {"num_experts": 3, "moe_intermediate_size": 32}),
+    ],
+)
+def test_the_experts_of_a_layer_are_one_tensor_of_a_file(
+    tmp_path, tools, kind, name, arch, options
+):
+    architecture = f"{name}ForCausalLM"
+    fields = {"expert_count": 3, "expert_used_count": 2}
+    if arch == "qwen3moe":
+        options = options | {"norm_topk_prob": True}
+        fields["expert_feed_forward_length"] = 32
+    model = tools.make_pretrained(
+        architectures=[architecture],
+        model_type=FAMILIES[architecture].model_type,
+        num_experts_per_tok=2,
+        **options,
+    )
+    path = tools.write_gguf(
+        tmp_path / "m.gguf",
+        model,
+        arch=arch,
+        kind=lambda name: kind if "experts" in name else "F32",
+        fields={f"{arch}.{key}": value for key, value in fields.items()},
+    )
+    assert b"blk.1.ffn_down_exps.weight" in path.read_bytes()
+    loaded = load_pretrained(path)
+    assert loaded.config == model.config
+    if kind == "F32":
+        tools.assert_same_bits(loaded.params, model.params)
+    given, expected = tools.flatten(loaded.params), tools.flatten(model.params)
+    for part in ("gate", "up", "down"):
+        name = f"layers/mlp/{part}"
+        # Half a step of 1 / 127 of the largest of 32.
+        error = np.abs(given[name] - expected[name]).max()
+        assert error < 0.005 * np.abs(expected[name]).max()
+
+
 def test_granite_without_rotation_is_refused(tmp_path, tools):
     options, arch, fields = NEWER["Granite"]
     model = tools.make_pretrained(
@@ -275,6 +317,16 @@ def test_granite_without_rotation_is_refused(tmp_path, tools):
     path = tools.write_gguf(tmp_path / "m.gguf", model, arch=arch, fields=fields)
     with pytest.raises(ValueError, match="finetuned=False is not supported"):
         read_model_config(path)
+
+
+def test_granite_without_multipliers_is_scaled_as_usual(tmp_path, tools):
+    model = tools.make_pretrained(
+        architectures=["GraniteForCausalLM"],
+        model_type="granite",
+        attention_multiplier=0.25,  # 16 ** -0.5
+    )
+    path = tools.write_gguf(tmp_path / "m.gguf", model, arch="granite")
+    assert read_model_config(path) == model.config
 
 
 def test_exaone_4_without_windows_rotates_in_all_layers(tmp_path, tools):
@@ -420,7 +472,7 @@ def test_other_divisors_are_refused(tmp_path, tools):
     ("fields", "problem"),
     [
         ({"split.count": 3}, "is one part of 3.*such as model-00001-of-00003.gguf"),
-        ({"llama.expert_count": 8}, "mixtures of experts"),
+        ({"llama.expert_count": 8}, "it has no 'expert_used_count'"),
         ({"llama.rope.dimension_count": 8}, "rotary embeddings of 8 of 16"),
         (
             {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0},
