@@ -15,7 +15,7 @@ from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Float, Int, PyTree
 
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.quantized import Stack, frozen_product
+from grpo_jax.models.quantized import frozen_product
 
 KERNEL_INIT = nn.initializers.normal(0.02)
 # The name of a kernel that is stored as [out, in].
@@ -188,16 +188,16 @@ def _transpose_kernels(params: PyTree) -> PyTree:
     """Returns the parameters with each kernel [..., in, out] as [..., out, in].
 
     `Projection` takes both. If x has few rows, a CPU would first rearrange a kernel
-    [in, out], which takes longer than the product itself. A quantized kernel is written
-    anew for each product, in whatever order; its codes stay where they are.
+    [in, out], which takes longer than the product itself.
     """
     flat: dict[Any, Any] = traverse_util.flatten_dict(params)
-    for path, leaf in [*flat.items()]:
-        if path[-1] == "kernel":
-            flat[*path[:-1], _BY_ROWS] = jnp.swapaxes(flat.pop(path), -1, -2)
-        elif path[-1] == "codes":
-            flat[path] = Stack(leaf)
-    return traverse_util.unflatten_dict(flat)
+    turned = {
+        (*path[:-1], _BY_ROWS): jnp.swapaxes(leaf, -1, -2)
+        for path, leaf in flat.items()
+        if path[-1] == "kernel"
+    }
+    kept = {path: leaf for path, leaf in flat.items() if path[-1] != "kernel"}
+    return traverse_util.unflatten_dict(kept | turned)
 
 
 def activation(x: Float[Array, "..."], *, kind: str) -> Float[Array, "..."]:

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct, traverse_util
+from flax import traverse_util
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
@@ -96,6 +96,12 @@ def is_quantized(path: str) -> bool:
     return path.startswith("layers/") and path.endswith("/kernel")
 
 
+def has_quantized(params: PyTree) -> bool:
+    """Whether some kernels of parameters, or of collections of them, are quantized."""
+    flat: dict[Any, Any] = traverse_util.flatten_dict(params)
+    return any(path[-1] == "codes" for path in flat)
+
+
 def abstract_quantized(shapes: PyTree, places: PyTree, kind: Kind | None) -> PyTree:
     """Shapes with shardings of the parameters, their kernels quantized; None: as given.
 
@@ -150,50 +156,25 @@ def dequantized(
 
 @jax.custom_vjp
 def frozen_product(
-    x: Float[Array, "R I"], codes: PyTree, scale: Float[Array, "b O"]
+    x: Float[Array, "R I"], codes: Int[Array, "i O"], scale: Float[Array, "b O"]
 ) -> Float[Array, "R O"]:
     """x W with a quantized W, whose gradient is that of x alone.
 
     The backward pass dequantizes again. A plain product would keep W for it, of all
     layers at once.
     """
-    return x @ _kernel(codes, scale, x.dtype)
+    return x @ dequantized(codes, scale, x.dtype)
 
 
-def _forward(x: Array, codes: PyTree, scale: Array) -> tuple[Array, tuple]:
+def _forward(x: Array, codes: Array, scale: Array) -> tuple[Array, tuple]:
     return frozen_product(x, codes, scale), (codes, scale)
 
 
 def _backward(kept: tuple, gradient: Array) -> tuple[Array, None, None]:
-    return gradient @ _kernel(*kept, gradient.dtype).T, None, None
+    return gradient @ dequantized(*kept, gradient.dtype).T, None, None
 
 
 frozen_product.defvjp(_forward, _backward)
-
-
-@struct.dataclass
-class OfStack:
-    """The codes of one layer, which stay in the stack of all: they are read once."""
-
-    stack: Array
-    layer: int = struct.field(pytree_node=False)
-
-
-class Stack:
-    """Codes of all layers. An index gives those of a layer, without a copy."""
-
-    def __init__(self, codes: Array) -> None:
-        self._codes = codes
-
-    def __getitem__(self, layer: int) -> OfStack:
-        """The codes of one layer."""
-        return OfStack(self._codes, layer)
-
-
-def _kernel(codes: PyTree, scale: Array, dtype: Any) -> Array:
-    if isinstance(codes, OfStack):
-        codes = codes.stack[codes.layer]
-    return dequantized(codes, scale, dtype)
 
 
 def _nf4_values(codes: Array) -> Array:

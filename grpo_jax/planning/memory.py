@@ -359,7 +359,7 @@ class _Sizes:
         return {
             "sampler's parameters": gathered,
             # Copies by layer, transposed, which decoding reads faster; of parameters
-            # that are not rounded yet also the embedding. Codes are read in place.
+            # that are not rounded yet also the embedding. Codes stay stacked.
             "kernels": cast if split else copied + embed,
             "dequantized kernels": self.dequantized,
             # A split sampler gathers embedding and head before the loop over tokens,

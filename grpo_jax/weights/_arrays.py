@@ -80,15 +80,16 @@ def _quantized(
     outputs: slice,
 ) -> dict[str, np.ndarray]:
     chosen = range(*layers.indices(parameter.shape[0]))
-    own = range(*outputs.indices(parameter.shape[2]))
-    shape = (len(chosen), parameter.shape[1], len(own))
+    inputs = slice(0, parameter.shape[1])
+    own = slice(*outputs.indices(parameter.shape[2])[:2])
+    shape = (len(chosen), inputs.stop, own.stop - own.start)
     made = {
         name: aligned(leaf.shape, np.dtype(leaf.dtype))
         for name, leaf in quantized_shapes(shape, kind).items()
     }
     for row, layer in enumerate(chosen):
-        index = slice(layer, layer + 1), slice(None), outputs
-        wide = read_parameter(parameter, tensors, index, dtype=np.dtype(np.float32))
-        for name, values in quantize(wide[0], kind).items():
+        part = tensors[parameter.names[layer]].read(parameter.block((inputs, own)))
+        wide = part.T if parameter.transposed else part
+        for name, values in quantize(wide, kind).items():
             made[name][row] = values
     return made
