@@ -145,8 +145,9 @@ def dequantized(
     *stack, blocks, outputs = scale.shape
     if codes.dtype == jnp.uint8:
         # Shifts of a broadcast array, for a concatenation would be written to memory.
-        shifts = jnp.array([[4], [0]], jnp.uint8)
-        values = _nf4_values(codes[..., None, :] >> shifts & 15)
+        pairs = codes[..., None, :]
+        shifts = jnp.array([4, 0], jnp.uint8).reshape(*(1,) * len(stack), 1, 2, 1)
+        values = _nf4_values(pairs >> shifts & 15)
     else:
         values = codes.astype(jnp.float32)
     parts = values.reshape(*stack, blocks, -1, outputs)
