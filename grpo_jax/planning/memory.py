@@ -181,8 +181,7 @@ class _Sizes:
     @functools.cached_property
     def _base(self) -> tuple[PyTree, PyTree]:
         """The frozen base of adapters, as it is stored."""
-        kind = self.config.lora.quantized
-        stored = abstract_quantized(*self._places, kind)
+        stored = abstract_quantized(*self._places, self.config.lora.quantized)
         cast = functools.partial(in_compute_dtype, dtype=self.model.dtype)
         places = jax.tree.map(lambda leaf: leaf.sharding, stored)
         return jax.eval_shape(cast, stored), places
@@ -345,10 +344,9 @@ class _Sizes:
         half = cache_columns(config.max_new_tokens, -(-columns // 2))
         half = half if half < columns else 0
         gathered = 0
-        if fsdp and not split:  # all parameters in the compute dtype, of adapters too
-            gathered = _whole_bytes(*self._places, dtype=model.dtype)
+        if fsdp and not split:  # all parameters as they are used, adapters too
+            gathered = _whole_bytes(*self._base)
             if self._adapters is not None:
-                gathered = _whole_bytes(*self._base)
                 gathered += _whole_bytes(*self._adapters, dtype=model.dtype)
         # Attention scores, float32 with their softmax, and the MLP of one layer over
         # prompts of full length.
