@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
-from jaxtyping import Array, PyTree, UInt32
+from jaxtyping import Array, PyTree, UInt, UInt32
 
 from grpo_jax.parallel.mesh import named_leaves
 
@@ -35,12 +35,22 @@ def _checksum(array: Array) -> UInt32[Array, ""]:
     else:
         # An element of 8 bytes becomes two of 4, in a last axis of its own.
         unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
-        bits = lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-    position = jnp.full(bits.shape, 0x9E3779B9, jnp.uint32)
+        bits = lax.bitcast_convert_type(array, unsigned)
+    start = jnp.uint32(0x9E3779B9)
+    if array.ndim < 3:
+        return _sum_of(bits, start)
+    # A layer at a time: a CPU writes the hashes to memory before it adds them.
+    index = jnp.arange(len(bits), dtype=jnp.uint32)
+    layers = lax.map(lambda one: _sum_of(one[0], _mix(start ^ one[1])), (bits, index))
+    return jnp.sum(layers, dtype=jnp.uint32)
+
+
+def _sum_of(bits: UInt[Array, "..."], start: UInt32[Array, ""]) -> UInt32[Array, ""]:
+    position = jnp.full(bits.shape, start, jnp.uint32)
     for axis in range(bits.ndim):
         index = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         position = _mix(position ^ index)
-    return jnp.sum(_mix(bits ^ position), dtype=jnp.uint32)
+    return jnp.sum(_mix(bits.astype(jnp.uint32) ^ position), dtype=jnp.uint32)
 
 
 def _mix(value: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -130,6 +130,23 @@ class LoraConfig(Section):
     alpha: Positive = 32.0  # the adapters' output is scaled by alpha / rank
     # The projections that get adapters.
     targets: tuple[_LoraTarget, ...] = LORA_TARGETS
+    # The frozen base: in the compute dtype (auto), or the kernels of its layers in
+    # 8 bits (int8) or 4 (nf4).
+    base_dtype: Literal["auto", "int8", "nf4"] = "auto"
+
+    def problems(self) -> Iterator[str]:
+        """Problems between fields, one line each."""
+        if self.base_dtype != "auto" and self.rank is None:
+            yield (
+                f"base_dtype {self.base_dtype!r} is for the frozen base of adapters, "
+                "and all weights are trained; set lora.rank, 16 is usual, or "
+                "base_dtype 'auto'"
+            )
+
+    @property
+    def quantized(self) -> Literal["int8", "nf4"] | None:
+        """How the base is quantized; None if it is not."""
+        return None if self.base_dtype == "auto" else self.base_dtype
 
     @property
     def scale(self) -> float | None:

@@ -33,6 +33,8 @@ TRL_NAMES = {
     "adam_beta1": "optimizer.b1",
     "adam_beta2": "optimizer.b2",
     "lr_scheduler_type": "optimizer.schedule",
+    "load_in_8bit": "lora.base_dtype",
+    "load_in_4bit": "lora.base_dtype",
     "gradient_checkpointing": "remat",
     "bf16": "compute_dtype",
     "metric_for_best_model": "checkpoint.keep_best",

@@ -15,6 +15,7 @@ from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Float, Int, PyTree
 
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.quantized import frozen_product
 
 KERNEL_INIT = nn.initializers.normal(0.02)
 # The name of a kernel that is stored as [out, in].
@@ -86,6 +87,7 @@ class Projection(nn.Module):
 
     With variables `a` [in, r] and `b` [r, out] in the collection `lora` it is x W + b +
     lora_scale (x a) b (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1).
+    A frozen W may be quantized: see `quantized`.
     """
 
     in_features: int
@@ -98,7 +100,8 @@ class Projection(nn.Module):
         """Declares the kernel and the bias."""
         shape, axes = (self.in_features, self.out_features), self.axes
         self.by_rows = self.has_variable("params", _BY_ROWS)
-        if not self.by_rows:
+        self.quantized = self.has_variable("params", "codes")
+        if not (self.by_rows or self.quantized):
             self.kernel = parameter(self, "kernel", KERNEL_INIT, shape, axes)
         if self.use_bias:
             zeros = nn.initializers.zeros
@@ -109,7 +112,11 @@ class Projection(nn.Module):
         # One leading axis instead of two: otherwise XLA does not recognize the gradient
         # as a matrix product, and on a CPU it takes ten times as long.
         rows = x.reshape(-1, x.shape[-1])
-        y = rows @ self.matrix().astype(x.dtype)
+        if self.quantized:
+            stored = (self.get_variable("params", name) for name in ("codes", "scale"))
+            y = frozen_product(rows, *stored)
+        else:
+            y = rows @ self.matrix().astype(x.dtype)
         if self.use_bias:
             y = y + self.bias.astype(x.dtype)[None, :]
         if self.has_variable("lora", "a"):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Key, PyTree
 from grpo_jax.config import DELTA_TARGETS, LORA_TARGETS
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
+from grpo_jax.models.quantized import dequantized_params
 from grpo_jax.parallel.mesh import named_leaves
 
 # Target name -> path of the projection in the parameters.
@@ -105,14 +106,16 @@ def merge_lora(params: PyTree, adapters: PyTree, config: ModelConfig) -> PyTree:
     """Returns parameters of a model without adapters that computes the same.
 
     Each adapted kernel becomes W + lora_scale a b. All are float32: in a narrower type
-    most of what small adapters add would be rounded away.
+    most of what small adapters add would be rounded away. Of a quantized base W is what
+    its codes stand for, with which the adapters were trained.
 
     Raises:
         ValueError: `config.lora_scale` is not set.
     """
     if config.lora_scale is None:
         raise ValueError("ModelConfig.lora_scale is None; set it to alpha / rank")
-    merged = {k: leaf.astype(jnp.float32) for k, leaf in named_leaves(params).items()}
+    plain = named_leaves(dequantized_params(params, "float32"))
+    merged = {path: leaf.astype(jnp.float32) for path, leaf in plain.items()}
     factors = named_leaves(adapters)
     for path in {path.rpartition("/")[0] for path in factors}:
         a, b = factors[f"{path}/a"], factors[f"{path}/b"]

@@ -189,10 +189,12 @@ class SlotDecoder(LanguageModel, Protocol):
 def in_compute_dtype(variables: PyTree, dtype: str) -> PyTree:
     """The variables as the model rounds them where it uses them.
 
-    Norms and routers work in float32, so what is theirs stays as it is.
+    Norms and routers work in float32, so what is theirs stays as it is. So do the codes
+    of quantized kernels, and their scales.
     """
 
     def cast(path: tuple, leaf: Array) -> Array:
-        return leaf if path[-1].key in FLOAT32_PARAMS else leaf.astype(dtype)
+        kept = path[-1].key in FLOAT32_PARAMS or path[-1].key == "codes"
+        return leaf if kept else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, variables)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from grpo_jax.config import TrainConfig
@@ -20,6 +20,8 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.models.limits import cache_columns, prompt_rows
 from grpo_jax.models.lora import init_lora, lora_axes
+from grpo_jax.models.protocol import in_compute_dtype
+from grpo_jax.models.quantized import abstract_quantized
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.collectives import moves_head, whole_over_fsdp
 from grpo_jax.planning._kept import kept_bytes
@@ -176,10 +178,23 @@ class _Sizes:
     def _compute(self) -> int:
         return _bytes(*self._places, dtype=self.model.dtype)
 
+    @functools.cached_property
+    def _base(self) -> tuple[PyTree, PyTree]:
+        """The frozen base of adapters, as it is stored."""
+        stored = abstract_quantized(*self._places, self.config.lora.quantized)
+        cast = functools.partial(in_compute_dtype, dtype=self.model.dtype)
+        places = jax.tree.map(lambda leaf: leaf.sharding, stored)
+        return jax.eval_shape(cast, stored), places
+
     @property
     def parameters(self) -> int:
         """The trained parameters, and the frozen base of adapters."""
-        return self.trained + (0 if self._adapters is None else self._compute)
+        return self.trained + (0 if self._adapters is None else _bytes(*self._base))
+
+    @property
+    def dequantized(self) -> int:
+        """The kernels of a layer in the compute dtype, if they are quantized."""
+        return self._one_layer if self.config.lora.quantized else 0
 
     @property
     def reference(self) -> int:
@@ -288,12 +303,14 @@ class _Sizes:
                 # Without a gradient an array is freed once the next one is computed.
                 "activations": self.layer // 4,
                 "log-prob chunks": self.chunks(1),
+                "dequantized kernels": self.dequantized,
                 "moved over fsdp": self.moved(gradient=False),
             }
         return {
             "gradients": self.trained * (2 if self.microbatches > 1 else 1),
             "activations": self.kept(self.model.remat) + self.layer,
             "log-prob chunks": self.chunks(_CHUNK_ARRAYS),
+            "dequantized kernels": self.dequantized,
             "moved over fsdp": self.moved(gradient=True),
         }
 
@@ -313,6 +330,7 @@ class _Sizes:
         split = fsdp and config.mesh.sampler == "split"
         cast = 0 if model.dtype == "float32" or self._adapters else self._compute
         embed = self._head if cast and not fsdp else 0
+        copied = 0 if self.dequantized else self._one_layer * model.num_layers
         heads = -(-model.num_kv_heads // mesh.shape["tensor"])
         own = model.delta and model.delta.of_device(mesh.shape["tensor"])
         state = own.state_bytes(self.item) if own else 0
@@ -327,8 +345,8 @@ class _Sizes:
         half = cache_columns(config.max_new_tokens, -(-columns // 2))
         half = half if half < columns else 0
         gathered = 0
-        if fsdp and not split:  # all parameters in the compute dtype, of adapters too
-            gathered = _whole_bytes(*self._places, dtype=model.dtype)
+        if fsdp and not split:  # all parameters as they are used, adapters too
+            gathered = _whole_bytes(*self._base)
             if self._adapters is not None:
                 gathered += _whole_bytes(*self._adapters, dtype=model.dtype)
         # Attention scores, float32 with their softmax, and the MLP of one layer over
@@ -340,8 +358,9 @@ class _Sizes:
         return {
             "sampler's parameters": gathered,
             # Copies by layer, transposed, which decoding reads faster; of parameters
-            # that are not rounded yet also the embedding.
-            "kernels": cast if split else self._one_layer * model.num_layers + embed,
+            # that are not rounded yet also the embedding. Codes stay stacked.
+            "kernels": cast if split else copied + embed,
+            "dequantized kernels": self.dequantized,
             # A split sampler gathers embedding and head before the loop over tokens,
             # and one layer at a time within it.
             "moved over fsdp": self._one_layer + 2 * self._head if split else 0,
@@ -362,15 +381,17 @@ def _parameters(model: ModelConfig) -> tuple[PyTree, PyTree]:
     return abstract_params(decoder), param_axes(decoder)
 
 
-def _bytes(shapes: PyTree, places: PyTree, *, dtype: str) -> int:
-    """Bytes of one device's share of the arrays in a dtype."""
-    parts = jax.tree.map(
-        lambda leaf, place: math.prod(place.shard_shape(leaf.shape)), shapes, places
-    )
-    return sum(jax.tree.leaves(parts)) * jnp.dtype(dtype).itemsize
+def _bytes(shapes: PyTree, places: PyTree, *, dtype: str | None = None) -> int:
+    """Bytes of one device's share of the arrays, in a dtype or in their own."""
+
+    def part(leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> int:
+        own = leaf.dtype if dtype is None else jnp.dtype(dtype)
+        return math.prod(place.shard_shape(leaf.shape)) * own.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(part, shapes, places)))
 
 
-def _whole_bytes(shapes: PyTree, places: PyTree, *, dtype: str) -> int:
+def _whole_bytes(shapes: PyTree, places: PyTree, *, dtype: str | None = None) -> int:
     """The same when they are gathered over fsdp."""
     return _bytes(shapes, jax.tree.map(whole_over_fsdp, places), dtype=dtype)
 

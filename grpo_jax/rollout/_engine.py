@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Int, Key, PyTree
 from grpo_jax.models.limits import cache_columns, prompt_rows
 from grpo_jax.models.protocol import SlotDecoder
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.parallel.collectives import split_over_fsdp
 from grpo_jax.rollout import _loop as loops
 from grpo_jax.rollout import _programs as programs
 from grpo_jax.rollout._drawn import Drawn
@@ -89,7 +88,7 @@ class Engine:
         # Where fsdp splits the parameters, layers stay stacked: the loop then gathers
         # one layer at a time. XLA would move the gathers of separate layers in front of
         # the loop, and all gathered layers would stay in memory.
-        self._unrolled = not split_over_fsdp(variables)
+        self._unrolled = programs.layers_apart(variables)
         self._ready = programs.prepare(self._model, variables, unrolled=self._unrolled)
 
     def release(self) -> None:

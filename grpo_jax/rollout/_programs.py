@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from grpo_jax.models.cache import per_layer, prompt_block
 from grpo_jax.models.protocol import SlotDecoder, in_compute_dtype
+from grpo_jax.models.quantized import has_quantized
+from grpo_jax.parallel.collectives import split_over_fsdp
 
 # Logical axes of the rows of all parts, of one layer.
 _AXES = ("batch", "kv_heads", None, None)
@@ -32,6 +34,15 @@ def prepare(model: SlotDecoder, variables: PyTree, *, unrolled: bool) -> PyTree:
     # Cast here, once per rollout: in the loop it would be repeated at every token.
     variables = in_compute_dtype(variables, model.config.dtype)
     return model.unroll(variables) if unrolled else variables
+
+
+def layers_apart(variables: PyTree) -> bool:
+    """Whether decoding gets the arrays of each layer by themselves.
+
+    Not those that fsdp splits, which are gathered layer by layer. Nor quantized ones:
+    in one block of code for all layers XLA dequantizes all before the first product.
+    """
+    return not (split_over_fsdp(variables) or has_quantized(variables))
 
 
 def ring_apart(unrolled: bool, platform: str) -> bool:

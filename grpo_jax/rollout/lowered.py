@@ -22,7 +22,6 @@ from grpo_jax.config import SamplingConfig
 from grpo_jax.models.limits import cache_columns, prompt_rows
 from grpo_jax.models.protocol import SlotDecoder
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.parallel.collectives import split_over_fsdp
 from grpo_jax.rollout import _loop as loops
 from grpo_jax.rollout import _programs as programs
 from grpo_jax.rollout._engine import MOST_TURNS, power
@@ -168,7 +167,7 @@ class _Shapes:
 
     @property
     def unrolled(self) -> bool:
-        return not split_over_fsdp(self.variables)
+        return programs.layers_apart(self.variables)
 
     @property
     def columns(self) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree, UInt32
 
 from grpo_jax.checkpointing.checksum import array_checksums
@@ -49,10 +48,12 @@ def describe_weights(params: PyTree, *, frozen: bool) -> dict[str, str]:
     base of adapters has a dtype that depends on the machine. So its values are first
     rounded to bfloat16, which agrees on all machines. All processes must call it.
     """
-    leaves = named_leaves(params)
-    checksums = np.asarray(_checksums(list(leaves.values()), rounded=frozen))
-    numbers = zip(leaves, checksums.tolist(), strict=True)
-    return {path: f"{number:08x}" for path, number in numbers}
+    # One array at a time, so that no rounded copy of all is there.
+    numbers = {
+        path: int(_checksums([leaf], rounded=frozen)[0])
+        for path, leaf in named_leaves(params).items()
+    }
+    return {path: f"{number:08x}" for path, number in numbers.items()}
 
 
 def describe_architecture(config: ModelConfig) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.models.lora import init_lora, lora_axes
 from grpo_jax.models.protocol import in_compute_dtype
+from grpo_jax.models.quantized import Kind, abstract_quantized
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.collectives import whole_over_fsdp
 from grpo_jax.planning.memory import evaluation_batch, is_evaluated
@@ -105,16 +106,20 @@ class _Run:
     @functools.cached_property
     def whole(self) -> PyTree:
         """All parameters, float32."""
+        return self._whole(None)
+
+    def _whole(self, kind: Kind | None) -> PyTree:
         shapes = abstract_params(self.model)
         places = meshes.parameter_shardings(param_axes(self.model), shapes, self.mesh)
-        return jax.tree.map(_placed, shapes, places)
+        return abstract_quantized(shapes, places, kind)
 
     @functools.cached_property
     def base(self) -> PyTree | None:
         """The frozen parameters under adapters."""
         if self.config.lora.rank is None:
             return None
-        return self._cast(self.whole, self.model.config.dtype)
+        stored = self._whole(self.config.lora.quantized)
+        return self._cast(stored, self.model.config.dtype)
 
     @functools.cached_property
     def state(self) -> TrainState:

@@ -14,6 +14,11 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.models.lora import init_lora, lora_axes, merge_lora
 from grpo_jax.models.protocol import FLOAT32_PARAMS
+from grpo_jax.models.quantized import (
+    abstract_quantized,
+    is_quantized,
+    plain_shardings,
+)
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.advice import memory_warning
 from grpo_jax.planning.resolve import (
@@ -39,8 +44,8 @@ class Policy:
       params: what is trained: all parameters, or adapters; float32.
       config: the run's configuration, with each "auto" about memory resolved.
       warning: what to change if the run will not fit into memory; else None.
-      base: the frozen parameters under adapters, in the compute dtype; None without
-        adapters.
+      base: the frozen parameters under adapters, in the compute dtype, or with kernels
+        that are quantized; None without adapters.
       commit: of the model on the hub; None for a local model.
     """
 
@@ -125,8 +130,11 @@ def load_model(
     config: TrainConfig, mesh: Mesh | None, *, commit: str | None
 ) -> Pretrained:
     """The model of a run: master parameters, or a base that stays as it is."""
+    kind = config.lora.quantized
 
     def dtype(path: str) -> str:
+        if kind is not None and is_quantized(path):
+            return kind
         whole = config.lora.rank is None or path.split("/")[-1] in FLOAT32_PARAMS
         return "float32" if whole else compute_dtype(config)
 
@@ -134,15 +142,16 @@ def load_model(
         return load_pretrained(config.model, revision=commit, dtype=dtype)
 
     def place(model: Decoder) -> PyTree:
-        return meshes.parameter_shardings(
-            param_axes(model), abstract_params(model), mesh
-        )
+        shapes = abstract_params(model)
+        places = meshes.parameter_shardings(param_axes(model), shapes, mesh)
+        stored = abstract_quantized(shapes, places, kind)
+        return jax.tree.map(lambda leaf: leaf.sharding, stored)
 
     return load_pretrained(config.model, revision=commit, dtype=dtype, sharding=place)
 
 
 def merge_adapters(base: PyTree, params: PyTree, config: ModelConfig) -> PyTree:
     """Base and adapters as plain parameters, with the shardings of the base."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, base)
     merge = functools.partial(merge_lora, config=config)
-    return jax.jit(merge, out_shardings=places)(base, params)
+    places = jax.tree.map(lambda leaf: leaf.sharding, base)
+    return jax.jit(merge, out_shardings=plain_shardings(places))(base, params)

@@ -27,7 +27,7 @@ from grpo_jax.weights._name_tables import (
 
 # Tensors that are read at once; NumPy converts them without the lock of Python.
 _READERS = 4
-# Bytes at which the memory of a parameter begins. JAX takes such memory over on a CPU.
+# Bytes at which the memory of a parameter begins.
 _ALIGNMENT = 64
 
 
@@ -145,7 +145,7 @@ def read_parameter(
         for part, size in zip(index, parameter.shape, strict=True)
     )
     stack, own = bounds[: parameter.stacked], bounds[parameter.stacked :]
-    values = _aligned([part.stop - part.start for part in bounds], dtype)
+    values = aligned([part.stop - part.start for part in bounds], dtype)
     names = np.reshape(parameter.names, parameter.shape[: parameter.stacked])[stack]
 
     def fill(piece: np.ndarray, name: str) -> None:
@@ -158,7 +158,8 @@ def read_parameter(
     return values
 
 
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """New memory that JAX takes over on a CPU."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT

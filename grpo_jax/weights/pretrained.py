@@ -24,8 +24,10 @@ from grpo_jax.config import EMBEDDED, SamplingConfig
 from grpo_jax.config.files import write_json
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.quantized import KINDS
 from grpo_jax.parallel.mesh import named_leaves
 from grpo_jax.weights import _safetensors
+from grpo_jax.weights._arrays import load_parameter, load_quantized
 from grpo_jax.weights._gguf import GgufModel, open_gguf
 from grpo_jax.weights._gguf_tokenizer import (
     build_tokenizer,
@@ -33,12 +35,10 @@ from grpo_jax.weights._gguf_tokenizer import (
     names_pre_tokenizer,
 )
 from grpo_jax.weights._names import (
-    Parameter,
     Tensor,
     check_tensors,
     parameter_table,
     parameter_tensors,
-    read_parameter,
 )
 from grpo_jax.weights._text_tensors import text_tensors
 from grpo_jax.weights.folder import replaced_folder
@@ -84,10 +84,11 @@ def load_pretrained(
     Args:
         revision: branch, tag or commit on the hub.
         dtype: of the parameters, one for all or by path. The configuration has the
-            compute dtype.
+            compute dtype. By path, the kernels of layers may also be "int8" or "nf4":
+            see `models.quantized`.
         sharding: returns the sharding of each parameter, as a tree like the parameters.
-            Only the parts of this process's devices are read. None is the default
-            device.
+            Only the parts of this process's devices are read, and all inputs of a
+            kernel that is quantized. None is the default device.
 
     Raises:
         ValueError: naming the file or name. It was not found, is incomplete, damaged,
@@ -101,7 +102,10 @@ def load_pretrained(
     params = {}
     for row in parameter_table(source.config):
         name = dtype if isinstance(dtype, str) else dtype(row.path)
-        params[row.path] = _load_parameter(
+        if name in KINDS:
+            params |= load_quantized(row, source.tensors, name, shardings)
+            continue
+        params[row.path] = load_parameter(
             row, source.tensors, np.dtype(jnp.dtype(name)), shardings.get(row.path)
         )
     return Pretrained(
@@ -329,29 +333,6 @@ def _describes_tokenizer(path: pathlib.Path, model: GgufModel) -> bool:
             raise
         return False
     return names_pre_tokenizer(model.fields) or not beside
-
-
-def _load_parameter(
-    parameter: Parameter,
-    tensors: Mapping[str, Tensor],
-    dtype: np.dtype,
-    sharding: jax.sharding.Sharding | None,
-) -> jax.Array:
-    if sharding is None:
-        values = read_parameter(parameter, tensors, dtype=dtype)
-        # Nothing else refers to this memory. A copy would need twice as much of it.
-        return jax.device_put(values, may_alias=True)
-    parts: dict[tuple, np.ndarray] = {}
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None, "jax passes an index to every call"
-        # Devices with copies of the same part share one read.
-        key = tuple((s.start, s.stop) for s in index)
-        if key not in parts:
-            parts[key] = read_parameter(parameter, tensors, index, dtype=dtype)
-        return parts[key]
-
-    return jax.make_array_from_callback(parameter.shape, sharding, part)
 
 
 def _generation(

@@ -147,6 +147,7 @@ REFUSED = [
     (RewardsConfig, {"on_error": "ignore"}, "rewards.on_error|'raise', 'drop'"),
     (RewardsConfig, {"isolate": "yes"}, "rewards.isolate must be a bool, got 'yes'"),
     (LoraConfig, {"rank": 0}, "lora.rank|from 1 on or None"),
+    (LoraConfig, {"base_dtype": "nf4"}, "lora.base_dtype 'nf4'|set lora.rank"),
     (LoraConfig, {"alpha": 0}, "lora.alpha|positive"),
     (LoraConfig, {"targets": ("q_proj",)}, "lora.targets|'gate'|('q_proj',)"),
     (CheckpointConfig, {"every": 0}, "checkpoint.every|from 1 on"),
