@@ -130,7 +130,7 @@ def abstract_quantized(shapes: PyTree, places: PyTree, kind: Kind | None) -> PyT
 
 def dequantized_params(params: PyTree, dtype: str) -> PyTree:
     """Parameters with plain kernels in the place of quantized ones."""
-    return _with_plain(params, lambda *stored: dequantized(*stored, dtype))
+    return _with_plain(params, lambda codes, scale: dequantized(codes, scale, dtype))
 
 
 def plain_shardings(places: PyTree) -> PyTree:
@@ -172,7 +172,8 @@ def _forward(x: Array, codes: Array, scale: Array) -> tuple[Array, tuple]:
 
 
 def _backward(kept: tuple, gradient: Array) -> tuple[Array, None, None]:
-    return gradient @ dequantized(*kept, gradient.dtype).T, None, None
+    codes, scale = kept
+    return gradient @ dequantized(codes, scale, gradient.dtype).T, None, None
 
 
 frozen_product.defvjp(_forward, _backward)
