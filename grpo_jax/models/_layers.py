@@ -14,8 +14,8 @@ from flax import traverse_util
 from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Float, Int, PyTree
 
+from grpo_jax.models._frozen import frozen_product
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.quantized import frozen_product
 
 KERNEL_INIT = nn.initializers.normal(0.02)
 # The name of a kernel that is stored as [out, in].

@@ -14,9 +14,9 @@ from flax import traverse_util
 from jaxtyping import Array, Key, PyTree
 
 from grpo_jax.config import DELTA_TARGETS, LORA_TARGETS
+from grpo_jax.models._frozen import dequantized_params
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
-from grpo_jax.models.quantized import dequantized_params
 from grpo_jax.parallel.mesh import named_leaves
 
 # Target name -> path of the projection in the parameters.

@@ -1,4 +1,4 @@
-"""Frozen kernels in 8 or 4 bits: how they are stored, and products with them.
+"""Frozen kernels in 8 or 4 bits: how they are stored. `_frozen` has products with them.
 
 In the place of a `kernel` [..., in, out] there are two leaves, `codes` and `scale`:
 
@@ -17,7 +17,7 @@ backward pass are ever there at once.
 """
 
 import math
-from collections.abc import Callable
+import re
 from typing import Any, Literal, get_args
 
 import jax
@@ -26,10 +26,13 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import PyTree
 
 Kind = Literal["int8", "nf4"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# The parameters that are quantized.
+QUANTIZED = re.compile(r"layers/.+/kernel")
 
 # Inputs of a projection that share a scale in nf4, or fewer where 64 do not divide.
 _BLOCK = 64
@@ -91,17 +94,6 @@ def quantized_shapes(
     }
 
 
-def is_quantized(path: str) -> bool:
-    """Whether a parameter, as in "layers/attn/q/kernel", is among those quantized."""
-    return path.startswith("layers/") and path.endswith("/kernel")
-
-
-def has_quantized(params: PyTree) -> bool:
-    """Whether some kernels of parameters, or of collections of them, are quantized."""
-    flat: dict[Any, Any] = traverse_util.flatten_dict(params)
-    return any(path[-1] == "codes" for path in flat)
-
-
 def abstract_quantized(shapes: PyTree, places: PyTree, kind: Kind | None) -> PyTree:
     """Shapes with shardings of the parameters, their kernels quantized; None: as given.
 
@@ -120,85 +112,12 @@ def abstract_quantized(shapes: PyTree, places: PyTree, kind: Kind | None) -> PyT
             f"lora.base_dtype {kind!r} does not serve models with experts, which are "
             "most of their weights; use 'auto'"
         )
-    for path in [path for path in flat if is_quantized(path)]:
+    for path in filter(QUANTIZED.fullmatch, [*flat]):
         kernel, module = flat.pop(path), path.removesuffix("/kernel")
         for name, leaf in quantized_shapes(kernel.shape, kind).items():
             place = _like(kernel.sharding, leaf.shape)
             flat[f"{module}/{name}"] = _placed(leaf.shape, leaf.dtype, place)
     return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def dequantized_params(params: PyTree, dtype: str) -> PyTree:
-    """Parameters with plain kernels in the place of quantized ones."""
-    return _with_plain(params, lambda codes, scale: dequantized(codes, scale, dtype))
-
-
-def plain_shardings(places: PyTree) -> PyTree:
-    """The shardings of what `dequantized_params` returns, from those of its input."""
-    return _with_plain(places, lambda codes, scale: codes)
-
-
-def dequantized(
-    codes: Int[Array, "..."], scale: Float[Array, "..."], dtype: Any
-) -> Float[Array, "..."]:
-    """The kernels [..., in, out] that codes and scale stand for, made in float32."""
-    *stack, blocks, outputs = scale.shape
-    if codes.dtype == jnp.uint8:
-        # Shifts of a broadcast array, for a concatenation would be written to memory.
-        pairs = codes[..., None, :]
-        shifts = jnp.array([4, 0], jnp.uint8).reshape(*(1,) * len(stack), 1, 2, 1)
-        values = _nf4_values(pairs >> shifts & 15)
-    else:
-        values = codes.astype(jnp.float32)
-    parts = values.reshape(*stack, blocks, -1, outputs)
-    whole = parts * scale[..., :, None, :]
-    return whole.reshape(*stack, -1, outputs).astype(dtype)
-
-
-@jax.custom_vjp
-def frozen_product(
-    x: Float[Array, "R I"], codes: Int[Array, "i O"], scale: Float[Array, "b O"]
-) -> Float[Array, "R O"]:
-    """x W with a quantized W, whose gradient is that of x alone.
-
-    The backward pass dequantizes again. A plain product would keep W for it, of all
-    layers at once.
-    """
-    return x @ dequantized(codes, scale, x.dtype)
-
-
-def _forward(x: Array, codes: Array, scale: Array) -> tuple[Array, tuple]:
-    return frozen_product(x, codes, scale), (codes, scale)
-
-
-def _backward(kept: tuple, gradient: Array) -> tuple[Array, None, None]:
-    codes, scale = kept
-    return gradient @ dequantized(codes, scale, gradient.dtype).T, None, None
-
-
-frozen_product.defvjp(_forward, _backward)
-
-
-def _nf4_values(codes: Array) -> Array:
-    """The values of codes below 16, chosen by one bit after the other.
-
-    A vector unit does that for many codes at once. It would read a table one by one.
-    """
-    values: list[Any] = [*NF4]
-    for bit in range(4):
-        odd = (codes >> bit & 1) == 1
-        pairs = zip(values[::2], values[1::2], strict=True)
-        values = [jnp.where(odd, second, first) for first, second in pairs]
-    return values[0]
-
-
-def _with_plain(tree: PyTree, kernel: Callable[[Any, Any], Any]) -> PyTree:
-    flat: dict[Any, Any] = traverse_util.flatten_dict(tree)
-    for *module, name in [*flat]:
-        if name == "codes":
-            stored = (flat.pop((*module, leaf)) for leaf in ("codes", "scale"))
-            flat[*module, "kernel"] = kernel(*stored)
-    return traverse_util.unflatten_dict(flat)
 
 
 def _placed(shape: Any, dtype: Any, place: Any) -> jax.ShapeDtypeStruct:

@@ -53,9 +53,9 @@ def _candidates(
     offload = (*layout.offload, "optimizer")
     half = config.max_new_tokens // 2
     lora = dataclasses.replace(config.lora, rank=16)
-    int8 = dataclasses.replace(config.lora, base_dtype="int8")
-    full = config.lora.rank is not None and config.lora.quantized is None
-    quantizable = full and model.experts is None
+    int8 = dataclasses.replace(lora, rank=config.lora.rank or 16, base_dtype="int8")
+    plain = config.lora.rank is not None and config.lora.quantized is None
+    quantizable = plain and model.experts is None
     # Whether they apply, the flags, and what they change in the run and in its mesh.
     rows: list[tuple[Any, str, dict[str, Any], dict[str, Any]]] = [
         (model.remat == "none", "--remat dots", {"remat": "dots"}, {}),

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from grpo_jax.models.cache import per_layer, prompt_block
 from grpo_jax.models.protocol import SlotDecoder, in_compute_dtype
-from grpo_jax.models.quantized import has_quantized
 from grpo_jax.parallel.collectives import split_over_fsdp
+from grpo_jax.parallel.mesh import named_leaves
 
 # Logical axes of the rows of all parts, of one layer.
 _AXES = ("batch", "kv_heads", None, None)
@@ -42,7 +42,8 @@ def layers_apart(variables: PyTree) -> bool:
     Not those that fsdp splits, which are gathered layer by layer. Nor quantized ones:
     in one block of code for all layers XLA dequantizes all before the first product.
     """
-    return not (split_over_fsdp(variables) or has_quantized(variables))
+    quantized = any(path.endswith("/codes") for path in named_leaves(variables))
+    return not (split_over_fsdp(variables) or quantized)
 
 
 def ring_apart(unrolled: bool, platform: str) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -14,11 +15,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.models.lora import init_lora, lora_axes, merge_lora
 from grpo_jax.models.protocol import FLOAT32_PARAMS
-from grpo_jax.models.quantized import (
-    abstract_quantized,
-    is_quantized,
-    plain_shardings,
-)
+from grpo_jax.models.quantized import QUANTIZED, abstract_quantized
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.advice import memory_warning
 from grpo_jax.planning.resolve import (
@@ -133,7 +130,7 @@ def load_model(
     kind = config.lora.quantized
 
     def dtype(path: str) -> str:
-        if kind is not None and is_quantized(path):
+        if kind is not None and QUANTIZED.fullmatch(path):
             return kind
         whole = config.lora.rank is None or path.split("/")[-1] in FLOAT32_PARAMS
         return "float32" if whole else compute_dtype(config)
@@ -153,5 +150,12 @@ def load_model(
 def merge_adapters(base: PyTree, params: PyTree, config: ModelConfig) -> PyTree:
     """Base and adapters as plain parameters, with the shardings of the base."""
     merge = functools.partial(merge_lora, config=config)
-    places = jax.tree.map(lambda leaf: leaf.sharding, base)
-    return jax.jit(merge, out_shardings=plain_shardings(places))(base, params)
+    places: dict[Any, Any] = traverse_util.flatten_dict(base)
+    for *module, name in [*places]:
+        if name == "codes":  # of a kernel that is quantized, and split as it would be
+            places[*module, "kernel"] = places.pop((*module, "codes"))
+            del places[*module, "scale"]
+    places = jax.tree.map(lambda leaf: leaf.sharding, places)
+    return jax.jit(merge, out_shardings=traverse_util.unflatten_dict(places))(
+        base, params
+    )

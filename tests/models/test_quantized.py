@@ -10,16 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from grpo_jax.models._frozen import (
+    dequantized,
+    dequantized_params,
+    frozen_product,
+)
 from grpo_jax.models.decoder import Decoder, abstract_params
 from grpo_jax.models.lora import init_lora, merge_lora
 from grpo_jax.models.protocol import in_compute_dtype
 from grpo_jax.models.quantized import (
     KINDS,
     NF4,
-    dequantized,
-    dequantized_params,
-    frozen_product,
-    is_quantized,
+    QUANTIZED,
     quantize,
     quantized_shapes,
 )
@@ -119,7 +121,7 @@ def test_the_product_rounds_the_kernel_to_the_dtype_of_its_input():
 def quantized_of(params, kind):
     made = {}
     for path, leaf in named_leaves(params).items():
-        if not is_quantized(path):
+        if not QUANTIZED.fullmatch(path):
             made[path] = leaf
             continue
         for name, values in quantize(np.asarray(leaf), kind).items():
@@ -202,7 +204,9 @@ def test_a_backward_pass_keeps_no_kernel(both):
         return {v.aval.shape for v in jaxpr.outvars if v.aval.dtype == jnp.float32}
 
     kernels = {
-        leaf.shape for path, leaf in named_leaves(plain).items() if is_quantized(path)
+        leaf.shape
+        for path, leaf in named_leaves(plain).items()
+        if QUANTIZED.fullmatch(path)
     }
     assert not kernels & kept(base)
 

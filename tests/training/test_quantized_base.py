@@ -18,7 +18,8 @@ from grpo_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from grpo_jax.models.quantized import dequantized_params, is_quantized
+from grpo_jax.models._frozen import dequantized_params
+from grpo_jax.models.quantized import QUANTIZED, abstract_quantized
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.mesh import named_leaves
 from grpo_jax.planning.memory import estimate
@@ -149,16 +150,16 @@ def test_only_kernels_of_layers_are_quantized(tiny_policy, meshes_of):
     base = named_leaves(load_policy(config, meshes_of(1, 1, 1)).base)
     plain = named_leaves(tiny_policy.params)
     made = {path.removesuffix("codes") for path in base if path.endswith("codes")}
-    assert made == {path.removesuffix("kernel") for path in filter(is_quantized, plain)}
-    kept = [path for path in plain if not is_quantized(path)]
+    assert made == {
+        path.removesuffix("kernel") for path in filter(QUANTIZED.fullmatch, plain)
+    }
+    kept = [path for path in plain if not QUANTIZED.fullmatch(path)]
     assert "embed/embedding" in kept
     for path in kept:
         assert (jnp.asarray(base[path]) == plain[path]).all()
 
 
 def test_experts_are_refused_before_a_weight_is_read():
-    from grpo_jax.models.quantized import abstract_quantized
-
     leaf = jax.ShapeDtypeStruct((2, 4, 4), jnp.float32)
     tree = {"layers": {"mlp": {"router": leaf}}}
     place = jax.tree.map(lambda _: None, tree)
