@@ -112,8 +112,9 @@ def through_experts(
     """Returns what `through_all_experts` does, computing the chosen experts only.
 
     Each row is repeated for its k experts and the copies are sorted by expert, so that
-    each expert's are one block of a `ragged_dot`. TPUs and GPUs skip what lies outside
-    of the blocks; on CPU XLA computes it and masks it.
+    each expert's are one block of a `ragged_dot`. XLA for a TPU skips what lies outside
+    of the blocks, but not in the gradient of the kernels. On a CPU it computes all for
+    each expert, and masks it.
     """
     count, per_token = kernels.gate.shape[0], routing.experts.shape[-1]
     experts = routing.experts.reshape(-1)
