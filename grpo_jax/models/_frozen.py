@@ -15,8 +15,8 @@ def dequantized_params(params: PyTree, dtype: str) -> PyTree:
     flat: dict[Any, Any] = traverse_util.flatten_dict(params)
     for *module, name in [*flat]:
         if name == "codes":
-            stored = (flat.pop((*module, leaf)) for leaf in ("codes", "scale"))
-            flat[*module, "kernel"] = dequantized(*stored, dtype)
+            codes, scale = flat.pop((*module, name)), flat.pop((*module, "scale"))
+            flat[*module, "kernel"] = dequantized(codes, scale, dtype)
     return traverse_util.unflatten_dict(flat)
 
 
@@ -54,7 +54,8 @@ def _forward(x: Array, codes: Array, scale: Array) -> tuple[Array, tuple]:
 
 
 def _backward(kept: tuple, gradient: Array) -> tuple[Array, None, None]:
-    return gradient @ dequantized(*kept, gradient.dtype).T, None, None
+    codes, scale = kept
+    return gradient @ dequantized(codes, scale, gradient.dtype).T, None, None
 
 
 frozen_product.defvjp(_forward, _backward)
