@@ -15,7 +15,7 @@ def dequantized_params(params: PyTree, dtype: str) -> PyTree:
     flat: dict[Any, Any] = traverse_util.flatten_dict(params)
     for *module, name in [*flat]:
         if name == "codes":
-            codes, scale = (flat.pop((*module, x)) for x in ("codes", "scale"))
+            codes, scale = flat.pop((*module, name)), flat.pop((*module, "scale"))
             flat[*module, "kernel"] = dequantized(codes, scale, dtype)
     return traverse_util.unflatten_dict(flat)
 
