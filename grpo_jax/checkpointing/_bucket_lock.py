@@ -1,11 +1,13 @@
 """Keeps two machines from running in one folder of a bucket."""
 
+import contextlib
 import json
 import logging
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from grpo_jax.checkpointing._gcs import Objects
 
@@ -15,6 +17,7 @@ _LOG = logging.getLogger(__name__)
 # gone. Ages are by the clock of the storage.
 _STALE = 120.0
 _LOOK = 5.0
+_RENEWAL = 30.0  # seconds between two renewals while other things take long
 
 
 class LostLockError(Exception):
@@ -48,6 +51,7 @@ class BucketLock:
             except FileExistsError:
                 raise self._in_use() from None
         self._generation, _, _ = objects.state(LOCK)
+        self._renewed = time.monotonic()
 
     def renew(self) -> None:
         """Shows that the holder lives.
@@ -55,13 +59,47 @@ class BucketLock:
         Raises:
           LostLockError: if another machine has it.
         """
+        now = time.monotonic()
         try:
             self._objects.touch(LOCK, self._generation)
+            self._renewed = now
         except (FileExistsError, FileNotFoundError):
             raise LostLockError(
                 f"another machine has taken over {self._objects.address}, because "
-                f"this one did not renew {LOCK} for {_STALE:.0f} s. This run ends."
+                f"this one did not renew {LOCK} for {_STALE:.0f} s. This run sends "
+                "nothing more, and ends at its next checkpoint."
             ) from None
+
+    def check(self) -> None:
+        """Renews a lock that was not renewed for a while; raises as `renew`.
+
+        To be called before each write. The storage allows a change of an object about
+        once a second, so it cannot be renewed each time.
+        """
+        if time.monotonic() - self._renewed > _RENEWAL:
+            self.renew()
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Renews in the background within it, for what takes long by itself."""
+        end = threading.Event()
+
+        def keep() -> None:
+            while not end.wait(_RENEWAL):
+                try:
+                    self.check()
+                except LostLockError:
+                    return  # the next write says so
+                except OSError as error:
+                    _LOG.warning("%s was not renewed: %s", LOCK, error)
+
+        thread = threading.Thread(target=keep, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
 
     def release(self) -> None:
         """Lets others have the folder; a lock that was lost stays theirs."""

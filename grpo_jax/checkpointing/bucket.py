@@ -32,9 +32,19 @@ def bucket_address(run_dir: str | Path | None) -> str | None:
     """A run directory as ``gs://bucket/folder``; None if it is a local one.
 
     `pathlib.Path` writes the two slashes as one.
+
+    Raises:
+      ValueError: for parts "", "." or "..", which would lead out of the folder.
     """
     found = re.fullmatch(r"gs:/{1,2}([^/].*?)/*", str(run_dir))
-    return f"gs://{found[1]}" if found else None
+    if found is None:
+        return None
+    if not {"", ".", ".."}.isdisjoint(found[1].split("/")):
+        raise ValueError(
+            f"run_dir {run_dir}: no part of an address may be empty, '.' or '..'; "
+            "write gs://BUCKET/FOLDER."
+        )
+    return f"gs://{found[1]}"
 
 
 def local_copy(run_dir: str | Path, *, completions: bool = False) -> Path:
@@ -88,13 +98,14 @@ def mirrored(address: str, folder: Path) -> Iterator[Callable[[], None]]:
             raise ValueError(_unreadable(address, error)) from error
         raise
     try:
-        _fetch(objects, folder, completions=True)
-        mirror = _Mirror(objects, folder, lock)
-        try:
-            with mirror.kept():
-                yield mirror.send
-        finally:
-            mirror.send_last()
+        with lock.kept():
+            _fetch(objects, folder, completions=True)
+            mirror = _Mirror(objects, folder, lock)
+            try:
+                with mirror.kept():
+                    yield mirror.send
+            finally:
+                mirror.send_last()
     finally:
         lock.release()
 
@@ -121,9 +132,11 @@ class _Mirror:
                 if state != self._sent.get(name):
                     # One that was removed meanwhile is removed by the next call.
                     with contextlib.suppress(FileNotFoundError):
+                        self._lock.check()
                         self._objects.upload(self._folder / name, name)
                         self._sent[name] = state
             for name in self._sent.keys() - files.keys():
+                self._lock.check()
                 self._objects.remove(name)
                 del self._sent[name]
 

@@ -37,7 +37,8 @@ DELTA_TARGETS: tuple[_OfDelta, ...] = get_args(_OfDelta)
 _LoraTarget = Literal[_Usual, _OfDelta]
 
 EMBEDDED = "embedded"  # the small model that comes with the package
-_BUCKET = r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[A-Za-z0-9._=-]+)+/?"
+# Without the parts "." and "..", which would lead out of the folder.
+_BUCKET = r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/(?!\.\.?(/|$))[A-Za-z0-9._=-]+)+/?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,8 +292,12 @@ class TrainConfig(Section):
     def problems(self) -> Iterator[str]:
         """Problems between fields, one line each."""
         place = self.run_dir or ""
-        if "://" in place and not re.fullmatch(_BUCKET, place):
-            yield f"run_dir must be a local folder or gs://BUCKET/FOLDER, got {place!r}"
+        remote = "://" in place or place.startswith("gs:")
+        if remote and not re.fullmatch(_BUCKET, place):
+            yield (
+                "run_dir must be a local folder or gs://BUCKET/FOLDER, with letters, "
+                f"digits and . _ = - in each part of the folder, got {place!r}"
+            )
         yield from self._batch_problems()
         best = self.checkpoint.keep_best
         if best is not None and best.startswith("eval/"):

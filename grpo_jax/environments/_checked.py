@@ -1,5 +1,6 @@
 """What environments return, checked, and as messages and numbers."""
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -76,8 +77,10 @@ def checked_step(step: Any) -> CheckedStep:
 
 def _checked_flag(done: Any) -> bool:
     # A text would be true, whatever it says.
-    if np.ndim(done) == 0 and np.asarray(done).dtype.kind in "bi" and done in (0, 1):
-        return bool(done)
+    with contextlib.suppress(ValueError):  # a ragged list has no dimensions
+        if np.asarray(done).dtype.kind in "bi" and np.ndim(done) == 0:
+            if done in (0, 1):
+                return bool(done)
     raise NonsenseError(f"step returned done={done!r:.80}; expected True or False.")
 
 

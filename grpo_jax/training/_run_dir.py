@@ -137,7 +137,7 @@ def check_config(
     if moved and steps >= done:
         before = dataclasses.replace(before, steps=steps)
     fields = validation.differences(
-        _with_best_mode(before), _with_best_mode(config), ignore=_FREE_FIELDS
+        _with_best_mode(before), _with_best_mode(config), ignore=_free_fields(config)
     )
     rows = list(changes(read_data(path), data or {}))
     if fields or rows:
@@ -154,6 +154,18 @@ def check_config(
         )
     if moved:
         write_text(path / "config.yaml", to_yaml(before))
+
+
+def _free_fields(config: TrainConfig) -> tuple[str, ...]:
+    """What may change: not how sequences are grouped where experts are balanced.
+
+    The balance is of the tokens that are computed together.
+    """
+    fixed = set()
+    if config.objective.router_aux_loss_coef:
+        fixed = {"microbatch_size", "packing"}
+        fixed |= {"mesh"} if config.mesh.mode == "pmap" else set()
+    return tuple(name for name in _FREE_FIELDS if name not in fixed)
 
 
 def _with_best_mode(config: TrainConfig) -> TrainConfig:

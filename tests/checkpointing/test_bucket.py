@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -206,6 +207,42 @@ def test_a_run_that_lost_its_lock_writes_nothing_more(store, temporary):
     assert names(store, "m/") == {"run.lock"}
 
 
+def test_an_address_never_leads_out_of_its_folder(store, temporary):
+    for wrong in ("gs://bkt/runs/..", "gs:/bkt/../x", "gs://bkt/./x", "gs://bkt//x"):
+        with pytest.raises(ValueError, match="run_dir"):
+            TrainConfig(run_dir=wrong)
+        with pytest.raises(ValueError, match="no part of an address"):
+            bucket.local_copy(wrong)
+    assert not [*temporary.iterdir()]
+
+
+def test_a_lock_is_renewed_while_one_file_takes_long(store, temporary, monkeypatch):
+    monkeypatch.setattr(_bucket_lock, "_RENEWAL", 0.0)
+    renewed = []
+    touch = Objects.touch
+
+    def noted(self, *args):
+        renewed.append(args)
+        touch(self, *args)
+
+    monkeypatch.setattr(Objects, "touch", noted)
+    upload = Objects.upload
+
+    def slow(self, *args):
+        seen, end = len(renewed), time.monotonic() + 60
+        while len(renewed) < seen + 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert len(renewed) >= seen + 2
+        upload(self, *args)
+
+    monkeypatch.setattr(Objects, "upload", slow)
+    folder = temporary / "run"
+    folder.mkdir()
+    with bucket.mirrored("gs://bkt/r", folder):
+        (folder / "model.safetensors").write_text("large")
+    assert names(store, "r/") == {"model.safetensors"}
+
+
 def config_of(policy, tmp_path, run_dir, **changes):
     rows = tmp_path / "sums.jsonl"
     lines = [json.dumps({"prompt": f"{n}+1=", "answer": n + 1}) for n in range(20)]
@@ -345,9 +382,9 @@ def test_a_save_without_its_metrics_fails_and_the_run_goes_on(
         (
             "s3://bkt/run",
             "",
-            "a local folder or gs://BUCKET/FOLDER, got 's3://bkt/run'",
+            "a local folder or gs://BUCKET/FOLDER.*got 's3://bkt/run'",
         ),
-        ("gs://bkt", "", "a local folder or gs://BUCKET/FOLDER, got 'gs://bkt'"),
+        ("gs://bkt", "", "a local folder or gs://BUCKET/FOLDER.*got 'gs://bkt'"),
         ("gs://bkt/a//b", "", "or gs://BUCKET/FOLDER"),
     ],
 )

@@ -25,7 +25,9 @@ def test_an_end_is_one_however_it_is_said(done):
     assert not checked_step(Step("m", 1.0, done ^ 1)).done
 
 
-@pytest.mark.parametrize("done", ["False", "", None, 0.5, 2, np.array([True]), [1]])
+@pytest.mark.parametrize(
+    "done", ["False", "", None, 0.5, 2, np.array([True]), [1], [1, [2]]]
+)
 def test_anything_else_is_no_end(done):
     with pytest.raises(NonsenseError, match="returned done=.*expected True or False"):
         checked_step(Step("m", 1.0, done))

@@ -184,7 +184,7 @@ def test_scores_and_gradients_are_those_of_the_dequantized_base(both):
     (ours, hidden), (theirs, expected) = scored(lora, base), scored(lora, plain)
     np.testing.assert_allclose(hidden, expected, atol=2e-6)
     for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-6 * float(jnp.abs(other).max()))
+        np.testing.assert_allclose(one, other, atol=4e-6 * float(jnp.abs(other).max()))
     # The base that was given would score otherwise.
     _, given_ = scored(lora, tiny.params)
     assert jnp.abs(given_ - hidden).max() > 1e-3

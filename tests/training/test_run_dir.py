@@ -158,6 +158,16 @@ def test_where_and_how_a_run_goes_on_does_not_make_it_another(tmp_path, change):
     assert directories.read_config(tmp_path) == config
 
 
+@pytest.mark.parametrize("change", [{"microbatch_size": 8}, {"packing": "off"}])
+def test_how_sequences_are_grouped_stays_where_experts_are_balanced(tmp_path, change):
+    objective = ObjectiveConfig(router_aux_loss_coef=0.01)
+    config = TrainConfig(objective=objective)
+    directories.check_config(tmp_path, config)
+    begun(tmp_path)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        directories.check_config(tmp_path, dataclasses.replace(config, **change))
+
+
 def test_the_best_step_is_that_of_the_metric_the_run_began_with(tmp_path):
     # `--step best` reads it from the file of the run.
     directories.check_config(tmp_path, TrainConfig())
