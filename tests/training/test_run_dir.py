@@ -381,6 +381,8 @@ def manifest(tmp_path, monkeypatch):
         monkeypatch.setenv(name, f"secret-of-{name}")
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     monkeypatch.setattr(sys, "argv", ["grpo-jax", "train", "--steps", "3"])
+    # Whether this CPU is one of those must not matter.
+    monkeypatch.setattr(manifest_module, "has_bfloat16_products", lambda: True)
     config = TrainConfig(seed=11, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     mesh = meshes.make_mesh(config.mesh)
     Record(tmp_path, config.seed, mesh, Origin()).write("running")
@@ -391,7 +393,7 @@ def test_the_manifest_says_where_and_with_what_a_run_ran(manifest):
     assert manifest["status"] == "running"
     assert manifest["command"] == ["grpo-jax", "train", "--steps", "3"]
     assert manifest["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert manifest["devices"] == ["cpu:cpu"] * 8
+    assert manifest["devices"] == ["cpu:cpu with fast bfloat16"] * 8
     assert (manifest["backend"], manifest["processes"]) == ("cpu", 1)
     assert manifest["seed"] == 11
     assert manifest["versions"]["jax"] == jax.__version__
