@@ -64,6 +64,9 @@ def sent(program: Program) -> list[Sent]:
     most: Counter[tuple[str, str]] = Counter()
     for name, one, often in _all(program):
         kind = one.opcode.removesuffix("-start")
+        # As the compiler for TPUs writes it: a sum of which a slice is taken at once.
+        if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"
         if kind not in COLLECTIVES or program.goes_on(name, one):
             continue
         given = [x for operand in one.operands for x in program.laid_of(name, operand)]

@@ -105,6 +105,27 @@ def test_a_gather_cut_into_steps_counts_once():
     assert moved == 2 * (8 * 128 + 128 * 256 + 8 * 256)
 
 
+def test_a_sum_of_which_a_part_is_taken_is_a_reduce_scatter():
+    text = """\
+HloModule jit_h
+
+%all-reduce-scatter.1 (p: bf16[64,128]) -> bf16[16,128] {
+  %p = bf16[64,128]{1,0} parameter(0)
+  %sum = bf16[64,128]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %at = s32[] constant(0)
+  ROOT %part = bf16[16,128]{1,0} dynamic-slice(%sum, %at, %at), \
+dynamic_slice_sizes={16,128}
+}
+
+ENTRY %main (a: bf16[64,128]) -> bf16[16,128] {
+  %a = bf16[64,128]{1,0} parameter(0)
+  ROOT %f = bf16[16,128]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (one,) = sent(Program(text))
+    assert (one.kind, one.count, one.bytes) == ("reduce-scatter", 1, 3 * 16 * 128 * 2)
+
+
 def test_a_program_for_a_tpu_is_counted_by_hand():
     program = Program(TPU)
     loop = program.computations["main"]["loop"]
