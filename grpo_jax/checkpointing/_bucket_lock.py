@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 from grpo_jax.checkpointing._gcs import Objects
 
@@ -22,6 +23,33 @@ _RENEWAL = 30.0  # seconds between two renewals while other things take long
 
 class LostLockError(Exception):
     """Another machine has taken the folder over, and writes there now."""
+
+
+@contextlib.contextmanager
+def every(seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    """Calls a function in the background within it, until a lock is lost.
+
+    If the storage fails, the next call tries again.
+    """
+    end = threading.Event()
+
+    def keep() -> None:
+        while not end.wait(seconds):
+            try:
+                act()
+            except LostLockError as error:
+                _LOG.error("%s", error)
+                return
+            except OSError as error:
+                _LOG.warning("the next try is in %.0f s: %s", seconds, error)
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
 
 
 class BucketLock:
@@ -79,27 +107,9 @@ class BucketLock:
         if time.monotonic() - self._renewed > _RENEWAL:
             self.renew()
 
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> AbstractContextManager[None]:
         """Renews in the background within it, for what takes long by itself."""
-        end = threading.Event()
-
-        def keep() -> None:
-            while not end.wait(_RENEWAL):
-                try:
-                    self.check()
-                except LostLockError:
-                    return  # the next write says so
-                except OSError as error:
-                    _LOG.warning("%s was not renewed: %s", LOCK, error)
-
-        thread = threading.Thread(target=keep, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            end.set()
-            thread.join()
+        return every(_RENEWAL, self.check)
 
     def release(self) -> None:
         """Lets others have the folder; a lock that was lost stays theirs."""

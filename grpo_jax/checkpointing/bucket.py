@@ -8,7 +8,6 @@ only.
 
 import atexit
 import contextlib
-import logging
 import re
 import shutil
 import tempfile
@@ -17,11 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from grpo_jax.checkpointing._bucket_folders import BucketFolders
-from grpo_jax.checkpointing._bucket_lock import LOCK, BucketLock, LostLockError
+from grpo_jax.checkpointing._bucket_lock import LOCK, BucketLock, every
 from grpo_jax.checkpointing._corruption import with_retries
 from grpo_jax.checkpointing._gcs import Objects
 
-_LOG = logging.getLogger(__name__)
 _INTERVAL = 30.0  # seconds between two looks for changed files
 _CHECKPOINTS = "checkpoints"
 # What a local copy has: the files on top, and, on request, those of this folder.
@@ -102,7 +100,7 @@ def mirrored(address: str, folder: Path) -> Iterator[Callable[[], None]]:
             _fetch(objects, folder, completions=True)
             mirror = _Mirror(objects, folder, lock)
             try:
-                with mirror.kept():
+                with every(_INTERVAL, mirror.send):
                     yield mirror.send
             finally:
                 mirror.send_last()
@@ -148,28 +146,6 @@ class _Mirror:
             error.add_note(f"The files that could not be sent are in {self._folder}")
             raise
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Sends in the background within it."""
-        end = threading.Event()
-        thread = threading.Thread(target=self._keep, args=(end,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            end.set()
-            thread.join()
-
-    def _keep(self, end: threading.Event) -> None:
-        while not end.wait(_INTERVAL):
-            try:
-                self.send()
-            except LostLockError as error:
-                _LOG.error("%s", error)
-                return
-            except OSError as error:
-                _LOG.warning("files stay here until the next try: %s", error)
 
     def _files(self) -> dict[str, tuple[int, int]]:
         """Time and size of each file, by its name."""
