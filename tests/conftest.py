@@ -23,13 +23,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # No one reads from which lines of Python a program was made.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # The older emitters compile tiny programs in less than half of the time. Newer
-    # versions no longer have them, and die of a flag that they do not know.
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_cpu_use_fusion_emitters" not in flags:
-        flags = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
-    os.environ["XLA_FLAGS"] = flags
+# Virtual devices of a machine that does much else wait for each other: after 40 seconds
+# XLA would end the process.
+if "terminate_timeout" not in os.environ.setdefault("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] += (
+        " --xla_cpu_collective_call_terminate_timeout_seconds=3600"
+    )
+# The older emitters compile tiny programs in less than half of the time. Newer
+# versions no longer have them, and die of a flag that they do not know.
+if (
+    importlib.metadata.version("jaxlib").startswith("0.10.")
+    and "fusion_emitters" not in os.environ["XLA_FLAGS"]
+):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     f"{tempfile.gettempdir()}/grpo_jax_test_cache_{os.getuid()}_{_cache_name()}",
