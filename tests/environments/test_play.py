@@ -839,7 +839,9 @@ def test_all_calls_of_an_environment_run_in_its_own_thread_which_ends_with_it():
             rewards = [result.rewards["Store"] for result in play.results()]
         assert rewards == [0.0, 5.0, 10.0, 15.0]
     del host, play, replies
+    end = time.monotonic() + 600.0
     while len(threads()) > before:
+        assert time.monotonic() < end
         gc.collect()
 
 

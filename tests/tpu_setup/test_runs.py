@@ -199,7 +199,9 @@ def test_a_run_that_saved_on_a_signal_of_the_platform_is_not_finished(installed)
     installed.run("run", "--", "bash", "-c", saving)
     for worker in range(2):
         # The log names the command too, before it has started.
+        end = time.monotonic() + 600
         while "ready" not in log(installed, worker).splitlines():
+            assert time.monotonic() < end
             time.sleep(0.05)
         os.killpg(int((installed.worker(worker) / "run/pid").read_text()), SIGTERM)
     wait_for(installed, "interrupted")

@@ -50,7 +50,7 @@ def start(arguments, *, process, port, stderr):
     )
 
 
-def finish(processes, *, timeout=1800):
+def finish(processes, *, timeout=600):
     """Exit statuses and outputs; no process or pipe outlives the test."""
     with contextlib.ExitStack() as stack:
         for one in processes:

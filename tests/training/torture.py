@@ -33,7 +33,7 @@ CARRY_OVER = ("--rollout.carry-over", "--rollout.slots", "3")
 # Completions of several turns, answered by an environment.
 PLAYED = ("--environment", f"{Path(__file__).parent / 'echoes.py'}:Echo")
 PLAYED += ("--max-new-tokens", "16")
-_PATIENCE = 1800.0  # seconds in which what is waited for must happen
+_PATIENCE = 600.0  # seconds in which what is waited for must happen
 _FREE_METRICS = ("time/", "tokens_per_second/", "mfu/", "compile/")
 _FREE_METRICS += ("tools/latency", "eval/tools/latency")
 
