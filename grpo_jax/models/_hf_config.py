@@ -10,6 +10,7 @@ from typing import Any
 from grpo_jax.models import families
 from grpo_jax.models._hf_checks import check_keys, check_names, check_values
 from grpo_jax.models._hf_delta import attention_types, read_delta, write_delta
+from grpo_jax.models._hf_gemma4 import refuse_gemma4
 from grpo_jax.models._hf_rope import FULL, SLIDING, read_rope, write_rope
 from grpo_jax.models._hf_wrappers import text_of
 from grpo_jax.models._routing import ExpertsConfig
@@ -57,6 +58,7 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: unknown architecture, missing keys, or an unsupported option.
     """
     check_names(hf)
+    refuse_gemma4(hf)
     hf = text_of(hf)
     architecture = _architecture(hf)
     family = FAMILIES[architecture]
