@@ -89,7 +89,7 @@ def _kinds(hf: Mapping[str, Any]) -> list[str]:
         )
     if chosen is None:
         chosen = range(count)
-    elif not isinstance(chosen, list | tuple) or not set(chosen) <= {*range(count)}:
+    elif not isinstance(chosen, list) or any(i not in range(count) for i in chosen):
         raise ValueError(
             f"config.json: full_attn_idxs must be a list of some of the {count} "
             f"layers, counted from 0; got {chosen!r}"

@@ -411,7 +411,7 @@ FAMILIES: Mapping[str, Family] = {
             "pad_token_id": 0,
             "conv_L_cache": 3,
             "layer_types": None,
-            "block_auto_adjust_ff_dim": False,
+            "block_auto_adjust_ff_dim": True,
         },
         default_theta=1_000_000.0,
         qk_norm="head",
