@@ -145,6 +145,7 @@ TESTED_IN = {
     "models._routing": "models/test_experts.py",
     "models._delta_net": "models/test_hybrid.py",
     "models._conv": "models/test_short_conv.py",
+    "models._lfm2": "models/test_hf_checks.py",
     "models._hf_conv": "models/test_short_conv.py",
     "models._mixers": "models/test_hybrid.py",
     "models._short_conv_net": "models/test_short_conv.py",

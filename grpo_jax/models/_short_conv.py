@@ -2,7 +2,7 @@
 
 Those of LFM2 (transformers 5.24, `Lfm2ShortConv`): y = o(c * conv(b * x)), where b, c
 and x are projections of the layer's input. The state is the last inputs of the
-convolution. It has the form of a delta net's, with an empty memory.
+convolution. It has the form of a delta net's, with a memory that stays 0.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class ConvConfig:
     kernel: int  # c, tokens that the convolution sees, itself among them
 
     part = "conv"  # the name of its parameters
-    memory_size = 0
+    memory_size = 0  # numbers that tokens are multiplied with
 
     def __post_init__(self):
         sizes = {"channels": self.channels, "groups": self.groups}
@@ -62,7 +62,8 @@ class ConvConfig:
         Args:
             item: those of a number in the compute dtype.
         """
-        return sum(self.layers) * item * (self.kernel - 1) * self.channels
+        recent = item * (self.kernel - 1) * self.channels
+        return sum(self.layers) * (4 * self.groups + recent)
 
     def of_device(self, parts: int) -> "ConvConfig":
         """Returns the channels of one of `parts` devices that share them."""
@@ -82,7 +83,8 @@ def empty_state(config: ConvConfig, rows: int, dtype: str) -> DeltaState:
     """Returns the state of one layer before the first token."""
     tail = (config.groups, config.kernel - 1, config.channels // config.groups)
     return DeltaState(
-        memory=jnp.zeros((rows, config.groups, 0, 0), jnp.float32),
+        # One number, as no reshape can infer an axis of an array of size 0.
+        memory=jnp.zeros((rows, config.groups, 1, 1), jnp.float32),
         recent=jnp.zeros((rows, *tail), dtype),
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.models._family import Family
+from grpo_jax.models._lfm2 import LFM2
 
 REQUIRED_KEYS = (
     "vocab_size",
@@ -100,16 +101,6 @@ _HUNYUAN_IGNORED = frozenset(
     """
     attention_head_dim cla_share_factor dense_list eod_token_id im_end_id im_newline_id
     im_start_id mask_init_id org_vocab_size pad_id pool_type text_end_id text_start_id
-    """.split()
-)
-
-_NOT_OF_LFM2 = ("rms_norm_eps", "hidden_act")
-# Of its publisher's own code; the class reads none of them.
-_LFM2_IGNORED = frozenset(
-    """
-    block_dim block_mlp_init_scale block_norm_eps block_out_init_scale block_use_swiglu
-    block_use_xavier_init conv_dim conv_dim_out conv_use_xavier_init model_name
-    num_heads use_pos_enc
     """.split()
 )
 
@@ -397,26 +388,5 @@ FAMILIES: Mapping[str, Family] = {
         fixed={"attn_output_gate": True, "output_gate_type": "swish"},
         ignored_rope=frozenset({"mrope_section", "mrope_interleaved"}),
     ),
-    "Lfm2ForCausalLM": Family(
-        model_type="lfm2",
-        # The class has one activation, and no key of it.
-        defaults={k: v for k, v in _SHARED.items() if k not in _NOT_OF_LFM2}
-        | {
-            "norm_eps": 1e-5,
-            "max_position_embeddings": 128_000,
-            "num_key_value_heads": 8,
-            "tie_word_embeddings": True,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            "conv_L_cache": 3,
-            "layer_types": None,
-            "block_auto_adjust_ff_dim": True,
-        },
-        default_theta=1_000_000.0,
-        qk_norm="head",
-        output_bias=None,
-        fixed={"conv_bias": False, "hidden_act": "silu"},
-        ignored=_LFM2_IGNORED,
-    ),
+    "Lfm2ForCausalLM": LFM2,
 }

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator
 
-from grpo_jax.models._delta import DeltaConfig
-from grpo_jax.models._short_conv import ConvConfig
-from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.config import ConvConfig, DeltaConfig, ModelConfig
 
 _Row = tuple[str, str, tuple[int, ...]]
 

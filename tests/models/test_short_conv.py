@@ -130,8 +130,8 @@ def test_plans_count_projections_and_states(conv):
         prefill_flops(plain, lengths).weights - prefill_flops(config, lengths).weights
     )
     assert fewer == 2 * 5 * 2 * (3 - 4) * 32**2
-    assert config.delta.state_bytes(2) == 2 * 2 * 2 * 32
-    assert config.delta.of_device(2).state_bytes(2) == 2 * 2 * 2 * 16
+    assert config.delta.state_bytes(2) == 2 * (2 * 2 * 32 + 4 * 2)
+    assert config.delta.of_device(2).state_bytes(2) == 2 * (2 * 2 * 16 + 4)
 
 
 def test_files_of_llama_cpp_are_refused_by_name():
