@@ -2,6 +2,7 @@
 
 from grpo_jax.config.objective import PRESETS, ObjectiveConfig
 from grpo_jax.config.run import (
+    CONV_TARGETS,
     DELTA_TARGETS,
     EMBEDDED,
     LORA_TARGETS,
@@ -20,6 +21,7 @@ from grpo_jax.config.run import (
 
 __all__ = [
     "EMBEDDED",
+    "CONV_TARGETS",
     "DELTA_TARGETS",
     "LORA_TARGETS",
     "PRESETS",

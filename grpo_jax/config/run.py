@@ -34,7 +34,9 @@ LORA_TARGETS: tuple[_Usual, ...] = get_args(_Usual)
 # Those of layers without attention.
 _OfDelta = Literal["delta_qkv", "delta_z", "delta_b", "delta_a", "delta_o"]
 DELTA_TARGETS: tuple[_OfDelta, ...] = get_args(_OfDelta)
-_LoraTarget = Literal[_Usual, _OfDelta]
+_OfConv = Literal["conv_bcx", "conv_o"]
+CONV_TARGETS: tuple[_OfConv, ...] = get_args(_OfConv)
+_LoraTarget = Literal[_Usual, _OfDelta, _OfConv]
 
 EMBEDDED = "embedded"  # the small model that comes with the package
 # Without the parts "." and "..", which would lead out of the folder.

@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models import rope
 from grpo_jax.models._attention import SelfAttention
-from grpo_jax.models._delta_net import GatedDeltaNet
 from grpo_jax.models._experts import ExpertsMLP
 from grpo_jax.models._layers import GatedMLP, RMSNorm, constrain
+from grpo_jax.models._mixers import module_of
 from grpo_jax.models.config import ModelConfig
 
 # Wider than any sequence: "no window" for a layer of a model that has windows.
@@ -36,13 +36,13 @@ class Layer(nn.Module):
     """Attention and MLP, each normalized before, after, or both."""
 
     config: ModelConfig
-    memory: bool = False  # a gated delta net in the place of attention
+    memory: bool = False  # a mixer of `_mixers` in the place of attention
 
     def setup(self):
         """Declares the parts of the layer."""
         config = self.config
         if self.memory:
-            self.delta = GatedDeltaNet(config)
+            self.mixer = module_of(config)
         else:
             self.attn = SelfAttention(config)
         mlp = GatedMLP if config.experts is None else ExpertsMLP
@@ -69,7 +69,7 @@ class Layer(nn.Module):
             data: this layer's row of `per_layer_data`.
             attend: mixes the tokens, `attend(queries, keys, values)`; see
                 `SelfAttention`.
-            remember: the same without attention; see `GatedDeltaNet`.
+            remember: the same without attention; see `_mixers`.
         """
         setting = 0 if data.rope is None else data.rope
         rotary = jax.tree.map(lambda table: table[setting], tables)
@@ -77,7 +77,7 @@ class Layer(nn.Module):
         after = self.config.post_norm or self.config.sandwich_norm
         inner = self.attn_norm(x) if before else x
         if self.memory:
-            mixed, aux = self.delta(inner, remember)
+            mixed, aux = self.mixer(inner, remember)
         else:
             mixed, aux = self.attn(inner, rotary, attend)
         x = self._add(x, self.post_attn_norm(mixed) if after else mixed)

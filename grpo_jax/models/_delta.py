@@ -15,6 +15,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from grpo_jax.models._conv import convolved, convolved_in_rows, with_state
 from grpo_jax.models.cache import DeltaState
 
 # Tokens of a chunk. The work within chunks grows with it, the number of steps falls.
@@ -42,6 +43,8 @@ class DeltaConfig:
     value_dim: int  # v, of each head
     kernel: int  # c, tokens that the convolution sees, itself among them
 
+    part = "delta"  # the name of its parameters
+
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
         layers = sizes.pop("layers")
@@ -63,6 +66,12 @@ class DeltaConfig:
     def channels(self) -> int:
         """Features that the convolution mixes: queries, keys and values."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def projected(self) -> int:
+        """Features of all projections of a token: qkv, z and o, b and a."""
+        values = self.value_heads * self.value_dim
+        return self.channels + 2 * values + 2 * self.value_heads
 
     @property
     def head_channels(self) -> int:
@@ -128,19 +137,13 @@ def advance(
     Only the first `counts` tokens of a row are real. What follows them changes no
     state: its decay and its share are 0. None: all are real.
     """
-    rows, length = inputs.channels.shape[:2]
+    length = inputs.channels.shape[1]
     decay, share = inputs.decay, inputs.share
-    if counts is None:
-        counts = jnp.full(rows, length)
-    else:
+    if counts is not None:
         real = (jnp.arange(length)[None, :] < counts[:, None])[..., None]
         decay, share = jnp.where(real, decay, 0.0), jnp.where(real, share, 0.0)
-    before = state.recent.swapaxes(1, 2).astype(inputs.channels.dtype)
-    tokens = jnp.concatenate([before, inputs.channels], axis=1)
-    mixed = jax.nn.silu(_convolved(tokens, inputs.kernel))
-    # Token s is at c - 1 + s, so what ends with the last real one starts at its count.
-    last = jax.vmap(lambda x, at: lax.dynamic_slice_in_dim(x, at, before.shape[1]))
-    recent = last(tokens, counts).swapaxes(1, 2).astype(state.recent.dtype)
+    tokens, recent = with_state(inputs.channels, state.recent, counts)
+    mixed = jax.nn.silu(convolved(tokens, inputs.kernel))
     rule = delta_rule if length == 1 else chunked_delta_rule
     out, memory = rule(*_split(mixed, config), decay, share, state.memory)
     return out, DeltaState(memory=memory, recent=recent)
@@ -158,15 +161,8 @@ def answers_in_rows(
     Each sequence of a row starts from the row's `state`, memory and convolution, and
     sees nothing of the one before. `index` is a token's number in its sequence.
     """
-    taps = len(inputs.kernel)
-    before = state.recent.swapaxes(1, 2).astype(jnp.float32)
-    nothing = jnp.zeros_like(before)
-    own = jnp.concatenate([nothing, inputs.channels], axis=1)
-    mixed = _convolved(own, inputs.kernel, index=index)
-    # What the state adds to the first tokens of each sequence.
-    added = _convolved(jnp.concatenate([before, nothing], axis=1), inputs.kernel)
-    first = jax.nn.one_hot(index, taps - 1)  # zeros for all that come later
-    mixed = jax.nn.silu(mixed + _product("rsj,rjkw->rskw", first, added))
+    given = inputs.channels, state.recent, inputs.kernel
+    mixed = jax.nn.silu(convolved_in_rows(*given, index))
     given = *_split(mixed, config), inputs.decay, inputs.share, state.memory
     return chunked_delta_rule(*given, index=index)[0]
 
@@ -303,29 +299,6 @@ def _split(
     queries, keys = _normalized(queries) * config.key_dim**-0.5, _normalized(keys)
     shape = (*mixed.shape[:2], config.value_heads, config.value_dim)
     return queries, keys, values.reshape(shape)
-
-
-def _convolved(
-    tokens: Float[Array, "R S+c-1 K w"],
-    kernel: Float[Array, "c K w"],
-    *,
-    index: Int[Array, "R S"] | None = None,
-) -> Float[Array, "R S K w"]:
-    """Returns sum_i kernel_i x_(s - c + 1 + i), float32.
-
-    With `index` of the own sequence only, which has `index` tokens before this one.
-    """
-    length, back = tokens.shape[1] - len(kernel) + 1, len(kernel) - 1
-    wide, kernel = tokens.astype(jnp.float32), kernel.astype(jnp.float32)
-
-    def term(i: int, tap: Array) -> Float[Array, "R S K w"]:
-        x = wide[:, i : i + length]
-        if index is not None:
-            x = jnp.where((index >= back - i)[..., None, None], x, 0.0)
-        return x * tap
-
-    taps = enumerate(kernel[:, None, None])
-    return sum((term(i, tap) for i, tap in taps), start=jnp.zeros(()))
 
 
 def _normalized(x: Float[Array, "... k"]) -> Float[Array, "... k"]:

@@ -84,7 +84,7 @@ class GatedDeltaNet(nn.Module):
 
 def delta_of(config: ModelConfig) -> DeltaConfig:
     """Returns the settings of the layers that are not attention."""
-    assert config.delta is not None, "only called where a model has such layers"
+    assert isinstance(config.delta, DeltaConfig), "only where a model has such layers"
     return config.delta
 
 

@@ -69,7 +69,7 @@ _TYPES = (
             *("num_experts_per_tok", "moe_intermediate_size"),
             *("linear_conv_kernel_dim", "linear_num_key_heads"),
             *("linear_num_value_heads", "linear_key_head_dim"),
-            "linear_value_head_dim",
+            *("linear_value_head_dim", "conv_L_cache"),
         ),
         _is_size,
         "a positive whole number",
@@ -81,7 +81,12 @@ _TYPES = (
     ),
     (
         (
-            *("rms_norm_eps", "embedding_multiplier", "residual_multiplier"),
+            *(
+                "rms_norm_eps",
+                "norm_eps",
+                "embedding_multiplier",
+                "residual_multiplier",
+            ),
             *("attention_multiplier", "logits_scaling", "partial_rotary_factor"),
         ),
         _is_number,

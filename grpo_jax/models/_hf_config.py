@@ -9,6 +9,7 @@ from typing import Any
 
 from grpo_jax.models import families
 from grpo_jax.models._hf_checks import check_keys, check_names, check_values
+from grpo_jax.models._hf_conv import plain_keys
 from grpo_jax.models._hf_delta import attention_types, read_delta, write_delta
 from grpo_jax.models._hf_gemma4 import refuse_gemma4
 from grpo_jax.models._hf_rope import FULL, SLIDING, read_rope, write_rope
@@ -70,6 +71,7 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
                 "one key and differ"
             )
     hf = {family.aliases.get(key, key): value for key, value in hf.items()}
+    hf = plain_keys(hf) if "conv_L_cache" in family.defaults else hf
     check_keys(hf, family)
     values = {**family.defaults, **hf}
     check_values(values)
@@ -80,6 +82,8 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
     fields |= {field: values.get(key, 1.0) for key, field in _MULTIPLIERS.items()}
     return fields | {
         "architecture": architecture,
+        # LFM2 alone has a name of its own.
+        "norm_eps": values.get("rms_norm_eps", values.get("norm_eps")),
         "num_kv_heads": values["num_key_value_heads"] or heads,
         "head_dim": head_dim,
         "attention_bias": bias or family.qkv_bias,
@@ -126,6 +130,8 @@ def write(fields: Mapping[str, Any]) -> dict[str, Any]:
         "attention_multiplier": fields["attention_scale"],
         "embedding_multiplier": fields["embedding_scale"],
         **_write_windows(fields, family),
+        "norm_eps": fields["norm_eps"],
+        "block_auto_adjust_ff_dim": False,
         **_write_experts(fields["experts"]),
         **write_delta(fields["delta"]),
     }
@@ -161,7 +167,11 @@ def _activation(values: Mapping[str, Any], family: Family) -> str:
     gemma = "hidden_activation" in family.defaults
     key = "hidden_activation" if gemma else "hidden_act"
     # Gemma files may hold an explicit null, which stands for the tanh approximation.
-    name = "gelu_pytorch_tanh" if gemma and values[key] is None else values[key]
+    name = (
+        "gelu_pytorch_tanh"
+        if gemma and values[key] is None
+        else values.get(key, "silu")
+    )
     if name not in _ACTIVATIONS:
         raise ValueError(
             f"config.json: {key}={name!r} is not supported; expected one of "

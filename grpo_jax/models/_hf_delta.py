@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.models._delta import DeltaConfig
+from grpo_jax.models._hf_conv import read_conv, write_conv
 from grpo_jax.models._hf_rope import FULL
+from grpo_jax.models._short_conv import ConvConfig
 
 LINEAR = "linear_attention"
 # The field of a DeltaConfig that each key holds.
@@ -17,14 +19,14 @@ _FIELDS = {
 }
 
 
-def read_delta(values: Mapping[str, Any]) -> DeltaConfig | None:
+def read_delta(values: Mapping[str, Any]) -> DeltaConfig | ConvConfig | None:
     """The settings of these layers; None of an architecture that has none.
 
     Raises:
         ValueError: by key, for layers of another kind, and sizes that do not fit.
     """
     if not _FIELDS.keys() <= values.keys():
-        return None
+        return read_conv(values)
     count, kinds = values["num_hidden_layers"], values["layer_types"]
     if kinds is None:
         every = values["full_attention_interval"]
@@ -50,14 +52,16 @@ def read_delta(values: Mapping[str, Any]) -> DeltaConfig | None:
 
 def attention_types(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The keys as those of a model in which all layers have attention to all tokens."""
-    delta = _FIELDS.keys() <= values.keys()
-    return {**values, "layer_types": None} if delta else values
+    mixed = _FIELDS.keys() <= values.keys() or "conv_L_cache" in values
+    return {**values, "layer_types": None} if mixed else values
 
 
-def write_delta(delta: DeltaConfig | None) -> dict[str, Any]:
+def write_delta(delta: DeltaConfig | ConvConfig | None) -> dict[str, Any]:
     """The keys that `read_delta` reads."""
     if delta is None:
         return {}
+    if isinstance(delta, ConvConfig):
+        return write_conv(delta)
     sizes = {"key_heads": delta.key_heads, "value_heads": delta.value_heads}
     sizes |= {"key_dim": delta.key_dim, "value_dim": delta.value_dim}
     sizes |= {"kernel": delta.kernel}

@@ -17,14 +17,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from grpo_jax.models._block import Layer, PerLayer, per_layer_data, rotary_tables
-from grpo_jax.models._delta import DeltaInputs, advance, answers_in_rows, empty_state
-from grpo_jax.models._delta_net import delta_of
+from grpo_jax.models._mixers import (
+    PARTS,
+    MixerInputs,
+    mixer_of,
+    of_tokens,
+    rules_of,
+)
 from grpo_jax.models._rows import join, of_owners, part
 from grpo_jax.models.cache import Cache, DeltaState, PromptBlock, Slots, per_layer
 from grpo_jax.models.config import ModelConfig
 
 # Parts that only some layers have, and whether they are those without attention.
-_OF_SOME = {"attn": False, "delta": True}
+_OF_SOME = {"attn": False, **dict.fromkeys(PARTS, True)}
 
 Answers = Float[Array, "N S V v"]
 
@@ -46,7 +51,7 @@ def run(
       entries: arrays of the layers with attention, stacks or tuples.
       states: of the others. The entry of each has its own of all.
     """
-    kinds, data = delta_of(config).layers, per_layer_data(config)
+    kinds, data = mixer_of(config).layers, per_layer_data(config)
     layers = {name: trees["layers"] for name, trees in variables.items()}
     if 0 in layers["params"]:
         one = _one_layer(config, body, prevent_cse=True)
@@ -84,7 +89,7 @@ def split_layers(stacks: PyTree, kinds: Sequence[bool]) -> tuple[PyTree, ...]:
 
 def init_layers(config: ModelConfig, key: Key[Array, ""]) -> PyTree:
     """Returns freshly drawn parameters of all layers, with their logical axes."""
-    kinds = delta_of(config).layers
+    kinds = mixer_of(config).layers
     x = jnp.zeros((1, 1, config.hidden_size), config.dtype)
     tables = rotary_tables(config, jnp.zeros((1, 1), jnp.int32))
     data = jax.tree.map(lambda x: x[0], per_layer_data(config))
@@ -109,26 +114,28 @@ def empty_states(config: ModelConfig, rows: int) -> DeltaState | None:
     """Returns the states of all layers before the first token; None without any."""
     if config.delta is None:
         return None
-    one, count = empty_state(config.delta, rows, config.dtype), sum(config.delta.layers)
+    one = rules_of(config.delta).empty_state(config.delta, rows, config.dtype)
+    count = sum(config.delta.layers)
     return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), one)
 
 
 def of_prompts(
-    inputs: DeltaInputs,
+    inputs: MixerInputs,
     *,
     config: ModelConfig,
     lengths: Int[Array, " N"] | None,
     keep: bool,
 ) -> tuple[Answers, DeltaState | None]:
     """Returns answers to prompts from their first token on, and the state if kept."""
-    delta = delta_of(config)
-    state = empty_state(delta, len(inputs.channels), config.dtype)
-    out, state = advance(inputs, state, lengths, config=delta)
+    mixer = mixer_of(config)
+    rules = rules_of(mixer)
+    state = rules.empty_state(mixer, len(inputs.channels), config.dtype)
+    out, state = rules.advance(inputs, state, lengths, config=mixer)
     return out, state if keep else None
 
 
 def of_row(
-    inputs: DeltaInputs,
+    inputs: MixerInputs,
     *,
     config: ModelConfig,
     lengths: Int[Array, " N"],
@@ -141,30 +148,29 @@ def of_row(
     Each completion starts from the state after its prompt. With `owner` several share
     a row, and a token's `index` says where the next one starts.
     """
-    delta, (parts, count, length) = delta_of(config), own_shape
-    both = jax.tree.map(lambda x: part(x, own_shape), _tokens(inputs))
-    prompt, own = zip(*both, strict=True)
-    state = empty_state(delta, len(lengths), config.dtype)
-    prompt = [x.reshape(len(lengths), -1, *x.shape[2:]) for x in prompt]
-    given = DeltaInputs(*prompt, kernel=inputs.kernel)
-    out, state = advance(given, state, lengths, config=delta)
+    mixer, (parts, count, length) = mixer_of(config), own_shape
+    rules = rules_of(mixer)
+    of_prompt = lambda x: x.reshape(len(lengths), -1, *x.shape[2:])  # noqa: E731
+    given = of_tokens(lambda x: of_prompt(part(x, own_shape)[0]), inputs)
+    state = rules.empty_state(mixer, len(lengths), config.dtype)
+    out, state = rules.advance(given, state, lengths, config=mixer)
     out = out.reshape(parts, -1, *out.shape[2:])
     if not length:  # completions of one token: it is predicted, never read
         return out, None
-    own = [x.reshape(parts * count, length, *x.shape[3:]) for x in own]
-    given = DeltaInputs(*own, kernel=inputs.kernel)
+    of_own = lambda x: x.reshape(parts * count, length, *x.shape[3:])  # noqa: E731
+    given = of_tokens(lambda x: of_own(part(x, own_shape)[1]), inputs)
     if owner is None:
         state = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), state)
-        answers, _ = advance(given, state, None, config=delta)
+        answers, _ = rules.advance(given, state, None, config=mixer)
     else:
         state = jax.tree.map(lambda x: of_owners(x, owner), state)
         within = index.reshape(-1, length)
-        answers = answers_in_rows(given, state, within, config=delta)
+        answers = rules.answers_in_rows(given, state, within, config=mixer)
     return join(out, answers.reshape(*own_shape, *answers.shape[2:])), None
 
 
 def of_slots(
-    inputs: DeltaInputs,
+    inputs: MixerInputs,
     *,
     config: ModelConfig,
     slots: Slots,
@@ -198,16 +204,16 @@ def of_slots(
         first = jax.vmap(lambda x, at: x.at[at].get(mode="clip"))(of_rows, at)
         return _where(fresh, first.reshape(old.shape), old)
 
-    own = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), _tokens(inputs))
-    given = DeltaInputs(*own, kernel=inputs.kernel)
+    given = of_tokens(lambda x: x.reshape(-1, 1, *x.shape[2:]), inputs)
     state = jax.tree.map(begin, behind, _read(states, index))
-    out, state = advance(given, state, None, config=delta_of(config))
+    mixer = mixer_of(config)
+    out, state = rules_of(mixer).advance(given, state, None, config=mixer)
     cache = dataclasses.replace(cache, state=_write(states, state, index))
     return out.reshape(parts, count, *out.shape[2:]), cache
 
 
 def of_extended(
-    inputs: DeltaInputs,
+    inputs: MixerInputs,
     *,
     config: ModelConfig,
     slots: Slots,
@@ -221,16 +227,10 @@ def of_extended(
     """
     fresh = functools.partial(_where, slots.index == 0)
     state = jax.tree.map(fresh, *states)
-    own = jax.tree.map(
-        lambda x: x.reshape(counts.size, -1, *x.shape[2:]), _tokens(inputs)
-    )
-    given = DeltaInputs(*own, kernel=inputs.kernel)
-    out, state = advance(given, state, counts.reshape(-1), config=delta_of(config))
+    given = of_tokens(lambda x: x.reshape(counts.size, -1, *x.shape[2:]), inputs)
+    mixer, real = mixer_of(config), counts.reshape(-1)
+    out, state = rules_of(mixer).advance(given, state, real, config=mixer)
     return out.reshape(len(counts), -1, *out.shape[2:]), state
-
-
-def _tokens(inputs: DeltaInputs) -> tuple[Array, Array, Array]:
-    return inputs.channels, inputs.decay, inputs.share
 
 
 def _where(chosen: Bool[Array, "A S"], new: Array, old: Array) -> Array:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from grpo_jax.models import _hf_config
 from grpo_jax.models._delta import DeltaConfig
 from grpo_jax.models._routing import ExpertsConfig
+from grpo_jax.models._short_conv import ConvConfig
 from grpo_jax.models.rope import RopeConfig
 
 _SIZES = (
@@ -79,7 +80,8 @@ class ModelConfig:
     residual_scale: float = 1.0  # multiplies what attention and the MLP add
     logit_divisor: float = 1.0  # logits are divided by it
     experts: ExpertsConfig | None = None  # instead of one MLP
-    delta: DeltaConfig | None = None  # layers with a memory instead of attention
+    # Layers with a memory or a convolution instead of attention.
+    delta: DeltaConfig | ConvConfig | None = None
     attention_gate: bool = False  # attention times a sigmoid, which q projects as well
     dtype: str = "float32"  # of compute; parameters stay float32
     remat: Literal["none", "layer", "dots"] = "none"  # what backward recomputes

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.models._family import Family
+from grpo_jax.models._lfm2 import LFM2
 
 REQUIRED_KEYS = (
     "vocab_size",
@@ -387,4 +388,5 @@ FAMILIES: Mapping[str, Family] = {
         fixed={"attn_output_gate": True, "output_gate_type": "swish"},
         ignored_rope=frozenset({"mrope_section", "mrope_interleaved"}),
     ),
+    "Lfm2ForCausalLM": LFM2,
 }

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Key, PyTree
 
-from grpo_jax.config import DELTA_TARGETS, LORA_TARGETS
+from grpo_jax.config import CONV_TARGETS, DELTA_TARGETS, LORA_TARGETS
 from grpo_jax.models._frozen import dequantized_params
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
@@ -23,7 +23,7 @@ from grpo_jax.parallel.mesh import named_leaves
 PATHS = (
     {name: f"layers/attn/{name}" for name in LORA_TARGETS[:4]}
     | {name: f"layers/mlp/{name}" for name in LORA_TARGETS[4:]}
-    | {name: "layers/" + name.replace("_", "/") for name in DELTA_TARGETS}
+    | {n: "layers/" + n.replace("_", "/") for n in DELTA_TARGETS + CONV_TARGETS}
 )
 
 _TARGETS = {path: name for name, path in PATHS.items()}
@@ -35,7 +35,8 @@ def adaptable(config: ModelConfig) -> tuple[str, ...]:
 
     A projection of experts has an adapter for each of them.
     """
-    parts = ("attn", "mlp") if config.delta is None else ("attn", "mlp", "delta")
+    mixer = () if config.delta is None else (config.delta.part,)
+    parts = ("attn", "mlp", *mixer)
     return tuple(name for name, path in PATHS.items() if path.split("/")[1] in parts)
 
 

@@ -91,12 +91,8 @@ def _all_weights(config: ModelConfig) -> int:
     weights = config.attention_layers * layer_weights(config)
     if config.delta is None:
         return weights
-    delta = config.delta
-    values = delta.value_heads * delta.value_dim
-    # qkv; z and o; b and a.
-    projections = delta.channels + 2 * values + 2 * delta.value_heads
-    width = projections + _mlp_width(config)
-    return weights + sum(delta.layers) * config.hidden_size * width
+    width = config.delta.projected + _mlp_width(config)
+    return weights + sum(config.delta.layers) * config.hidden_size * width
 
 
 def _mlp_width(config: ModelConfig) -> int:

@@ -26,9 +26,9 @@ FUSED = {
 }
 # Their names in GGUF files.
 FUSED_GGUF = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
-# Architecture -> its own names of norms, by those of the other architectures. The
-# second table is about GGUF files.
-NORMS = {
+# Architecture -> its own names of norms and projections, by those of the other
+# architectures. The second table is about GGUF files.
+NAMES = {
     "Glm4ForCausalLM": {
         "pre_feedforward_layernorm": "post_attention_layernorm",
         "post_attention_layernorm": "post_self_attn_layernorm",
@@ -37,6 +37,17 @@ NORMS = {
     "HunYuanDenseV1ForCausalLM": {
         "self_attn.q_norm": "self_attn.query_layernorm",
         "self_attn.k_norm": "self_attn.key_layernorm",
+    },
+    "Lfm2ForCausalLM": {
+        "input_layernorm": "operator_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_norm": "self_attn.q_layernorm",
+        "self_attn.k_norm": "self_attn.k_layernorm",
+        "self_attn.o_proj": "self_attn.out_proj",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+        "model.norm": "model.embedding_norm",
     },
 }
 GGUF_NORMS = {"SeedOssForCausalLM": {"ffn_norm": "post_attention_norm"}}

@@ -16,13 +16,13 @@ from jaxtyping import PyTree
 
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.parallel.mesh import named_leaves
-from grpo_jax.weights._delta_names import delta_tensors
+from grpo_jax.weights._mixer_names import mixer_tensors
 from grpo_jax.weights._name_tables import (
     EXPERT_NAMES,
     FUSED,
     FUSED_GGUF,
     GGUF_NORMS,
-    NORMS,
+    NAMES,
 )
 
 # Tensors that are read at once; NumPy converts them without the lock of Python.
@@ -81,12 +81,13 @@ class Parameter:
 def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
     """Every parameter of a model of this configuration, with its tensors."""
     vocab, width = config.vocab_size, config.hidden_size
+    norm = NAMES.get(config.architecture, {}).get("model.norm", "model.norm")
     rows = [
         _whole("embed/embedding", "model.embed_tokens", "token_embd", (vocab, width)),
         *_with_fused(config, _layer_rows(config)),
         *_expert_rows(config),
-        *_delta_rows(config),
-        _whole("final_norm/scale", "model.norm", "output_norm", (width,)),
+        *_mixer_rows(config),
+        _whole("final_norm/scale", norm, "output_norm", (width,)),
     ]
     if not config.tie_embeddings:
         rows.append(_whole("lm_head/kernel", "lm_head", "output", (width, vocab)))
@@ -271,14 +272,14 @@ def _with_fused(
     config: ModelConfig, rows: Iterable[tuple[str, str, str, tuple[int, ...]]]
 ) -> Iterator[Parameter]:
     """The parameters of all layers, where they may be parts of a file's tensors."""
-    norms = NORMS.get(config.architecture, {})
+    own = NAMES.get(config.architecture, {})
     gguf_norms = GGUF_NORMS.get(config.architecture, {})
 
     def layers(path: str) -> list[int]:
         return _layers(config, memory=False if path.startswith("attn/") else None)
 
     kinds = {
-        path: (path, norms.get(hf, hf), gguf_norms.get(gguf, gguf), shape)
+        path: (path, own.get(hf, hf), gguf_norms.get(gguf, gguf), shape)
         for path, hf, gguf, shape in rows
     }
     for fused, modules in FUSED.get(config.architecture, {}).items():
@@ -323,15 +324,15 @@ def _expert_rows(config: ModelConfig) -> Iterator[Parameter]:
         )
 
 
-def _delta_rows(config: ModelConfig) -> Iterator[Parameter]:
+def _mixer_rows(config: ModelConfig) -> Iterator[Parameter]:
     layers = _layers(config, memory=True)
-    for path, name, shape in delta_tensors(config):
+    for path, name, shape in mixer_tensors(config):
         yield Parameter(
-            path=f"layers/delta/{path}",
+            path=f"layers/{path}",
             shape=(len(layers), *shape),
             stacked=1,
             transposed=path.endswith("/kernel"),
-            names=tuple(f"model.layers.{i}.linear_attn.{name}" for i in layers),
+            names=tuple(f"model.layers.{i}.{name}" for i in layers),
             gguf_names=(),
         )
 

@@ -11,6 +11,7 @@ import pytest
 
 from grpo_jax.models._delta import DeltaConfig
 from grpo_jax.models._routing import ExpertsConfig
+from grpo_jax.models._short_conv import ConvConfig
 from grpo_jax.models.cache import per_layer
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params
@@ -105,6 +106,17 @@ HYBRID = dataclasses.replace(
     rotary_fraction=0.5,
 )
 
+CONV = dataclasses.replace(
+    PLAIN,
+    num_layers=4,
+    layer_rope=(0,) * 4,
+    layer_window=(None,) * 4,
+    delta=ConvConfig(
+        layers=(True, False) * 2, channels=PLAIN.hidden_size, groups=2, kernel=3
+    ),
+    qk_norm="head",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
@@ -145,7 +157,7 @@ def tiny(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(scope="session", params=["plain", "full", "experts", "hybrid"])
+@pytest.fixture(scope="session", params=["plain", "full", "experts", "hybrid", "conv"])
 def any_tiny(request):
     return request.getfixturevalue(request.param)
 
@@ -168,6 +180,11 @@ def experts():
 @pytest.fixture(scope="session")
 def hybrid():
     return make_tiny(HYBRID)
+
+
+@pytest.fixture(scope="session")
+def conv():
+    return make_tiny(CONV)
 
 
 @pytest.fixture(scope="session")

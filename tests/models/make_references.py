@@ -224,6 +224,13 @@ QWEN3_5 = {
     },
 }
 CASES |= {"qwen3_5": ("Qwen3_5Text", QWEN3_5)}
+# MLPs of 20 features: two thirds of 24, rounded up.
+LFM2 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["conv", "full_attention", "conv", "conv"],
+    "block_multiple_of": 10,
+}
+CASES |= {"lfm2": ("Lfm2", LFM2)}
 
 
 def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:

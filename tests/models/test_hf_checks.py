@@ -47,6 +47,7 @@ SIZES = {
     "zai-org/GLM-4-9B-0414": 9_400_279_040,
     "tencent/HunyuanImage-2.1/reprompt": 7_504_568_320,
     "Qwen/Qwen3.5-0.8B-Base": 752_393_024,
+    "FlameF0X/LFM2.5-1.2B-Distilled-Claude-4.6": 1_170_340_608,
 }
 TEXTS = [text_of(hf) for hf in PUBLISHED.values()]
 BY_FAMILY = {hf["architectures"][0]: hf for hf in TEXTS}
