@@ -1,5 +1,6 @@
 """Mixture of experts: routing, the fast path against the reference, meshes."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -204,12 +205,12 @@ def test_kernels_for_blocks_of_rows_are_the_plain_product(sizes, dtype, small_ti
 @pytest.mark.parametrize(
     ("sizes", "attention", "batch", "taken"),
     [
-        ((2, 2, 1), "auto", 8, True),
-        ((1, 1, 1), "auto", 8, True),
-        ((2, 2, 1), "xla", 8, False),
-        # Experts are split over two devices; three rows are not split over four.
-        ((2, 1, 2), "auto", 8, False),
-        ((2, 2, 1), "auto", 3, False),
+        ((2, 4, 1), "auto", 8, True),
+        (None, "auto", 8, True),
+        ((2, 4, 1), "xla", 8, False),
+        # Experts are split over two devices; three rows are not split over eight.
+        ((2, 2, 2), "auto", 8, False),
+        ((2, 4, 1), "auto", 3, False),
     ],
 )
 def test_kernels_serve_where_experts_are_whole(
@@ -230,9 +231,12 @@ def test_kernels_serve_where_experts_are_whole(
     expected = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
     assert not calls  # this is no TPU
     monkeypatch.setattr(_tpu_experts, "is_tpu", lambda mesh: True)
-    names = ("data", "fsdp", "tensor")
-    mesh = make_mesh(MeshConfig(**dict(zip(names, sizes, strict=True))))
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with contextlib.ExitStack() as stack:
+        if sizes is not None:
+            data, fsdp, tensor = sizes
+            mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+            stack.enter_context(jax.set_mesh(mesh))
+            stack.enter_context(nn.logical_axis_rules(RULES))
         found = jax.jit(jax.grad(lambda *given: loss(*given), argnums=(0, 1)))(
             params, x
         )
