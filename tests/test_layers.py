@@ -142,6 +142,7 @@ TESTED_IN = {
     "models.protocol": "training/test_own_model.py",
     "models._tpu_blocks": "models/test_tpu_flash.py",
     "models._tpu_kernels": "models/test_tpu_flash.py",
+    "models._tpu_experts": "models/test_experts.py",
     "models._routing": "models/test_experts.py",
     "models._delta_net": "models/test_hybrid.py",
     "models._conv": "models/test_short_conv.py",

@@ -13,7 +13,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from grpo_jax.models._layers import KERNEL_INIT, activation, checked_scale, parameter
-from grpo_jax.models._routing import ExpertKernels, route, through_experts
+from grpo_jax.models._routing import (
+    BlockProduct,
+    ExpertKernels,
+    route,
+    through_experts,
+)
+from grpo_jax.models._tpu_experts import block_product, serves_blocks
 from grpo_jax.models.config import ModelConfig
 
 
@@ -57,16 +63,19 @@ class ExpertsMLP(nn.Module):
             adapters=self._adapters(x.dtype),
         )
 
-        def mix(x: Array, router: Array, kernels: ExpertKernels) -> tuple[Array, Array]:
+        def mix(
+            product: BlockProduct, x: Array, router: Array, kernels: ExpertKernels
+        ) -> tuple[Array, Array]:
             rows = x.reshape(-1, x.shape[-1])
             logits = rows.astype(jnp.float32) @ router.astype(jnp.float32)
             routing = route(
                 logits, per_token=experts.per_token, normalized=experts.normalized
             )
-            out = through_experts(rows, routing, kernels, act=act).reshape(x.shape)
-            return out, logits.reshape(*x.shape[:-1], -1)
+            out = through_experts(rows, routing, kernels, act=act, product=product)
+            return out.reshape(x.shape), logits.reshape(*x.shape[:-1], -1)
 
-        out, logits = _by_shard(mix, x, self.router, kernels)
+        with_kernels = self.config.attention == "auto"
+        out, logits = _by_shard(mix, with_kernels, x, self.router, kernels)
         self.sow("routers", "logits", logits)
         return out
 
@@ -81,19 +90,32 @@ class ExpertsMLP(nn.Module):
         return found
 
 
-def _by_shard(mix: Callable, x: Array, *weights: Any) -> tuple[Array, Array]:
-    """Returns mix(x, *weights), where each device mixes its own rows of the batch.
+def _by_shard(
+    mix: Callable, with_kernels: bool, x: Array, *weights: Any
+) -> tuple[Array, Array]:
+    """Returns mix(product, x, *weights); each device mixes its own rows of the batch.
 
-    Left to the compiler, a sort over all rows would bring all to every device.
+    Left to the compiler, a sort over all rows would bring all to every device. The
+    product of blocks is that for TPUs if asked for and where it can be used.
     """
     mesh = jax.sharding.get_abstract_mesh()
     batch = (spmd.logical_to_mesh_axes(("batch",)) or P(None))[0]
     names = (batch,) if isinstance(batch, str) else batch or ()
     parts = math.prod(mesh.shape[name] for name in names if name in mesh.shape)
-    if parts == 1 or x.shape[0] % parts:
+    if x.shape[0] % parts:
+        parts = 1
+    for_tpu = with_kernels and serves_blocks(parts)
+    mix = functools.partial(mix, block_product if for_tpu else jax.lax.ragged_dot)
+    if parts == 1:
         return mix(x, *weights)
     whole = jax.tree.map(lambda _: P(), weights)
     split = P(names)
     return jax.shard_map(
-        mix, in_specs=(split, *whole), out_specs=split, axis_names=set(names)
+        mix,
+        in_specs=(split, *whole),
+        out_specs=split,
+        # The axes that are left have one device each where a kernel is used, which must
+        # not be the compiler's to split. A kernel does not say over what it varies.
+        axis_names=set(mesh.axis_names) if for_tpu else set(names),
+        check_vma=not for_tpu,
     )(x, *weights)

@@ -14,6 +14,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 Activation = Callable[[Array], Array]
+# Of rows [R, I] in blocks of so many [E] with a kernel [E, I, O] each.
+BlockProduct = Callable[[Array, Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,14 +68,18 @@ class ExpertKernels:
         return kernel + jnp.einsum("eir,ero->eio", *self.adapters[name])
 
     def of_blocks(
-        self, name: str, rows: Float[Array, "R I"], sizes: Int[Array, " E"]
+        self,
+        name: str,
+        rows: Float[Array, "R I"],
+        sizes: Int[Array, " E"],
+        product: BlockProduct,
     ) -> Float[Array, "R O"]:
         """Returns a matrix times rows, the first `sizes[0]` of them expert 0's."""
-        out = jax.lax.ragged_dot(rows, vars(self)[name], sizes)
+        out = product(rows, vars(self)[name], sizes)
         if name not in self.adapters:
             return out
         a, b = self.adapters[name]
-        return out + jax.lax.ragged_dot(jax.lax.ragged_dot(rows, a, sizes), b, sizes)
+        return out + product(product(rows, a, sizes), b, sizes)
 
 
 def route(logits: Float[Array, "R E"], *, per_token: int, normalized: bool) -> Routing:
@@ -107,23 +113,28 @@ def through_all_experts(
 
 
 def through_experts(
-    x: Float[Array, "R D"], routing: Routing, kernels: ExpertKernels, *, act: Activation
+    x: Float[Array, "R D"],
+    routing: Routing,
+    kernels: ExpertKernels,
+    *,
+    act: Activation,
+    product: BlockProduct = jax.lax.ragged_dot,
 ) -> Float[Array, "R D"]:
     """Returns what `through_all_experts` does, computing the chosen experts only.
 
     Each row is repeated for its k experts and the copies are sorted by expert, so that
-    each expert's are one block of a `ragged_dot`. XLA for a TPU skips what lies outside
-    of the blocks, but not in the gradient of the kernels. On a CPU it computes all for
-    each expert, and masks it.
+    each expert's are one block of the `product`. For `ragged_dot` XLA for a TPU skips
+    what lies outside of the blocks, but not in the gradient of the kernels; see
+    `_tpu_experts`. On a CPU it computes all for each expert, and masks it.
     """
     count, per_token = kernels.gate.shape[0], routing.experts.shape[-1]
     experts = routing.experts.reshape(-1)
     order = jnp.argsort(experts)
     sizes = jnp.bincount(experts, length=count).astype(jnp.int32)
     rows = _permuted(jnp.repeat(x, per_token, axis=0), order)
-    gate = kernels.of_blocks("gate", rows, sizes)
-    inner = act(gate) * kernels.of_blocks("up", rows, sizes)
-    outer = _permuted(kernels.of_blocks("down", inner, sizes), _inverse(order))
+    gate = kernels.of_blocks("gate", rows, sizes, product)
+    inner = act(gate) * kernels.of_blocks("up", rows, sizes, product)
+    outer = _permuted(kernels.of_blocks("down", inner, sizes, product), _inverse(order))
     outer = outer.reshape(*routing.experts.shape, -1).astype(jnp.float32)
     return jnp.einsum("rk,rkd->rd", routing.weights, outer).astype(x.dtype)
 

@@ -71,7 +71,7 @@ def serves_rows(
         and width % 16 == 0
         and each <= _MOST_HEADS
         and held <= _MOST_BYTES
-        and _is_tpu(mesh)
+        and is_tpu(mesh)
         and _splits(mesh, batches, kv_heads)
     )
 
@@ -179,7 +179,8 @@ def _fill(x: Array, tokens: int) -> Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, tokens - x.shape[-1])])
 
 
-def _is_tpu(mesh: AbstractMesh) -> bool:
+def is_tpu(mesh: AbstractMesh) -> bool:
+    """Whether what is traced here is known to run on one TPU, or on a mesh of them."""
     device = mesh.abstract_device
     if device is None:
         # Without a mesh nothing says how several devices would split the arrays.

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable
 
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.protocol import LanguageModel
+
 
 def longest_prompt(max_prompt_tokens: int, *, new_tokens: int, context: int) -> int:
     """How many tokens a prompt may have so that its completions fit the context.
@@ -48,3 +51,18 @@ def check_stop_ids(stop_ids: Iterable[int], *, vocab_size: int) -> None:
             f"end at {vocab_size - 1}, so no completion would end there; give ids of "
             "this model."
         )
+
+
+def experts_per_token(model: LanguageModel) -> int:
+    """The experts that each token of a mixture passes through.
+
+    Raises:
+      ValueError: for a model without experts in every layer.
+    """
+    if isinstance(model, Decoder) and model.config.delta is None:
+        if (experts := model.config.experts) is not None:
+            return experts.per_token
+    raise ValueError(
+        "objective.router_aux_loss_coef needs a model with experts, such as Mixtral; "
+        "set it to 0"
+    )

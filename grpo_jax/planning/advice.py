@@ -10,7 +10,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
 from grpo_jax.config import TrainConfig
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.limits import check_stop_ids, longest_prompt
+from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.limits import check_stop_ids, experts_per_token, longest_prompt
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.devices import find_device
 from grpo_jax.planning.memory import estimate, evaluation_batch
@@ -235,7 +236,7 @@ def _read_model(name: str) -> ModelConfig:
 
 
 def _refused(model: ModelConfig, config: TrainConfig) -> str | None:
-    """The error of a run whose lengths or stop tokens the model has no room for."""
+    """The error of a run whose lengths, stop tokens or loss do not suit the model."""
     try:
         check_stop_ids(config.sampling.stop_ids or (), vocab_size=model.vocab_size)
         longest_prompt(
@@ -243,6 +244,8 @@ def _refused(model: ModelConfig, config: TrainConfig) -> str | None:
             new_tokens=config.max_new_tokens,
             context=model.max_position_embeddings,
         )
+        if config.objective.router_aux_loss_coef:
+            experts_per_token(Decoder(model))
     except ValueError as error:
         return str(error)
     return None

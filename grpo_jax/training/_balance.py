@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.limits import experts_per_token
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.objective import Mean
 from grpo_jax.training.state import Batch
@@ -34,21 +34,6 @@ def with_balance(
         "loss": Mean(loss.total + coefficient * balance * loss.weight, loss.weight),
         "router_aux_loss": Mean(lax.stop_gradient(balance) * loss.weight, loss.weight),
     }
-
-
-def experts_per_token(model: LanguageModel) -> int:
-    """The experts that each token of a mixture passes through.
-
-    Raises:
-      ValueError: for a model without experts in every layer.
-    """
-    if isinstance(model, Decoder) and model.config.delta is None:
-        if (experts := model.config.experts) is not None:
-            return experts.per_token
-    raise ValueError(
-        "objective.router_aux_loss_coef needs a model with experts, such as Mixtral; "
-        "set it to 0"
-    )
 
 
 def balance_loss(

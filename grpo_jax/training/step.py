@@ -18,11 +18,12 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from grpo_jax import objective
 from grpo_jax.config import TrainConfig
+from grpo_jax.models.limits import experts_per_token
 from grpo_jax.models.packing import Packing, completion_states
 from grpo_jax.models.protocol import LanguageModel
 from grpo_jax.objective import Mean
 from grpo_jax.parallel.collectives import matmul_over_fsdp
-from grpo_jax.training._balance import experts_per_token, with_balance
+from grpo_jax.training._balance import with_balance
 from grpo_jax.training._like_lengths import at_own_width
 from grpo_jax.training._microbatches import microbatches, narrow
 from grpo_jax.training.state import Batch, TrainState, policy_variables

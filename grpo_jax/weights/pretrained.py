@@ -95,7 +95,11 @@ def load_pretrained(
             of a kind that is not supported, or its parts do not fit each other.
     """
     if isinstance(dtype, str) and dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
+        by_path = "; only the kernels of layers can be so, by a function of the path"
+        raise ValueError(
+            f"dtype must be one of {_DTYPES}, got {dtype!r}"
+            + (by_path if dtype in KINDS else "")
+        )
     source = _open(str(name_or_path), revision)
     model = Decoder(source.config)
     shardings = {} if sharding is None else named_leaves(sharding(model))

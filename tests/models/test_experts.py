@@ -1,5 +1,6 @@
 """Mixture of experts: routing, the fast path against the reference, meshes."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from grpo_jax.config import MeshConfig
+from grpo_jax.models import _experts, _tpu_experts
 from grpo_jax.models._experts import ExpertsMLP
 from grpo_jax.models._routing import (
     ExpertKernels,
@@ -159,3 +161,86 @@ def test_merged_adapters_of_experts_compute_what_they_did(experts):
     with pytest.raises(ValueError, match="lora_scale is None"):
         given = {**experts.variables, "lora": adapters}
         plain.apply(given, *args, method=plain.score)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of which tiny arrays have several, for kernels without a TPU."""
+    for name, size in {"_ROWS": 16, "_FEWEST_ROWS": 8, "_SIDE": 4}.items():
+        monkeypatch.setattr(_tpu_experts, name, size)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        # No block is a whole number of tiles, some are empty, and rows are left over.
+        ((0, 9, 0, 13, 0), jnp.float32),
+        ((0, 9, 0, 13, 0), jnp.bfloat16),
+        ((30,), jnp.float32),
+        ((0, 0), jnp.float32),
+    ],
+)
+def test_kernels_for_blocks_of_rows_are_the_plain_product(sizes, dtype, small_tiles):
+    rows, kernels = draw(30, 6).astype(dtype), draw(len(sizes), 6, 5, seed=1)
+    weights, sizes = draw(30, 5, seed=2), jnp.asarray(sizes, jnp.int32)
+
+    def total(rows, kernels, product):
+        out = product(rows, kernels, sizes)
+        return jnp.sum(weights * out.astype(jnp.float32)), out
+
+    differentiate = jax.jit(
+        jax.grad(total, argnums=(0, 1), has_aux=True), static_argnums=2
+    )
+    interpreted = lambda *given: _tpu_experts.block_product(*given, True)  # noqa: E731
+    found, expected = (
+        differentiate(rows, kernels.astype(dtype), product)
+        for product in (interpreted, jax.lax.ragged_dot)
+    )
+    for ours, plain in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert ours.dtype == plain.dtype == dtype
+        exact = [np.asarray(x, np.float32) for x in (ours, plain)]
+        np.testing.assert_allclose(*exact, atol=2e-2 if dtype != jnp.float32 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "attention", "batch", "taken"),
+    [
+        ((2, 4, 1), "auto", 8, True),
+        (None, "auto", 8, True),
+        ((2, 4, 1), "xla", 8, False),
+        # Experts are split over two devices; three rows are not split over eight.
+        ((2, 2, 2), "auto", 8, False),
+        ((2, 4, 1), "auto", 3, False),
+    ],
+)
+def test_kernels_serve_where_experts_are_whole(
+    experts, sizes, attention, batch, taken, small_tiles, monkeypatch
+):
+    calls = []
+
+    def product(*given):
+        calls.append(given)
+        return _tpu_experts.block_product(*given, True)
+
+    monkeypatch.setattr(_experts, "block_product", product)
+    config = dataclasses.replace(experts.model.config, attention=attention)
+    module, x = ExpertsMLP(config), draw(batch, 2, 32)
+    shapes = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
+    params = {name: draw(*leaf.shape, seed=7) for name, leaf in shapes.items()}
+    loss = lambda params, x: jnp.sum(module.apply({"params": params}, x) ** 2)  # noqa: E731
+    expected = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
+    assert not calls  # this is no TPU
+    monkeypatch.setattr(_tpu_experts, "is_tpu", lambda mesh: True)
+    with contextlib.ExitStack() as stack:
+        if sizes is not None:
+            data, fsdp, tensor = sizes
+            mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+            stack.enter_context(jax.set_mesh(mesh))
+            stack.enter_context(nn.logical_axis_rules(RULES))
+        found = jax.jit(jax.grad(lambda *given: loss(*given), argnums=(0, 1)))(
+            params, x
+        )
+    assert bool(calls) == taken
+    for ours, plain in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        scale = float(jnp.abs(plain).max())
+        np.testing.assert_allclose(ours, plain, atol=1e-5 * scale)

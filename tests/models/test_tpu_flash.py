@@ -136,12 +136,12 @@ def test_shapes_that_kernels_serve(tokens, prompt, change, served, monkeypatch):
     mesh = jax.sharding.AbstractMesh(how["mesh"], AXES, axis_types=axes)
     with jax.sharding.use_abstract_mesh(mesh):
         assert not flash.serves_rows(queries, keys, prefix, None)  # not on a CPU
-        monkeypatch.setattr(flash, "_is_tpu", lambda mesh: True)
+        monkeypatch.setattr(flash, "is_tpu", lambda mesh: True)
         assert flash.serves_rows(queries, keys, prefix, None) == served
 
 
 def test_a_map_over_devices_keeps_the_plain_form(monkeypatch):
-    monkeypatch.setattr(flash, "_is_tpu", lambda mesh: True)
+    monkeypatch.setattr(flash, "is_tpu", lambda mesh: True)
     queries, keys = jnp.zeros((1, 1, 128, 1, 64)), jnp.zeros((1, 1, 1, 128, 64))
     served = []
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from grpo_jax import cli
-from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
+from grpo_jax.config import MeshConfig, ObjectiveConfig, SamplingConfig, TrainConfig
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.advice import (
     _memory_savings,
@@ -91,6 +91,10 @@ def test_a_plan_says_what_a_run_would_refuse(capsys, folder):
     flags = ["--model", folder, "--mesh.fsdp", 1, "--max-new-tokens"]
     config = TrainConfig(model="tiny", sampling=SamplingConfig(stop_ids=(263, 264)))
     assert "stop_ids 264: the model's" in _refused(read_model_config(folder), config)
+    objective = ObjectiveConfig(router_aux_loss_coef=0.1)
+    balanced = TrainConfig(model="tiny", max_new_tokens=8, objective=objective)
+    refused = _refused(read_model_config(folder), balanced)
+    assert "needs a model with experts" in refused
     with pytest.raises(SystemExit, match="2"):
         planned(capsys, *flags, 128)
     assert told in " ".join(capsys.readouterr().out.split())

@@ -81,6 +81,11 @@ def test_an_export_can_be_stored_in_bfloat16(tmp_path, untied, tools):
     assert '"torch_dtype": "bfloat16"' in config
 
 
+def test_a_quantized_dtype_for_all_parameters_is_refused_with_what_is_meant(folder):
+    with pytest.raises(ValueError, match="'nf4'; only the kernels of layers"):
+        load_pretrained(folder, dtype="nf4")
+
+
 @pytest.mark.parametrize("dtype", ["float64", "int8"])
 def test_other_dtypes_are_refused(folder, untied, dtype):
     with pytest.raises(ValueError, match=f"dtype must be one of .*'{dtype}'"):
