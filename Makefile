@@ -40,8 +40,10 @@ LIBTPU ?= $(VENV)/libtpu/libtpu/libtpu.so
 tpu-check: $(VENV)/.test $(LIBTPU)
 	TPU_LIBRARY_PATH=$(LIBTPU) $(BIN)/python benchmarks/tpu_check.py $(ARGS)
 
-$(VENV)/libtpu/libtpu/libtpu.so: $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/libtpu libtpu
+# JAX cannot read all programs of a libtpu that is newer than the one it asks for.
+$(VENV)/libtpu/libtpu/libtpu.so: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/libtpu \
+		"$$($(BIN)/python -c 'from grpo_jax.planning.slices import wanted_library as x; print(x())')"
 
 check: lint types
 

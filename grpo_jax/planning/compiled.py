@@ -58,13 +58,16 @@ def measure(program: _ProgramToCompile, device: Device | None) -> dict[str, Any]
     memory and cores), ``sent`` and ``received`` are of one call. ``floor`` is the least
     time of a call in seconds by the rates of the device; None without a device.
 
-    A program that does not compile has its ``error`` instead of all these.
+    A program that does not compile, or whose text JAX cannot read, has its ``error``
+    instead of all these.
     """
     row = {"phase": program.phase, "program": program.name, "times": program.times}
     start = time.perf_counter()
     try:
         compiled = program.lower().compile()
-    # What a compiler refuses has no type of its own.
+        written = compiled.as_text() or ""
+    # What a compiler refuses has no type of its own. A libtpu newer than JAX compiles,
+    # and JAX cannot read the program.
     except Exception as error:
         return {**row, "error": str(error)}
     seconds = time.perf_counter() - start
@@ -76,7 +79,7 @@ def measure(program: _ProgramToCompile, device: Device | None) -> dict[str, Any]
         "code": memory.generated_code_size_in_bytes,
         "others": program.others,
     }
-    text = Program(compiled.as_text() or "", turns=program.turns)
+    text = Program(written, turns=program.turns)
     collectives = sent(text)
     counts = {
         "flops": products(text),

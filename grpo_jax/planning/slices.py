@@ -12,6 +12,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,19 @@ def _check_library(name: str) -> None:
         raise ValueError(
             f"--compile {name} needs libtpu, and TPU_LIBRARY_PATH is "
             f"{given or 'not set'}; install grpo-jax[tpu], or run `pip install "
-            "--no-deps --target DIR libtpu` and set TPU_LIBRARY_PATH to "
+            f"--no-deps --target DIR '{wanted_library()}'` and set TPU_LIBRARY_PATH to "
             "DIR/libtpu/libtpu.so."
         )
+
+
+def wanted_library() -> str:
+    """The libtpu that the installed JAX asks for, as pip takes it.
+
+    JAX cannot read all programs that a newer one compiles.
+    """
+    lines = requires("jax") or []
+    found = [line.split(";")[0].strip() for line in lines if line.startswith("libtpu")]
+    return found[0] if found else "libtpu"
 
 
 def _here(name: str, count: int) -> Sequence[Any]:

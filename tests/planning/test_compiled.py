@@ -58,3 +58,11 @@ def test_a_program_that_does_not_compile_is_told_and_leaves_the_outcome_open():
     made = summarize(rows, {}, 2**30)
     assert made["programs"][1]["error"] == "no such product"
     assert made["fits"] is None and list(made["phases"]) == ["update"]
+
+
+def test_a_program_whose_text_jax_cannot_read_is_told(monkeypatch):
+    def unreadable(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
+    assert "RET_CHECK" in measure(product(), None)["error"]

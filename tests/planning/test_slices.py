@@ -6,6 +6,7 @@ import sys
 import jax
 import pytest
 
+from grpo_jax.planning import slices
 from grpo_jax.planning.slices import Target, devices_of, find_target
 
 
@@ -74,3 +75,15 @@ def test_where_there_is_no_libtpu_the_error_names_the_machine(
     monkeypatch.setattr(platform, "machine", lambda: machine)
     with pytest.raises(ValueError, match=f"x86_64, and this is .* on {machine}"):
         enter("v6e:2x4")
+
+
+@pytest.mark.parametrize(
+    ("lines", "wanted"),
+    [
+        (["numpy>=1", 'libtpu==0.0.42.*; extra == "tpu"'], "libtpu==0.0.42.*"),
+        (None, "libtpu"),
+    ],
+)
+def test_libtpu_is_the_one_that_jax_asks_for(monkeypatch, lines, wanted):
+    monkeypatch.setattr(slices, "requires", lambda name: lines)
+    assert slices.wanted_library() == wanted
