@@ -81,7 +81,8 @@ def write_conv(conv: ConvConfig) -> dict[str, Any]:
 
 
 def _kinds(hf: Mapping[str, Any]) -> list[str]:
-    count, chosen = hf.get("num_hidden_layers"), hf.get("full_attn_idxs")
+    count: Any = hf.get("num_hidden_layers")
+    chosen: Any = hf.get("full_attn_idxs")
     if not _is_size(count):
         raise ValueError(
             "config.json: num_hidden_layers must be a positive whole number, got "
