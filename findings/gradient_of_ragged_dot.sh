@@ -9,8 +9,8 @@
 # product of all rows for each group, E x R x I x O: a mixture of 128 experts then pays 128
 # times. Which of both depends on libtpu alone. 0.0.42.1, which jax 0.10.2 asks for, has no
 # kernel for the gradient in the kernels. 0.0.50.1, which jax 0.12.0.1 asks for, has kernels
-# for all three, and 0.0.51 too. 0.0.52, the newest, has none, not even for the forward
-# pass. jax 0.12.0.1 gives the same with each.
+# for all three. 0.0.52, the newest, has none, not even for the forward
+# pass. jax 0.12.0.1 gives the same with 0.0.50.1 and with 0.0.52.
 set -euo pipefail
 
 folder=$(mktemp -d)
