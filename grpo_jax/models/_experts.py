@@ -104,7 +104,7 @@ def _by_shard(
     parts = math.prod(mesh.shape[name] for name in names if name in mesh.shape)
     if x.shape[0] % parts:
         parts = 1
-    for_tpu = with_kernels and serves_blocks(parts)
+    for_tpu = with_kernels and serves_blocks(parts, x.dtype)
     mix = functools.partial(mix, block_product if for_tpu else jax.lax.ragged_dot)
     if parts == 1:
         return mix(x, *weights)

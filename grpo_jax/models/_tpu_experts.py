@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jax.sharding import AxisType
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models._tpu_flash import is_tpu
@@ -20,15 +21,17 @@ _ROWS, _SIDE = 256, 512
 _FEWEST_ROWS = 128
 
 
-def serves_blocks(devices: int) -> bool:
+def serves_blocks(devices: int, dtype: DTypeLike) -> bool:
     """Whether `block_product` can be used where rows are split over so many devices.
 
     No other axis of the mesh may split the kernels, and nothing may have mapped it
-    before: the compiler does not split what `block_product` calls.
+    before: the compiler does not split what `block_product` calls. Its kernels take no
+    float16, and have no gradient where integers have 64 bits.
     """
     mesh = jax.sharding.get_abstract_mesh()
     mapped = set(mesh.axis_types) - {AxisType.Auto}
-    return is_tpu(mesh) and not mapped and max(mesh.size, 1) == devices
+    known = dtype in (jnp.bfloat16, jnp.float32) and not jax.config.jax_enable_x64
+    return known and is_tpu(mesh) and not mapped and max(mesh.size, 1) == devices
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
