@@ -30,7 +30,8 @@ def serves_blocks(devices: int, dtype: DTypeLike) -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     mapped = set(mesh.axis_types) - {AxisType.Auto}
-    known = dtype in (jnp.bfloat16, jnp.float32) and not jax.config.jax_enable_x64
+    narrow = jnp.result_type(int) == jnp.int32
+    known = narrow and dtype in (jnp.bfloat16, jnp.float32)
     return known and is_tpu(mesh) and not mapped and max(mesh.size, 1) == devices
 
 
