@@ -2,7 +2,8 @@
 
     TPU_LIBRARY_PATH=.../libtpu.so python benchmarks/tpu_decode.py [one_v5e fsdp_v5e]
 
-`libtpu` compiles for a described slice on any x86 machine (`docs/tpu.md` says which version, and puts it beside an installation without TPUs). Each job compiles the
+`libtpu` compiles for a described slice on any x86 machine. `docs/tpu.md` says which
+version to install, and how, beside an installation without TPUs. Each job compiles the
 loop from shapes alone, for a Qwen2.5-0.5B shape in bfloat16, and counts in the text of
 its body: copies of arrays of the cache's size, weights that are gathered, other
 communication, and bytes per token (`planning._program_text`). The floor is the weights,
