@@ -81,7 +81,8 @@ def disk_full_in(*steps, stop_at=None):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def share_(completions, wanted, trainer_state, **_):
-        limit = 1 << 15 if trainer_state.global_step in steps else soft
+        # Below the largest array, which no file then holds, however writes are batched.
+        limit = 1 << 14 if trainer_state.global_step in steps else soft
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         if trainer_state.global_step == stop_at:
             stop()
