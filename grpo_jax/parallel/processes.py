@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from grpo_jax.config import MeshConfig
 
@@ -17,11 +18,32 @@ def initialize_processes(config: MeshConfig) -> None:
     SLURM, Open MPI or Kubernetes; if none is found, the process is alone.
     A runtime that is already initialized is left as it is.
 
+    Several processes on CPUs do not use the cache of compiled programs: with jax 0.10.2
+    two processes that load the same stored programs can get wrong sums over devices, or
+    wait for each other for ever.
+
     Raises:
       ValueError: if only some of the three settings are given.
     """
+    if not jax.distributed.is_initialized():
+        _join(config)
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # whether it is used was asked before
+
+
+def leave_processes() -> None:
+    """Leave the runtime that several processes share, before Python ends.
+
+    After a failed save on one process, the others have threads that wait for it for up
+    to 20 minutes. Python joins these threads before its own shutdown of the runtime;
+    leaving first ends their wait.
+    """
     if jax.distributed.is_initialized():
-        return
+        jax.distributed.shutdown()
+
+
+def _join(config: MeshConfig) -> None:
     given = {
         "coordinator": config.coordinator or os.environ.get("GRPO_COORDINATOR"),
         "num_processes": _number(config.num_processes, "GRPO_NUM_PROCESSES"),
@@ -39,17 +61,6 @@ def initialize_processes(config: MeshConfig) -> None:
         )
     elif _in_cluster():
         jax.distributed.initialize()
-
-
-def leave_processes() -> None:
-    """Leave the runtime that several processes share, before Python ends.
-
-    After a failed save on one process, the others have threads that wait for it for up
-    to 20 minutes. Python joins these threads before its own shutdown of the runtime;
-    leaving first ends their wait.
-    """
-    if jax.distributed.is_initialized():
-        jax.distributed.shutdown()
 
 
 def _number(value: int | None, variable: str) -> int | None:

@@ -82,3 +82,19 @@ def test_a_runtime_that_runs_is_left_alone(started, monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     initialize_processes(MeshConfig(coordinator="h:1"))
     assert not started
+
+
+@pytest.mark.parametrize(
+    ("processes", "platform", "used"),
+    [(1, "cpu", True), (2, "cpu", False), (2, "tpu", True)],
+)
+def test_several_processes_on_cpus_load_no_stored_programs(
+    processes, platform, used, started, monkeypatch
+):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    try:
+        initialize_processes(MeshConfig())
+        assert jax.config.jax_enable_compilation_cache is used
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)

@@ -35,9 +35,6 @@ def start(arguments, *, process, port, stderr):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        # With programs that an earlier run has stored, checksums of arrays that are
-        # split over processes come out wrong (jax 0.10.2).
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
         "JAX_NUM_CPU_DEVICES": "2",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "GRPO_COORDINATOR": f"localhost:{port}",
