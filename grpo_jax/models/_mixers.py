@@ -20,8 +20,8 @@ PARTS = (DeltaConfig.part, ConvConfig.part)
 
 def mixer_of(config: ModelConfig) -> MixerConfig:
     """Returns the settings of the layers that are not attention."""
-    assert config.delta is not None, "only called where a model has such layers"
-    return config.delta
+    assert config.mixer is not None, "only called where a model has such layers"
+    return config.mixer
 
 
 def module_of(config: ModelConfig) -> nn.Module:

@@ -123,15 +123,15 @@ def test_merged_adapters_compute_what_they_did(conv):
 
 def test_plans_count_projections_and_states(conv):
     config = conv.model.config
-    plain = dataclasses.replace(config, delta=None)
+    plain = dataclasses.replace(config, mixer=None)
     lengths = np.array([5])
     # Two layers have 4 D^2 weights each, instead of q and o, and k and v of half of it.
     fewer = (
         prefill_flops(plain, lengths).weights - prefill_flops(config, lengths).weights
     )
     assert fewer == 2 * 5 * 2 * (3 - 4) * 32**2
-    assert config.delta.state_bytes(2) == 2 * (2 * 2 * 32 + 4 * 2)
-    assert config.delta.of_device(2).state_bytes(2) == 2 * (2 * 2 * 16 + 4)
+    assert config.mixer.state_bytes(2) == 2 * (2 * 2 * 32 + 4 * 2)
+    assert config.mixer.of_device(2).state_bytes(2) == 2 * (2 * 2 * 16 + 4)
 
 
 def test_files_of_llama_cpp_are_refused_by_name():
