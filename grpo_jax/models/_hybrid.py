@@ -55,7 +55,9 @@ def run(
     kinds, data = mixer_of(config).layers, per_layer_data(config)
     layers = {name: trees["layers"] for name, trees in variables.items()}
     if 0 in layers["params"]:
-        one = _one_layer(config, body, prevent_cse=True)
+        # Only decoding has such layers. A checkpoint would make arrays of the indices
+        # that choose from tuples.
+        one = _one_layer(dataclasses.replace(config, remat="none"), body)
         given = _entries(kinds, entries, states)
         carry, results = _through(one, carry, kinds, layers, data, given)
         return carry, tuple(jax.tree.map(lambda *x: x, *trees) for trees in results)
@@ -285,7 +287,9 @@ def _entries(
     return given
 
 
-def _one_layer(config: ModelConfig, body: Callable, *, prevent_cse: bool) -> Callable:
+def _one_layer(
+    config: ModelConfig, body: Callable, *, prevent_cse: bool = True
+) -> Callable:
     """Returns `body` of one layer as a function of its variables and its kind."""
 
     def one(kind: bool, own: PyTree, carry: PyTree, inputs: PyTree) -> Any:

@@ -28,7 +28,8 @@ def module_of(config: ModelConfig) -> nn.Module:
     """Returns the module of such a layer, named as its part of the parameters."""
     mixer = mixer_of(config)
     if isinstance(mixer, ConvConfig):
-        return ShortConv(mixer, config.lora_scale, name=mixer.part)
+        width, scale = config.hidden_size, config.lora_scale
+        return ShortConv(mixer, width, scale, name=mixer.part)
     return GatedDeltaNet(config, name=mixer.part)
 
 

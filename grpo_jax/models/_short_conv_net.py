@@ -18,6 +18,7 @@ class ShortConv(nn.Module):
     """o(c * convolution(b * x)), in the place of attention."""
 
     config: ConvConfig
+    features: int  # of the layer's input, and of its output
     lora_scale: float | None
 
     def setup(self):
@@ -25,8 +26,8 @@ class ShortConv(nn.Module):
         width, conv = self.config.channels, self.config
         made = functools.partial(Projection, use_bias=False, lora_scale=self.lora_scale)
         # Not split: it has b, c and x one after the other.
-        self.bcx = made(width, 3 * width, ("embed", None))
-        self.o = made(width, width, ("heads", "embed"))
+        self.bcx = made(self.features, 3 * width, ("embed", None))
+        self.o = made(width, self.features, ("heads", "embed"))
         shape = (width, 1, conv.kernel)  # as files have it
         self.taps = parameter(self, "taps", KERNEL_INIT, shape, (None, None, None))
 

@@ -115,6 +115,7 @@ CONV = dataclasses.replace(
         layers=(True, False) * 2, channels=PLAIN.hidden_size, groups=2, kernel=3
     ),
     qk_norm="head",
+    remat="layer",  # which changes nothing, in any mode
 )
 
 
