@@ -27,12 +27,12 @@ def plain_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
     plain.pop("full_attn_idxs", None)
     if "tie_embedding" in plain:
         plain["tie_word_embeddings"] = plain.pop("tie_embedding")
-    given = "block_ff_dim" in plain
-    width: Any = plain.pop("block_ff_dim", plain.get("intermediate_size"))
+    given = plain.keys() & {"block_ff_dim", "intermediate_size"}
+    width = plain.pop("block_ff_dim", plain.get("intermediate_size", 0))
     adjusted = plain.pop("block_auto_adjust_ff_dim", True)
     multiplier = plain.pop("block_ffn_dim_multiplier", 1.0)
     multiple = plain.pop("block_multiple_of", 256)
-    if width is None and not given:
+    if not given:
         return plain  # what is missing is named with all that is
     if not isinstance(adjusted, bool):
         raise ValueError(

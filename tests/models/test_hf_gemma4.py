@@ -104,7 +104,8 @@ def test_even_a_file_that_turns_every_part_off_is_refused():
 
 def test_a_null_is_as_absent():
     absent = {key: value for key, value in E2B.items() if key != "global_head_dim"}
-    assert refusal(E2B | {"global_head_dim": None}) == refusal(absent)
+    sentence = refusal(E2B | {"global_head_dim": None})
+    assert sentence == refusal(absent) and "global_head_dim=512" in sentence
 
 
 @pytest.mark.parametrize(

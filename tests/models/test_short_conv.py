@@ -152,6 +152,7 @@ def test_plans_count_projections_and_states(conv):
     assert config.mixer.of_device(2).state_bytes(2) == 2 * (2 * 2 * 16 + 4)
 
 
-def test_files_of_llama_cpp_are_refused_by_name():
-    with pytest.raises(ValueError, match="'lfm2' is not supported in GGUF"):
-        hf_config({"general.architecture": "lfm2"}, {})
+@pytest.mark.parametrize("name", ["lfm2", "lfm2moe", "qwen35", "mistral3"])
+def test_files_of_llama_cpp_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"'{name}' is not supported in GGUF"):
+        hf_config({"general.architecture": name}, {})
