@@ -132,8 +132,9 @@ def describe_slices() -> None:
     if missing:
         raise RuntimeError(
             f"TPU_LIBRARY_PATH is {given or 'not set'}, and libtpu is not there: it "
-            "compiles for TPUs. `pip install --no-deps --target DIR libtpu`, then set "
-            "TPU_LIBRARY_PATH to DIR/libtpu/libtpu.so."
+            "compiles for TPUs. Install the version that docs/tpu.md says, with `pip "
+            "install --no-deps --target DIR`, then set TPU_LIBRARY_PATH to "
+            "DIR/libtpu/libtpu.so."
         )
     # One process after another may hold the library, and JAX itself stays on the CPU.
     os.environ |= {

@@ -163,19 +163,41 @@ def tiny_policy(tmp_path_factory):
 @pytest.fixture(scope="session")
 def hybrid_policy(tiny_policy):
     """Of two layers, one with a memory in the place of attention. Without a folder."""
+    return mixed(
+        tiny_policy,
+        architectures=["Qwen3_5ForCausalLM"],
+        model_type="qwen3_5_text",
+        layer_types=["linear_attention", "full_attention"],
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=6,
+        linear_value_head_dim=5,
+    )
+
+
+@pytest.fixture(scope="session")
+def conv_policy(tiny_policy):
+    """Of three layers, two with a short convolution in the place of attention."""
+    return mixed(
+        tiny_policy,
+        architectures=["Lfm2ForCausalLM"],
+        model_type="lfm2",
+        num_hidden_layers=3,
+        layer_types=["conv", "full_attention", "conv"],
+        block_auto_adjust_ff_dim=False,
+        norm_eps=1e-5,
+        rms_norm_eps=None,
+    )
+
+
+def mixed(tiny_policy, **keys):
+    """The tiny policy with other keys of its `config.json`, and other parameters."""
     from grpo_jax.models.config import ModelConfig
     from grpo_jax.models.decoder import Decoder, abstract_params
 
-    hf = tiny_policy.model.config.to_hf() | {
-        "architectures": ["Qwen3_5ForCausalLM"],
-        "model_type": "qwen3_5_text",
-        "layer_types": ["linear_attention", "full_attention"],
-        "head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 6,
-        "linear_value_head_dim": 5,
-    }
+    hf = tiny_policy.model.config.to_hf() | keys
+    hf = {key: value for key, value in hf.items() if value is not None}
     model, random = Decoder(ModelConfig.from_hf(hf)), np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: (x.ndim < 3) * 0.5 + 0.2 * random.standard_normal(x.shape),

@@ -135,7 +135,7 @@ TESTED_IN = {
     "models._frozen": "models/test_quantized.py",
     "models._frequencies": "models/test_rope.py",
     "models._hf_config": "models/test_config.py",
-    "models._hf_delta": "models/test_config.py",
+    "models._hf_mixers": "models/test_config.py",
     "models._hf_rope": "models/test_config.py",
     "models._hf_wrappers": "models/test_config.py",
     "models.limits": "rollout/test_encoding.py",

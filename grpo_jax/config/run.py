@@ -256,8 +256,8 @@ class TrainConfig(Section):
     # What the backward pass recomputes to save memory: nothing (none), everything
     # except matrix products (dots), or whole layers (layer). auto: as little as fits.
     remat: Literal["auto", "none", "layer", "dots"] = "auto"
-    # How scores of attention are computed for whole sequences: by a kernel that keeps
-    # them out of main memory, where there is one that wins (auto), or never (xla).
+    # How attention to whole sequences and, on a TPU, the products of experts are
+    # computed: by kernels where they are faster (auto), or by XLA alone (xla).
     attention: Literal["auto", "xla"] = "auto"
     # Scoring and updates with less padding: completions of a prompt in shared rows, or
     # microbatches of like length, where either is faster (auto), or neither (off).

@@ -206,15 +206,17 @@ class SelfAttention(nn.Module):
         config = self.config
         model_width, width = config.hidden_size, config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
-        into, bias = ("embed", "heads"), config.attention_bias
-        into_kv = ("embed", "kv_heads")
+        made = functools.partial(
+            Projection, use_bias=config.attention_bias, lora_scale=config.lora_scale
+        )
+        into, into_kv = ("embed", "heads"), ("embed", "kv_heads")
         # The gate of each head is behind its query.
         gated = 2 if config.attention_gate else 1
-        self.q = self._projection(model_width, gated * width, into, bias)
-        self.k = self._projection(model_width, kv_width, into_kv, bias)
-        self.v = self._projection(model_width, kv_width, into_kv, bias)
-        out_of, bias = ("heads", "embed"), config.output_bias
-        self.o = self._projection(width, model_width, out_of, bias)
+        self.q = made(model_width, gated * width, into)
+        self.k = made(model_width, kv_width, into_kv)
+        self.v = made(model_width, kv_width, into_kv)
+        out_of = ("heads", "embed")
+        self.o = made(width, model_width, out_of, use_bias=config.output_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(eps=config.norm_eps, offset=config.norm_offset)
             self.k_norm = RMSNorm(eps=config.norm_eps, offset=config.norm_offset)
@@ -259,21 +261,6 @@ class SelfAttention(nn.Module):
     ) -> Float[Array, "N S count h"]:
         split = x.reshape(*x.shape[:2], count, -1)
         return constrain(split, "batch", "seq", axis, None)
-
-    def _projection(
-        self,
-        in_features: int,
-        out_features: int,
-        axes: tuple[str, str],
-        use_bias: bool,
-    ) -> Projection:
-        return Projection(
-            in_features=in_features,
-            out_features=out_features,
-            axes=axes,
-            use_bias=use_bias,
-            lora_scale=self.config.lora_scale,
-        )
 
 
 def _product(equation: str, left: Array, right: Array) -> Float[Array, "..."]:

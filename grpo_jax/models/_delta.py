@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models._conv import convolved, convolved_in_rows, with_state
-from grpo_jax.models.cache import DeltaState
+from grpo_jax.models.cache import MixerState
 
 # Tokens of a chunk. The work within chunks grows with it, the number of steps falls.
 CHUNK = 64
@@ -115,11 +115,11 @@ class DeltaInputs:
     kernel: Float[Array, "c K w"]  # of the convolution, the newest token last
 
 
-def empty_state(config: DeltaConfig, rows: int, dtype: str) -> DeltaState:
+def empty_state(config: DeltaConfig, rows: int, dtype: str) -> MixerState:
     """Returns the state of one layer before the first token."""
     heads, width = config.value_heads, (config.key_dim, config.value_dim)
     tail = (config.key_heads, config.kernel - 1, config.head_channels)
-    return DeltaState(
+    return MixerState(
         memory=jnp.zeros((rows, heads, *width), jnp.float32),
         recent=jnp.zeros((rows, *tail), dtype),
     )
@@ -127,11 +127,11 @@ def empty_state(config: DeltaConfig, rows: int, dtype: str) -> DeltaState:
 
 def advance(
     inputs: DeltaInputs,
-    state: DeltaState,
+    state: MixerState,
     counts: Int[Array, " R"] | None,
     *,
     config: DeltaConfig,
-) -> tuple[Float[Array, "R S V v"], DeltaState]:
+) -> tuple[Float[Array, "R S V v"], MixerState]:
     """Returns what the memory answers to each token, and the state after them.
 
     Only the first `counts` tokens of a row are real. What follows them changes no
@@ -146,12 +146,12 @@ def advance(
     mixed = jax.nn.silu(convolved(tokens, inputs.kernel))
     rule = delta_rule if length == 1 else chunked_delta_rule
     out, memory = rule(*_split(mixed, config), decay, share, state.memory)
-    return out, DeltaState(memory=memory, recent=recent)
+    return out, MixerState(memory=memory, recent=recent)
 
 
 def answers_in_rows(
     inputs: DeltaInputs,
-    state: DeltaState,
+    state: MixerState,
     index: Int[Array, "R S"],
     *,
     config: DeltaConfig,

@@ -1,5 +1,6 @@
 """GatedDeltaNet: projections, a convolution and a gate around the delta rule."""
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -30,12 +31,15 @@ class GatedDeltaNet(nn.Module):
         """Declares the projections, the convolution and what decays are made of."""
         delta, width = delta_of(self.config), self.config.hidden_size
         values, heads = delta.value_heads * delta.value_dim, (delta.value_heads,)
+        made = functools.partial(
+            Projection, use_bias=False, lora_scale=self.config.lora_scale
+        )
         # Not split: it has queries, keys and values one after the other.
-        self.qkv = self._projection(width, delta.channels, ("embed", None))
-        self.z = self._projection(width, values, ("embed", "heads"))
-        self.b = self._projection(width, delta.value_heads, ("embed", "heads"))
-        self.a = self._projection(width, delta.value_heads, ("embed", "heads"))
-        self.o = self._projection(values, width, ("heads", "embed"))
+        self.qkv = made(width, delta.channels, ("embed", None))
+        self.z = made(width, values, ("embed", "heads"))
+        self.b = made(width, delta.value_heads, ("embed", "heads"))
+        self.a = made(width, delta.value_heads, ("embed", "heads"))
+        self.o = made(values, width, ("heads", "embed"))
         shape = (delta.channels, 1, delta.kernel)  # as files have it
         axes = (None, None, None)
         self.conv = parameter(self, "conv", KERNEL_INIT, shape, axes)
@@ -70,22 +74,11 @@ class GatedDeltaNet(nn.Module):
         gated = (self.norm(out) * jax.nn.silu(gate)).astype(x.dtype)
         return self.o(gated.reshape(*x.shape[:2], -1)), aux
 
-    def _projection(
-        self, in_features: int, out_features: int, axes: tuple[str | None, str | None]
-    ) -> Projection:
-        return Projection(
-            in_features=in_features,
-            out_features=out_features,
-            axes=axes,
-            use_bias=False,
-            lora_scale=self.config.lora_scale,
-        )
-
 
 def delta_of(config: ModelConfig) -> DeltaConfig:
     """Returns the settings of the layers that are not attention."""
-    assert isinstance(config.delta, DeltaConfig), "only where a model has such layers"
-    return config.delta
+    assert isinstance(config.mixer, DeltaConfig), "only where a model has such layers"
+    return config.mixer
 
 
 def _rates(

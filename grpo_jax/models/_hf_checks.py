@@ -111,6 +111,15 @@ _TYPES = (
         lambda value: value is None or _is_whole(value),
         "a whole number",
     ),
+    (
+        (
+            *("tie_word_embeddings", "attention_bias", "attention_out_bias"),
+            *("mlp_bias", "use_sliding_window", "norm_topk_prob"),
+        ),
+        # A text that says "false" would be true.
+        lambda value: value in (None, 0, 1) and isinstance(value, int | None),
+        "true or false",
+    ),
     (("layer_types", "no_rope_layers"), _is_list, "a list of names or flags"),
     (
         ("hidden_act", "hidden_activation"),

@@ -10,8 +10,8 @@ from typing import Any
 from grpo_jax.models import families
 from grpo_jax.models._hf_checks import check_keys, check_names, check_values
 from grpo_jax.models._hf_conv import plain_keys
-from grpo_jax.models._hf_delta import attention_types, read_delta, write_delta
 from grpo_jax.models._hf_gemma4 import refuse_gemma4
+from grpo_jax.models._hf_mixers import attention_types, read_mixer, write_mixer
 from grpo_jax.models._hf_rope import FULL, SLIDING, read_rope, write_rope
 from grpo_jax.models._hf_wrappers import text_of
 from grpo_jax.models._routing import ExpertsConfig
@@ -104,7 +104,7 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         else values.get("embedding_multiplier", 1.0),
         "eos_token_ids": _token_ids(values["eos_token_id"]),
         "experts": _experts(values),
-        "delta": read_delta(values),
+        "mixer": read_mixer(values),
         "attention_gate": family.attention_gate,
         **_layers(attention_types(values), family),
     }
@@ -133,7 +133,7 @@ def write(fields: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": fields["norm_eps"],
         "block_auto_adjust_ff_dim": False,
         **_write_experts(fields["experts"]),
-        **write_delta(fields["delta"]),
+        **write_mixer(fields["mixer"]),
     }
     activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
     values["hidden_act"] = activations[fields["activation"]]

@@ -27,12 +27,18 @@ def plain_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
     plain.pop("full_attn_idxs", None)
     if "tie_embedding" in plain:
         plain["tie_word_embeddings"] = plain.pop("tie_embedding")
-    width = plain.pop("block_ff_dim", plain.get("intermediate_size"))
+    given = plain.keys() & {"block_ff_dim", "intermediate_size"}
+    width = plain.pop("block_ff_dim", plain.get("intermediate_size", 0))
     adjusted = plain.pop("block_auto_adjust_ff_dim", True)
     multiplier = plain.pop("block_ffn_dim_multiplier", 1.0)
     multiple = plain.pop("block_multiple_of", 256)
-    if width is None:
-        return plain
+    if not given:
+        return plain  # what is missing is named with all that is
+    if not isinstance(adjusted, bool):
+        raise ValueError(
+            "config.json: block_auto_adjust_ff_dim must be true or false, got "
+            f"{adjusted!r}"
+        )
     if not _is_size(width):
         raise ValueError(
             "config.json: block_ff_dim or intermediate_size must be a positive whole "
@@ -90,7 +96,7 @@ def _kinds(hf: Mapping[str, Any]) -> list[str]:
         )
     if chosen is None:
         chosen = range(count)
-    elif not isinstance(chosen, list) or any(i not in range(count) for i in chosen):
+    elif not isinstance(chosen, list) or not all(_is_index(i, count) for i in chosen):
         raise ValueError(
             f"config.json: full_attn_idxs must be a list of some of the {count} "
             f"layers, counted from 0; got {chosen!r}"
@@ -100,6 +106,7 @@ def _kinds(hf: Mapping[str, Any]) -> list[str]:
 
 def _rounded(width: int, multiplier: Any, multiple: Any) -> int:
     is_number = isinstance(multiplier, int | float) and math.isfinite(multiplier)
+    is_number = is_number and not isinstance(multiplier, bool)
     if not is_number or multiplier <= 0 or not _is_size(multiple):
         raise ValueError(
             "config.json: block_ffn_dim_multiplier must be a positive number and "
@@ -107,6 +114,12 @@ def _rounded(width: int, multiplier: Any, multiple: Any) -> int:
             f"{multiple!r}"
         )
     return multiple * math.ceil(int(multiplier * width) / multiple)
+
+
+def _is_index(value: Any, count: int) -> bool:
+    # In Python true is 1, and 1.0 is in a range of whole numbers.
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and 0 <= value < count
 
 
 def _is_size(value: Any) -> bool:

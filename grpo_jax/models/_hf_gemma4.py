@@ -65,7 +65,8 @@ def _other_heads(values: Mapping[str, Any]) -> Iterator[str]:
         if values["per_layer_config"]:
             yield "heads that differ from layer to layer (per_layer_config)"
         return
-    of_global = values.get("global_head_dim", 512)
+    of_global = values.get("global_head_dim")
+    of_global = 512 if of_global is None else of_global
     if of_global != size:
         yield (
             "heads of another size in global layers "

@@ -1,7 +1,8 @@
 """Models of which some layers have a memory in the place of attention.
 
-Parameters are stacked by part: `attn` over the layers with attention, `delta` over the
-others, and what all have over all. Keys and values, and states, are stacked alike.
+Parameters are stacked by part: `attn` over the layers with attention, `delta` or `conv`
+over the others, and what all have over all. Keys and values, and states, are stacked
+alike.
 Layers are scanned period by period, so compile time does not grow with depth.
 """
 
@@ -25,7 +26,7 @@ from grpo_jax.models._mixers import (
     rules_of,
 )
 from grpo_jax.models._rows import join, of_owners, part
-from grpo_jax.models.cache import Cache, DeltaState, PromptBlock, Slots, per_layer
+from grpo_jax.models.cache import Cache, MixerState, PromptBlock, Slots, per_layer
 from grpo_jax.models.config import ModelConfig
 
 # Parts that only some layers have, and whether they are those without attention.
@@ -40,7 +41,7 @@ def run(
     body: Callable,
     carry: PyTree,
     entries: tuple[PyTree, ...],
-    states: tuple[DeltaState, ...],
+    states: tuple[MixerState, ...],
 ) -> tuple[PyTree, tuple[PyTree, ...]]:
     """Returns the last carry of `body(layer, carry, (data, entry))`, and the results.
 
@@ -54,7 +55,9 @@ def run(
     kinds, data = mixer_of(config).layers, per_layer_data(config)
     layers = {name: trees["layers"] for name, trees in variables.items()}
     if 0 in layers["params"]:
-        one = _one_layer(config, body, prevent_cse=True)
+        # Only decoding has such layers. A checkpoint would make arrays of the indices
+        # that choose from tuples.
+        one = _one_layer(dataclasses.replace(config, remat="none"), body)
         given = _entries(kinds, entries, states)
         carry, results = _through(one, carry, kinds, layers, data, given)
         return carry, tuple(jax.tree.map(lambda *x: x, *trees) for trees in results)
@@ -110,12 +113,12 @@ def init_layers(config: ModelConfig, key: Key[Array, ""]) -> PyTree:
     return nn.meta.add_axis(stacks, 0, {nn.PARTITION_NAME: "layers"})
 
 
-def empty_states(config: ModelConfig, rows: int) -> DeltaState | None:
+def empty_states(config: ModelConfig, rows: int) -> MixerState | None:
     """Returns the states of all layers before the first token; None without any."""
-    if config.delta is None:
+    if config.mixer is None:
         return None
-    one = rules_of(config.delta).empty_state(config.delta, rows, config.dtype)
-    count = sum(config.delta.layers)
+    one = rules_of(config.mixer).empty_state(config.mixer, rows, config.dtype)
+    count = sum(config.mixer.layers)
     return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), one)
 
 
@@ -125,7 +128,7 @@ def of_prompts(
     config: ModelConfig,
     lengths: Int[Array, " N"] | None,
     keep: bool,
-) -> tuple[Answers, DeltaState | None]:
+) -> tuple[Answers, MixerState | None]:
     """Returns answers to prompts from their first token on, and the state if kept."""
     mixer = mixer_of(config)
     rules = rules_of(mixer)
@@ -218,8 +221,8 @@ def of_extended(
     config: ModelConfig,
     slots: Slots,
     counts: Int[Array, "A S"],
-    states: tuple[DeltaState, DeltaState],
-) -> tuple[Answers, DeltaState]:
+    states: tuple[MixerState, MixerState],
+) -> tuple[Answers, MixerState]:
     """Returns answers to t tokens of each slot, and the states after the real ones.
 
     Args:
@@ -237,7 +240,7 @@ def _where(chosen: Bool[Array, "A S"], new: Array, old: Array) -> Array:
     return jnp.where(chosen.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
 
-def _read(state: DeltaState, index: Int[Array, ""] | int) -> DeltaState:
+def _read(state: MixerState, index: Int[Array, ""] | int) -> MixerState:
     """Returns the state of one layer, of a stack or of a tuple."""
 
     def take(x: PyTree) -> Array:
@@ -245,12 +248,12 @@ def _read(state: DeltaState, index: Int[Array, ""] | int) -> DeltaState:
             return x[index]
         return lax.dynamic_index_in_dim(x, index, axis=0, keepdims=False)
 
-    return DeltaState(take(state.memory), take(state.recent))
+    return MixerState(take(state.memory), take(state.recent))
 
 
 def _write(
-    state: DeltaState, new: DeltaState, index: Int[Array, ""] | int
-) -> DeltaState:
+    state: MixerState, new: MixerState, index: Int[Array, ""] | int
+) -> MixerState:
     """Returns the states with that of one layer replaced."""
 
     def put(x: PyTree, new: Array) -> PyTree:
@@ -258,7 +261,7 @@ def _write(
             return (*x[:index], new, *x[index + 1 :])
         return lax.dynamic_update_index_in_dim(x, new, index, axis=0)
 
-    return DeltaState(put(state.memory, new.memory), put(state.recent, new.recent))
+    return MixerState(put(state.memory, new.memory), put(state.recent, new.recent))
 
 
 def _period(kinds: Sequence[bool]) -> int:
@@ -270,21 +273,23 @@ def _period(kinds: Sequence[bool]) -> int:
 
 
 def _entries(
-    kinds: Sequence[bool], entries: tuple[PyTree, ...], states: tuple[DeltaState, ...]
+    kinds: Sequence[bool], entries: tuple[PyTree, ...], states: tuple[MixerState, ...]
 ) -> list[tuple]:
     """Returns what each layer gets of the arrays of its kind."""
     given, counts = [], [0, 0]
     for kind in kinds:
         at = counts[kind]
         if kind:
-            given.append(tuple(DeltaState(x.memory[at], x.recent[at]) for x in states))
+            given.append(tuple(MixerState(x.memory[at], x.recent[at]) for x in states))
         else:
             given.append(tuple(x[at] for x in entries))
         counts[kind] += 1
     return given
 
 
-def _one_layer(config: ModelConfig, body: Callable, *, prevent_cse: bool) -> Callable:
+def _one_layer(
+    config: ModelConfig, body: Callable, *, prevent_cse: bool = True
+) -> Callable:
     """Returns `body` of one layer as a function of its variables and its kind."""
 
     def one(kind: bool, own: PyTree, carry: PyTree, inputs: PyTree) -> Any:

@@ -4,6 +4,7 @@ Parameters are float32. Each part casts its own to the compute dtype where it us
 Kernels are two-dimensional, [in, out]. Each parameter has logical axis names.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -144,26 +145,20 @@ class GatedMLP(nn.Module):
     def setup(self):
         """Declares the three projections."""
         width, inner = self.config.hidden_size, self.config.intermediate_size
-        self.gate = self._projection(width, inner, ("embed", "mlp"))
-        self.up = self._projection(width, inner, ("embed", "mlp"))
-        self.down = self._projection(inner, width, ("mlp", "embed"))
+        made = functools.partial(
+            Projection,
+            use_bias=self.config.mlp_bias,
+            lora_scale=self.config.lora_scale,
+        )
+        self.gate = made(width, inner, ("embed", "mlp"))
+        self.up = made(width, inner, ("embed", "mlp"))
+        self.down = made(inner, width, ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "N S D"]) -> Float[Array, "N S D"]:
         """Returns the output of the block, without the residual."""
         inner = activation(self.gate(x), kind=self.config.activation) * self.up(x)
         inner = constrain(inner, "batch", "seq", "mlp")
         return self.down(inner)
-
-    def _projection(
-        self, in_features: int, out_features: int, axes: tuple[str, str]
-    ) -> Projection:
-        return Projection(
-            in_features=in_features,
-            out_features=out_features,
-            axes=axes,
-            use_bias=self.config.mlp_bias,
-            lora_scale=self.config.lora_scale,
-        )
 
 
 def unrolled(variables: PyTree, split: Callable[[PyTree], Sequence]) -> PyTree:

@@ -20,15 +20,16 @@ PARTS = (DeltaConfig.part, ConvConfig.part)
 
 def mixer_of(config: ModelConfig) -> MixerConfig:
     """Returns the settings of the layers that are not attention."""
-    assert config.delta is not None, "only called where a model has such layers"
-    return config.delta
+    assert config.mixer is not None, "only called where a model has such layers"
+    return config.mixer
 
 
 def module_of(config: ModelConfig) -> nn.Module:
     """Returns the module of such a layer, named as its part of the parameters."""
     mixer = mixer_of(config)
     if isinstance(mixer, ConvConfig):
-        return ShortConv(mixer, config.lora_scale, name=mixer.part)
+        width, scale = config.hidden_size, config.lora_scale
+        return ShortConv(mixer, width, scale, name=mixer.part)
     return GatedDeltaNet(config, name=mixer.part)
 
 

@@ -123,9 +123,8 @@ def through_experts(
     """Returns what `through_all_experts` does, computing the chosen experts only.
 
     Each row is repeated for its k experts and the copies are sorted by expert, so that
-    each expert's are one block of the `product`. For `ragged_dot` XLA for a TPU skips
-    what lies outside of the blocks, but not in the gradient of the kernels; see
-    `_tpu_experts`. On a CPU it computes all for each expert, and masks it.
+    each expert's are one block of the `product`. On a CPU XLA makes of `ragged_dot` all
+    rows for each expert, masked. On a TPU that depends on libtpu; see `_tpu_experts`.
     """
     count, per_token = kernels.gate.shape[0], routing.experts.shape[-1]
     experts = routing.experts.reshape(-1)

@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models._conv import convolved, convolved_in_rows, with_state
-from grpo_jax.models.cache import DeltaState
+from grpo_jax.models.cache import MixerState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,10 +79,10 @@ class ConvInputs:
     kernel: Float[Array, "c K w"]  # the newest token last
 
 
-def empty_state(config: ConvConfig, rows: int, dtype: str) -> DeltaState:
+def empty_state(config: ConvConfig, rows: int, dtype: str) -> MixerState:
     """Returns the state of one layer before the first token."""
     tail = (config.groups, config.kernel - 1, config.channels // config.groups)
-    return DeltaState(
+    return MixerState(
         # One number, as no reshape can infer an axis of an array of size 0.
         memory=jnp.zeros((rows, config.groups, 1, 1), jnp.float32),
         recent=jnp.zeros((rows, *tail), dtype),
@@ -91,23 +91,23 @@ def empty_state(config: ConvConfig, rows: int, dtype: str) -> DeltaState:
 
 def advance(
     inputs: ConvInputs,
-    state: DeltaState,
+    state: MixerState,
     counts: Int[Array, " R"] | None,
     *,
     config: ConvConfig,
-) -> tuple[Float[Array, "R S K w"], DeltaState]:
+) -> tuple[Float[Array, "R S K w"], MixerState]:
     """Returns the convolution at each token, float32, and the state after them.
 
     Only the first `counts` tokens of a row are real. None: all are.
     """
     tokens, recent = with_state(inputs.channels, state.recent, counts)
     out = convolved(tokens, inputs.kernel)
-    return out, DeltaState(memory=state.memory, recent=recent)
+    return out, MixerState(memory=state.memory, recent=recent)
 
 
 def answers_in_rows(
     inputs: ConvInputs,
-    state: DeltaState,
+    state: MixerState,
     index: Int[Array, "R S"],
     *,
     config: ConvConfig,

@@ -1,5 +1,6 @@
 """ShortConv: projections and gates around a convolution over a few tokens."""
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -17,14 +18,16 @@ class ShortConv(nn.Module):
     """o(c * convolution(b * x)), in the place of attention."""
 
     config: ConvConfig
+    features: int  # of the layer's input, and of its output
     lora_scale: float | None
 
     def setup(self):
         """Declares the projections and the convolution."""
         width, conv = self.config.channels, self.config
+        made = functools.partial(Projection, use_bias=False, lora_scale=self.lora_scale)
         # Not split: it has b, c and x one after the other.
-        self.bcx = self._projection(width, 3 * width, ("embed", None))
-        self.o = self._projection(width, width, ("heads", "embed"))
+        self.bcx = made(self.features, 3 * width, ("embed", None))
+        self.o = made(width, self.features, ("heads", "embed"))
         shape = (width, 1, conv.kernel)  # as files have it
         self.taps = parameter(self, "taps", KERNEL_INIT, shape, (None, None, None))
 
@@ -50,14 +53,3 @@ class ShortConv(nn.Module):
         )
         mixed = out.reshape(after.shape).astype(x.dtype)
         return self.o(after * mixed), aux
-
-    def _projection(
-        self, in_features: int, out_features: int, axes: tuple[str | None, str | None]
-    ) -> Projection:
-        return Projection(
-            in_features=in_features,
-            out_features=out_features,
-            axes=axes,
-            use_bias=False,
-            lora_scale=self.lora_scale,
-        )

@@ -1,7 +1,8 @@
 """Products of blocks of rows with a kernel each, for TPUs.
 
-XLA for a TPU multiplies all rows with each kernel in the gradient of `ragged_dot`, and
-in the product itself as well with some versions of libtpu.
+What XLA makes of `ragged_dot` depends on libtpu. 0.0.42 multiplies all rows with each
+kernel in the gradient of the kernels, 0.0.50 nowhere, 0.0.52 in both gradients and in
+the product itself (findings/gradient_of_ragged_dot.sh).
 """
 
 import functools
@@ -47,7 +48,7 @@ def block_product(
     Rows behind the last block give 0. A row meets one kernel only, and so it is in both
     gradients: by the kernels of MegaBlocks (Gale et al. 2022,
     https://arxiv.org/abs/2211.15841, section 5.1) that come with JAX. With `interpret`
-    they need no TPU.
+    they need no TPU. It has no derivative in forward mode (`jax.jvp`).
     """
     return _product(rows, kernels, sizes, interpret=interpret)
 

@@ -10,7 +10,7 @@ copy each layer of a stack at every token. On a TPU a layer of a stack is read i
 A ring of its own would be taken into fast memory, and copied back whole when a token is
 written there. So the ring may be a stack where the prompts are not.
 
-Layers without attention have a `DeltaState` instead, of prompts and of slots.
+Layers without attention have a `MixerState` instead, of prompts and of slots.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 @struct.dataclass
-class DeltaState:
+class MixerState:
     """What a layer without attention keeps of the tokens before, for each row.
 
     Of a model, an array with a leading axis of layers, or a tuple with one for each.
@@ -47,7 +47,7 @@ class Prefix:
     # A completion's position is its prompt's length plus its step, and attention masks
     # the padding behind that length. Padding need only be finite.
     lengths: Int[Array, " N"]
-    state: DeltaState | None = None  # after the prompts
+    state: MixerState | None = None  # after the prompts
 
 
 @struct.dataclass
@@ -65,7 +65,7 @@ class Cache:
 
     keys: PyTree
     values: PyTree
-    state: DeltaState | None = None  # after the tokens of each slot
+    state: MixerState | None = None  # after the tokens of each slot
 
     @property
     def arrays(self) -> tuple[PyTree, PyTree, PyTree]:
@@ -101,7 +101,7 @@ class PromptBlock:
 
     keys: PyTree
     values: PyTree
-    state: DeltaState | None = None
+    state: MixerState | None = None
     members: Int[Array, "A M W"] | None = None
     place: Int[Array, "A S"] | None = None
 

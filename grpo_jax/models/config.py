@@ -81,7 +81,7 @@ class ModelConfig:
     logit_divisor: float = 1.0  # logits are divided by it
     experts: ExpertsConfig | None = None  # instead of one MLP
     # Layers with a memory or a convolution instead of attention.
-    delta: DeltaConfig | ConvConfig | None = None
+    mixer: DeltaConfig | ConvConfig | None = None
     attention_gate: bool = False  # attention times a sigmoid, which q projects as well
     dtype: str = "float32"  # of compute; parameters stay float32
     remat: Literal["none", "layer", "dots"] = "none"  # what backward recomputes
@@ -103,7 +103,7 @@ class ModelConfig:
     @property
     def attention_layers(self) -> int:
         """Layers that have keys and values."""
-        return self.num_layers - (sum(self.delta.layers) if self.delta else 0)
+        return self.num_layers - (sum(self.mixer.layers) if self.mixer else 0)
 
     @property
     def rotary_dim(self) -> int:
@@ -193,8 +193,8 @@ def _relation_problems(config: ModelConfig) -> Iterator[str]:
             "mlp_bias must be False: experts have no biases",
         ),
         (
-            config.delta is None or len(config.delta.layers) == layers,
-            f"delta.layers needs num_layers={layers} entries",
+            config.mixer is None or len(config.mixer.layers) == layers,
+            f"mixer.layers needs num_layers={layers} entries",
         ),
         (
             len(rope) == layers,

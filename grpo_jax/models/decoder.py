@@ -197,8 +197,8 @@ class Decoder(nn.Module):
         copy. Called outside of `apply`.
         """
         split = functools.partial(per_layer, count=self.config.num_layers)
-        if self.config.delta is not None:
-            kinds = self.config.delta.layers
+        if self.config.mixer is not None:
+            kinds = self.config.mixer.layers
             split = functools.partial(hybrid.split_layers, kinds=kinds)
         return unrolled(variables, split)
 
@@ -313,7 +313,7 @@ class Decoder(nn.Module):
 
         `states` are for the layers without attention, `entries` for the others.
         """
-        if self.config.delta is None:
+        if self.config.mixer is None:
             apart = any(isinstance(arrays, tuple) for arrays in entries)
             return (self._run_unrolled if apart else self._scan)(body, carry, entries)
         if self.is_initializing():  # see `hybrid.init_layers`
@@ -389,6 +389,6 @@ def _boxed_params(model: Decoder, key: Key[Array, ""]) -> PyTree:
     touch = lambda bound, *given: (bound.forward(*given), bound.head())  # noqa: E731
     tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
     params = model.init(key, tokens, lengths, method=touch)["params"]
-    if model.config.delta is None:
+    if model.config.mixer is None:
         return params
     return {**params, "layers": hybrid.init_layers(model.config, key)}

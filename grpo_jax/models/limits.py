@@ -59,7 +59,7 @@ def experts_per_token(model: LanguageModel) -> int:
     Raises:
       ValueError: for a model without experts in every layer.
     """
-    if isinstance(model, Decoder) and model.config.delta is None:
+    if isinstance(model, Decoder) and model.config.mixer is None:
         if (experts := model.config.experts) is not None:
             return experts.per_token
     raise ValueError(

@@ -35,7 +35,7 @@ def adaptable(config: ModelConfig) -> tuple[str, ...]:
 
     A projection of experts has an adapter for each of them.
     """
-    mixer = () if config.delta is None else (config.delta.part,)
+    mixer = () if config.mixer is None else (config.mixer.part,)
     parts = ("attn", "mlp", *mixer)
     return tuple(name for name, path in PATHS.items() if path.split("/")[1] in parts)
 

@@ -89,10 +89,10 @@ def layer_weights(config: ModelConfig) -> int:
 def _all_weights(config: ModelConfig) -> int:
     """The weights of all layers that multiply a token."""
     weights = config.attention_layers * layer_weights(config)
-    if config.delta is None:
+    if config.mixer is None:
         return weights
-    width = config.delta.projected + _mlp_width(config)
-    return weights + sum(config.delta.layers) * config.hidden_size * width
+    width = config.mixer.projected + _mlp_width(config)
+    return weights + sum(config.mixer.layers) * config.hidden_size * width
 
 
 def _mlp_width(config: ModelConfig) -> int:
@@ -111,8 +111,8 @@ def _mixing(
     for a token: its answers to key and to query, and its correction.
     """
     attention = 2 * config.num_heads * config.head_dim * float(pairs.sum())
-    delta = config.delta
-    memories = 0 if delta is None else 3 * sum(delta.layers) * delta.memory_size
+    mixer = config.mixer
+    memories = 0 if mixer is None else 3 * sum(mixer.layers) * mixer.memory_size
     return 2.0 * (attention + memories * float(tokens.sum()))
 
 
@@ -121,8 +121,8 @@ def _pairs(
 ) -> Int[np.ndarray, "..."]:
     """Pairs of a token and one that it sees, itself included, over all layers."""
     total = np.zeros(lengths.shape, np.int64)
-    delta = config.delta
-    memory = (False,) * config.num_layers if delta is None else delta.layers
+    mixer = config.mixer
+    memory = (False,) * config.num_layers if mixer is None else mixer.layers
     for window, without in zip(config.layer_window, memory, strict=True):
         if without:
             continue

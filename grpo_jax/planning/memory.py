@@ -231,7 +231,7 @@ class _Sizes:
             num_heads=-(-self.model.num_heads // tensor),
             num_kv_heads=-(-self.model.num_kv_heads // tensor),
             intermediate_size=-(-self.model.intermediate_size // tensor),
-            delta=self.model.delta and self.model.delta.of_device(tensor),
+            mixer=self.model.mixer and self.model.mixer.of_device(tensor),
         )
         kept = kept_bytes(
             part,
@@ -332,7 +332,7 @@ class _Sizes:
         embed = self._head if cast and not fsdp else 0
         copied = 0 if self.dequantized else self._one_layer * model.num_layers
         heads = -(-model.num_kv_heads // mesh.shape["tensor"])
-        own = model.delta and model.delta.of_device(mesh.shape["tensor"])
+        own = model.mixer and model.mixer.of_device(mesh.shape["tensor"])
         state = own.state_bytes(self.item) if own else 0
         entry = 2 * self.item * model.attention_layers * heads * model.head_dim
         shards = meshes.batch_shards(mesh)

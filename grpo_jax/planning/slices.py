@@ -145,7 +145,8 @@ def wanted_library() -> str:
     JAX cannot read all programs that a newer one compiles.
     """
     lines = requires("jax") or []
-    found = [line.split(";")[0].strip() for line in lines if line.startswith("libtpu")]
+    named = re.compile(r"libtpu(?![\w.-])")  # not libtpu-nightly
+    found = [line.split(";")[0].strip() for line in lines if named.match(line)]
     return found[0] if found else "libtpu"
 
 

@@ -7,7 +7,7 @@ import jax
 from flax import struct
 from jaxtyping import Array, Float, Int, PyTree
 
-from grpo_jax.models.cache import DeltaState
+from grpo_jax.models.cache import MixerState
 from grpo_jax.rollout import _programs as programs
 
 # Of the arrays by name, with a number for each layer, or 0 for all in one array.
@@ -64,7 +64,7 @@ class Stored(struct.PyTreeNode):
         state = of_prompts = None
         if f"{_STATES[0]}_0" in arrays:
             of_all = [*map(of, _STATES)]
-            state, of_prompts = DeltaState(*of_all[:2]), DeltaState(*of_all[2:])
+            state, of_prompts = MixerState(*of_all[:2]), MixerState(*of_all[2:])
         return cls(
             cache=(keys, values, state),
             prompts=(prompt_keys, prompt_values, of_prompts),

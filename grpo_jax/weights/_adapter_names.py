@@ -69,6 +69,24 @@ def fused_modules(config: ModelConfig) -> dict[str, list[str]]:
     return modules
 
 
+def target_modules(config: ModelConfig, targets: Collection[str]) -> list[str]:
+    """The endings of module names by which PEFT finds the targets, and no other module.
+
+    Mostly the last part. In LFM2 two kinds of layers have an `out_proj`.
+    """
+    kernels = {row.path: row for row in parameter_table(config)}
+    chosen = {name for t in targets for name in kernel_of(kernels, t).names}
+    others = {name for row in kernels.values() for name in row.names} - chosen
+
+    def ending(name: str) -> str:
+        parts = name.split(".")
+        ends = (".".join(parts[at:]) for at in range(len(parts) - 2, -1, -1))
+        found = (end for end in ends if not any(o.endswith(f".{end}") for o in others))
+        return next(found).removesuffix(".weight")
+
+    return sorted({ending(name) for name in chosen})
+
+
 def _module(kernel: Parameter) -> str:
     """The name of the module in files, such as `q_proj`."""
     return kernel.names[0].split(".")[-2]

@@ -9,7 +9,7 @@ _Row = tuple[str, str, tuple[int, ...]]
 
 def mixer_tensors(config: ModelConfig) -> Iterator[_Row]:
     """Path, name within the layer, and shape of one layer's parameters."""
-    mixer = config.delta
+    mixer = config.mixer
     if mixer is None:
         return
     convolves = isinstance(mixer, ConvConfig)

@@ -340,9 +340,9 @@ def _mixer_rows(config: ModelConfig) -> Iterator[Parameter]:
 def _layers(config: ModelConfig, *, memory: bool | None) -> list[int]:
     """The layers without attention, those with, or all."""
     every = range(config.num_layers)
-    if memory is None or config.delta is None:
+    if memory is None or config.mixer is None:
         return [*every]
-    return [i for i in every if config.delta.layers[i] == memory]
+    return [i for i in every if config.mixer.layers[i] == memory]
 
 
 def _biases(config: ModelConfig) -> set[str]:

@@ -22,7 +22,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.lora import PATHS, adaptable
 from grpo_jax.parallel.mesh import named_leaves
 from grpo_jax.weights import _safetensors
-from grpo_jax.weights._adapter_names import adapter_table, fused_modules
+from grpo_jax.weights._adapter_names import adapter_table, fused_modules, target_modules
 from grpo_jax.weights._names import (
     Parameter,
     Tensor,
@@ -105,7 +105,7 @@ def save_adapter(
         raise ValueError(f"params have adapters of none of {sorted(PATHS)}")
     rank = adapter.rank
     table = adapter_table(config, rank=rank, targets=targets)
-    modules = sorted({row.names[0].split(".")[-3] for row in table})
+    modules = {row.names[0].split(".")[-3] for row in table}
     fused = {m: len(t) for m, t in fused_modules(config).items() if m in modules}
     values = {
         "peft_type": "LORA",
@@ -116,7 +116,7 @@ def save_adapter(
         # As one adapter of that rank, with the same alpha / rank.
         "rank_pattern": {module: n * rank for module, n in fused.items()},
         "alpha_pattern": {m: _number(n * adapter.alpha) for m, n in fused.items()},
-        "target_modules": modules,
+        "target_modules": target_modules(config, targets),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

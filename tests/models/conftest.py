@@ -92,7 +92,7 @@ HYBRID = dataclasses.replace(
     num_layers=4,
     layer_rope=(0,) * 4,
     layer_window=(None,) * 4,
-    delta=DeltaConfig(
+    mixer=DeltaConfig(
         layers=(True, False) * 2,
         key_heads=2,
         value_heads=4,
@@ -111,10 +111,11 @@ CONV = dataclasses.replace(
     num_layers=4,
     layer_rope=(0,) * 4,
     layer_window=(None,) * 4,
-    delta=ConvConfig(
+    mixer=ConvConfig(
         layers=(True, False) * 2, channels=PLAIN.hidden_size, groups=2, kernel=3
     ),
     qk_norm="head",
+    remat="layer",  # which changes nothing, in any mode
 )
 
 

@@ -393,8 +393,8 @@ def test_layers_without_attention_are_read_from_either_key():
     every = {**QWEN3_5, "full_attention_interval": 3}
     for hf in (listed, every, {**every, "layer_types": None}):
         config = ModelConfig.from_hf(hf)
-        assert config.delta.layers == (True, True, False)
-        assert (config.delta.key_heads, config.delta.value_heads) == (16, 32)
+        assert config.mixer.layers == (True, True, False)
+        assert (config.mixer.key_heads, config.mixer.value_heads) == (16, 32)
         assert config.attention_layers == 1 and config.attention_gate
         assert ModelConfig.from_hf(config.to_hf()) == config
     assert config.rotary_fraction == 0.25

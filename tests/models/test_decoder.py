@@ -254,7 +254,7 @@ def test_every_parameter_has_one_logical_axis_name_per_dimension(any_tiny):
     assert jax.tree.structure(shapes) == jax.tree.structure(axes, is_leaf=is_axes)
     sizes = {"layers": tiny.model.config.num_layers, "embed": 32, "mlp": 48}
     sizes |= {"vocab": 64, "heads": 32, "kv_heads": 16}
-    if tiny.model.config.delta is not None:
+    if tiny.model.config.mixer is not None:
         # Of half of the layers each, and heads of several widths: see the mesh.
         sizes = {"embed": 32, "mlp": 48, "vocab": 64, "kv_heads": 16}
     if tiny.model.config.experts is not None:

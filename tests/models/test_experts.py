@@ -244,3 +244,25 @@ def test_kernels_serve_where_experts_are_whole(
     for ours, plain in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         scale = float(jnp.abs(plain).max())
         np.testing.assert_allclose(ours, plain, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide", "served"),
+    [
+        ("float32", False, True),
+        ("bfloat16", False, True),
+        ("float16", False, False),
+        ("float32", True, False),
+    ],
+)
+def test_kernels_serve_what_they_can_differentiate(dtype, wide, served, monkeypatch):
+    monkeypatch.setattr(_tpu_experts, "is_tpu", lambda mesh: True)
+    with jax.enable_x64(wide):
+        assert _tpu_experts.serves_blocks(1, jnp.dtype(dtype)) == served
+
+
+def test_products_of_blocks_have_no_forward_mode():
+    rows, kernels, sizes = draw(4, 8), draw(2, 8, 8), jnp.array([1, 3])
+    product = lambda rows: _tpu_experts.block_product(rows, kernels, sizes, True)  # noqa: E731
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(product, (rows,), (rows,))

@@ -102,6 +102,12 @@ def test_even_a_file_that_turns_every_part_off_is_refused():
     assert sentence.endswith(f"lacks: {ALWAYS} (see docs/models.md)")
 
 
+def test_a_null_is_as_absent():
+    absent = {key: value for key, value in E2B.items() if key != "global_head_dim"}
+    sentence = refusal(E2B | {"global_head_dim": None})
+    assert sentence == refusal(absent) and "global_head_dim=512" in sentence
+
+
 @pytest.mark.parametrize(
     "key", ["global_head_dim", "num_global_key_value_heads", "per_layer_config"]
 )

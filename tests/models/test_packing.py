@@ -182,12 +182,12 @@ def packed():
 
 def test_log_probs_and_gradients_are_those_of_rows_of_their_own(any_tiny, packed):
     model = Decoder(dataclasses.replace(any_tiny.model.config, lora_scale=2.0))
-    memory = model.config.delta is not None
+    memory = model.config.mixer is not None
     own = {
         "DeltaConfig": ("delta_qkv", "delta_a"),
         "ConvConfig": ("conv_bcx", "conv_o"),
     }
-    targets = ("q", "v", *own.get(type(model.config.delta).__name__, ()))
+    targets = ("q", "v", *own.get(type(model.config.mixer).__name__, ()))
     adapters = init_lora(model, jax.random.key(1), rank=2, targets=targets)
     adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
     draw = np.random.default_rng(4)

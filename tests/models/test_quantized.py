@@ -154,14 +154,20 @@ def both(request, plain):
     return plain, *adapted(plain, request.param, "q", "o", "down")
 
 
-def test_layers_without_attention_are_quantized_too(hybrid):
-    model, base, plain, lora = adapted(hybrid, "int8", "q", "delta_qkv", "down")
-    assert "codes" in base["layers"]["delta"]["qkv"]
+@pytest.mark.parametrize(
+    ("family", "kind", "part", "name"),
+    [("hybrid", "int8", "delta", "qkv"), ("conv", "nf4", "conv", "bcx")],
+)
+def test_layers_without_attention_are_quantized_too(family, kind, part, name, request):
+    tiny = request.getfixturevalue(family)
+    targets = "q", f"{part}_{name}", f"{part}_o", "down"
+    model, base, plain, lora = adapted(tiny, kind, *targets)
+    assert all("codes" in base["layers"][part][own] for own in (name, "o"))
 
     @jax.jit
     def hidden(base):
         variables = {"params": base, "lora": lora}
-        tokens = hybrid.prompts, hybrid.lengths
+        tokens = tiny.prompts, tiny.lengths
         return model.apply(variables, *tokens, method=model.forward)
 
     np.testing.assert_allclose(hidden(base), hidden(plain), atol=2e-6)

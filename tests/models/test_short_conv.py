@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.config import MeshConfig
 from grpo_jax.models._hf_conv import plain_keys
 from grpo_jax.models._short_conv import (
     ConvConfig,
@@ -16,8 +17,9 @@ from grpo_jax.models._short_conv import (
     empty_state,
 )
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.decoder import Decoder
+from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.models.lora import adaptable, init_lora, merge_lora
+from grpo_jax.parallel import mesh as meshes
 from grpo_jax.planning.flops import prefill_flops
 from grpo_jax.weights._gguf_config import hf_config
 
@@ -94,6 +96,14 @@ def test_layers_may_be_named_by_their_index():
         {"layer_types": None, "full_attn_idxs": [7]},
         {"layer_types": None, "full_attn_idxs": 2},
         {"layer_types": None, "full_attn_idxs": [[1]]},
+        # As in transformers 5.24.
+        {"layer_types": None, "full_attn_idxs": [True]},
+        {"layer_types": None, "full_attn_idxs": [1.0]},
+        {"block_ff_dim": None},
+        {"block_auto_adjust_ff_dim": "false"},
+        {"block_auto_adjust_ff_dim": None},
+        {"block_ffn_dim_multiplier": True},
+        {"tie_word_embeddings": "false"},
         {"conv_L_cache": 1},
         {"conv_L_cache": "3"},
         {"block_ff_dim": "wide"},
@@ -121,19 +131,28 @@ def test_merged_adapters_compute_what_they_did(conv):
     assert jnp.abs(adapted - run(conv.variables)).max() > 0.01
 
 
+def test_devices_that_do_not_divide_its_channels_are_refused():
+    model = Decoder(ModelConfig.from_hf({**HF, "hidden_size": 24}))
+    shapes, axes = (of(model)["layers"]["conv"] for of in (abstract_params, param_axes))
+    mesh = meshes.abstract_mesh(MeshConfig(fsdp=1, tensor=7), 7)
+    with pytest.raises(ValueError, match=r"o/kernel .*24 cannot be split over tensor"):
+        meshes.parameter_shardings(axes, shapes, mesh)
+
+
 def test_plans_count_projections_and_states(conv):
     config = conv.model.config
-    plain = dataclasses.replace(config, delta=None)
+    plain = dataclasses.replace(config, mixer=None)
     lengths = np.array([5])
     # Two layers have 4 D^2 weights each, instead of q and o, and k and v of half of it.
     fewer = (
         prefill_flops(plain, lengths).weights - prefill_flops(config, lengths).weights
     )
     assert fewer == 2 * 5 * 2 * (3 - 4) * 32**2
-    assert config.delta.state_bytes(2) == 2 * (2 * 2 * 32 + 4 * 2)
-    assert config.delta.of_device(2).state_bytes(2) == 2 * (2 * 2 * 16 + 4)
+    assert config.mixer.state_bytes(2) == 2 * (2 * 2 * 32 + 4 * 2)
+    assert config.mixer.of_device(2).state_bytes(2) == 2 * (2 * 2 * 16 + 4)
 
 
-def test_files_of_llama_cpp_are_refused_by_name():
-    with pytest.raises(ValueError, match="'lfm2' is not supported in GGUF"):
-        hf_config({"general.architecture": "lfm2"}, {})
+@pytest.mark.parametrize("name", ["lfm2", "lfm2moe", "qwen35", "mistral3"])
+def test_files_of_llama_cpp_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"'{name}' is not supported in GGUF"):
+        hf_config({"general.architecture": name}, {})

@@ -82,8 +82,9 @@ def test_a_cache_takes_what_its_arrays_take(tiny_policy):
     assert more["prompts' keys and values"] == size // 2 // 8 * 10 // 4
 
 
-def test_states_take_what_their_arrays_take(hybrid_policy):
-    model = hybrid_policy.model
+@pytest.mark.parametrize("kind", ["hybrid_policy", "conv_policy"])
+def test_states_take_what_their_arrays_take(kind, request):
+    model = request.getfixturevalue(kind).model
     cache = jax.eval_shape(lambda: model.init_cache(4, 4, 32))
     sizes = (leaf.size * 4 for leaf in jax.tree.leaves(cache.state))
     rollout = made(model.config, (1, 2, 2)).phases["rollout"]
@@ -96,6 +97,17 @@ def test_states_take_what_their_arrays_take(hybrid_policy):
     memory = cache.state.memory.size * 4 // 2 * 5 // 4
     half = made(narrow, (1, 2, 2)).phases["rollout"]["states"]
     assert half == memory + (rollout["states"] - memory) // 2
+
+
+@pytest.mark.parametrize("kind", ["hybrid_policy", "conv_policy"])
+def test_halves_of_layers_keep_less(kind, request):
+    """Of two devices with half of the heads and channels each."""
+    model = request.getfixturevalue(kind).model.config
+    kept = [
+        activation_bytes(model, make_config(), imagined(1, 4 // parts, parts))
+        for parts in (1, 2)
+    ]
+    assert 0.5 < kept[1] / 2 / kept[0] < 1  # each has twice as many rows
 
 
 def test_scores_are_kept_where_no_kernel_serves(tiny_policy):

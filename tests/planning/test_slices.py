@@ -81,6 +81,7 @@ def test_where_there_is_no_libtpu_the_error_names_the_machine(
     ("lines", "wanted"),
     [
         (["numpy>=1", 'libtpu==0.0.42.*; extra == "tpu"'], "libtpu==0.0.42.*"),
+        (["libtpu-nightly==1.0", "libtpu-x", "libtpu >=2"], "libtpu >=2"),
         (None, "libtpu"),
     ],
 )

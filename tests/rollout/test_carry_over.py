@@ -29,11 +29,11 @@ def prompt_of(position):
 
 @pytest.fixture
 def stream_of(tiny_policy, meshes_of):
-    """A stream of the tiny policy, and how it moves to another version."""
+    """A stream of a policy, and how it moves to another version."""
 
-    def make(mesh=(1, 1, 1), **rollout):
+    def make(mesh=(1, 1, 1), policy=tiny_policy, **rollout):
         sampler = generating.GroupSampler(
-            tiny_policy.model, meshes_of(*mesh), max_prompt_tokens=6
+            policy.model, meshes_of(*mesh), max_prompt_tokens=6
         )
         stream = sampler.stream(
             prompt_of,
@@ -47,7 +47,7 @@ def stream_of(tiny_policy, meshes_of):
         )
 
         def at(version):
-            sampler.update(tiny_policy.variables, version=version)
+            sampler.update(policy.variables, version=version)
             return stream.sample()
 
         return stream, at
@@ -62,14 +62,18 @@ def assert_same(one, other):
 
 @pytest.fixture(scope="module")
 def drawn_at_once(tiny_policy):
+    return at_once(tiny_policy)
+
+
+def at_once(policy):
     """The first groups of the stream, as `generate` draws them in one call."""
     prompts = [prompt_of(position) for position in range(8 * STEP)]
     padded = np.zeros((len(prompts), 6), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     return generate(
-        tiny_policy.model,
-        tiny_policy.params,
+        policy.model,
+        policy.params,
         padded,
         np.array([len(prompt) for prompt in prompts]),
         jax.random.key(7),
@@ -85,15 +89,25 @@ def test_a_policy_that_stays_draws_what_it_draws_step_by_step(
     slots, stream_of, drawn_at_once
 ):
     _, at = stream_of(slots=slots)
+    assert_drawn(at, drawn_at_once)
+
+
+def test_states_are_carried_over_and_restored(stream_of, conv_policy):
+    stream, at = stream_of(slots=5, policy=conv_policy)
+    assert_drawn(at, at_once(conv_policy))
+    _, again = restored(stream_of, stream, 4, policy=conv_policy)
+    assert_same(at(4), again(4))
+
+
+def assert_drawn(at, drawn):
+    """Four steps of a stream are groups that were drawn at once, each of them once."""
     seen = []
     for version in range(4):
         taken = at(version)
         seen += taken.positions
         own = taken.completions
         kept = own.tokens.shape[-1]
-        alone = jax.tree.map(
-            lambda x, at=taken.positions: x[np.array(at)], drawn_at_once
-        )
+        alone = jax.tree.map(lambda x, at=taken.positions: x[np.array(at)], drawn)
         np.testing.assert_array_equal(own.tokens, alone.tokens[..., :kept])
         np.testing.assert_array_equal(own.lengths, alone.lengths)
         np.testing.assert_array_equal(own.finished, alone.finished)
@@ -120,11 +134,11 @@ def test_a_token_keeps_the_version_that_drew_it(stream_of):
     assert max(stale) >= 1
 
 
-def restored(stream_of, stream, version):
+def restored(stream_of, stream, version, **options):
     # As a checkpoint does: the stream goes on and gives its own arrays away.
     state = jax.tree.map(jnp.copy, stream.state(version=version))
     flat = {f"{i}/{name}": x for i, own in state.items() for name, x in own.items()}
-    other, at = stream_of(slots=5)
+    other, at = stream_of(slots=5, **options)
     again = other.restore({i: state[i] for i in other.like(flat)})
     return again, at
 

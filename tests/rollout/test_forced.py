@@ -303,17 +303,19 @@ def test_windows_and_adapters(tiny_policy, small_steps):
     assert_scored(policy, drawn, variables)
 
 
+def draw_on(policy, begun, mesh):
+    """What slots on a mesh draw, with parameters that are split over it."""
+    axes, shapes = param_axes(policy.model), abstract_params(policy.model)
+    shardings = meshes.parameter_shardings(axes, shapes, mesh)
+    variables = {"params": jax.device_put(policy.params, shardings)}
+    with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
+        return draw(policy, begun, slots=4, mesh=mesh, variables=variables)
+
+
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 2)], ids=["data", "fsdp"])
 def test_a_mesh_goes_on_as_one_device(sizes, tiny_policy, plain, meshes_of):
-    mesh, model = meshes_of(*sizes), tiny_policy.model
-    shardings = meshes.parameter_shardings(
-        param_axes(model), abstract_params(model), mesh
-    )
-    variables = {"params": jax.device_put(tiny_policy.params, shardings)}
     begun = beginnings(plain)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(meshes.RULES):
-        drawn = draw(tiny_policy, begun, slots=4, mesh=mesh, variables=variables)
-    assert_same(drawn, plain, begun)
+    assert_same(draw_on(tiny_policy, begun, meshes_of(*sizes)), plain, begun)
 
 
 @pytest.mark.parametrize(
@@ -375,8 +377,20 @@ def test_one_that_goes_on_and_waits_is_not_lost_where_the_plan_is_saved():
     assert other.held.tolist() == [[0, 1]]
 
 
-def test_states_follow_their_slots(hybrid_policy):
+@pytest.mark.parametrize("kind", ["hybrid_policy", "conv_policy"])
+def test_states_follow_their_slots(kind, request):
     """Slots that are refilled, a ring that grows, fewer slots, tokens run at once."""
-    drawn = draw(hybrid_policy, others(), slots=5)
+    policy = request.getfixturevalue(kind)
+    drawn = draw(policy, others(), slots=5)
     assert_ends(drawn)
-    assert_scored(hybrid_policy, drawn)
+    assert_scored(policy, drawn)
+
+
+def test_states_on_a_mesh_are_those_of_one_device(conv_policy, meshes_of):
+    begun = others()
+    alone = draw(conv_policy, begun, slots=4)
+    assert_same(draw_on(conv_policy, begun, meshes_of(1, 2, 2)), alone, begun)
+
+
+def test_states_go_on_behind_answers(conv_policy, small_steps):
+    assert_scored(conv_policy, converse(conv_policy, 5))

@@ -279,18 +279,62 @@ def test_an_adapter_of_a_joined_tensor_is_read_as_one_of_each_part(fused, tmp_pa
             load_adapter(tmp_path, config)
 
 
+@pytest.fixture
+def conv(tmp_path, tools):
+    """LFM2, of which both kinds of layers have an `out_proj`, and a function."""
+    tools.write_reference(tmp_path, "lfm2")
+    config = load_pretrained(tmp_path).model.config
+    random = np.random.default_rng(0)
+    draw = lambda leaf: random.standard_normal(leaf.shape).astype(np.float32)  # noqa: E731
+
+    def adapter(*targets):
+        drawn = init_lora(Decoder(config), jax.random.key(0), rank=2, targets=targets)
+        return Adapter(params=jax.tree.map(draw, drawn), alpha=3.0, base_name=None)
+
+    return config, adapter
+
+
+@pytest.mark.parametrize(
+    ("targets", "modules"),
+    [
+        (("q", "o"), ["q_proj", "self_attn.out_proj"]),
+        (("conv_bcx", "conv_o"), ["conv.out_proj", "in_proj"]),
+        (("o", "down", "conv_o"), ["out_proj", "w2"]),
+    ],
+)
+def test_modules_of_files_are_those_with_adapters(targets, modules, conv, tmp_path):
+    config, adapter = conv
+    made = adapter(*targets)
+    save_adapter(tmp_path / "out", made, config)
+    options = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert options["target_modules"] == modules
+    again = load_adapter(tmp_path / "out", config)
+    assert (again.targets, again.alpha) == (targets, 3.0)
+    jax.tree.map(np.testing.assert_array_equal, again.params, made.params)
+
+
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default::FutureWarning")  # between the two libraries
-def test_peft_loads_an_adapter_of_joined_projections(fused, tmp_path, tools):
+@pytest.mark.parametrize("family", ["phi3", "lfm2"])
+def test_peft_loads_adapters_of_other_names(family, request, tmp_path, tools):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
-    config, adapter = fused
-    tools.write_reference(tmp_path, "phi3")
+    tools.write_reference(tmp_path, family)
+    if family == "phi3":
+        config, adapter = request.getfixturevalue("fused")
+    else:
+        config, make = request.getfixturevalue("conv")
+        adapter = make("q", "conv_bcx", "conv_o", "down")
     loaded = load_pretrained(tmp_path)
     save_adapter(tmp_path / "out", adapter, config)
-    base = transformers.Phi3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32
+    )
     theirs = peft.PeftModel.from_pretrained(base.eval(), tmp_path / "out")
+    factors = {name for name in theirs.state_dict() if ".lora_" in name}
+    file = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name.replace(".default", "") for name in factors} == file.keys()
     tokens = np.arange(40).reshape(2, 20)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()

@@ -19,7 +19,7 @@ _FIELDS = {
 }
 
 
-def read_delta(values: Mapping[str, Any]) -> DeltaConfig | ConvConfig | None:
+def read_mixer(values: Mapping[str, Any]) -> DeltaConfig | ConvConfig | None:
     """The settings of these layers; None of an architecture that has none.
 
     Raises:
@@ -56,8 +56,8 @@ def attention_types(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**values, "layer_types": None} if mixed else values
 
 
-def write_delta(delta: DeltaConfig | ConvConfig | None) -> dict[str, Any]:
-    """The keys that `read_delta` reads."""
+def write_mixer(delta: DeltaConfig | ConvConfig | None) -> dict[str, Any]:
+    """The keys that `read_mixer` reads."""
     if delta is None:
         return {}
     if isinstance(delta, ConvConfig):
