@@ -84,6 +84,12 @@ JOBS = {
         LEARN,
         run=LONG | {"microbatch_size": 64},
     ),
+    "1.5b-sampling": Job(
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+        "v5e:2x4",
+        (*SAMPLE, "evaluation"),
+        run=LONG,
+    ),
     "gemma2-2b": Job("google/gemma-2-2b-it", "v6e:2x4", LEARN),
     "gemma2-sampling": Job("google/gemma-2-2b-it", "v6e:2x4", SAMPLE, layers=2),
     "qwen3-experts": Job("Qwen/Qwen3-30B-A3B", "v5p:2x2x2", LEARN, layers=8),
