@@ -25,11 +25,7 @@ from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.collectives import moves_head
 from grpo_jax.planning._bytes import share_bytes, whole_bytes
 from grpo_jax.planning._kept import kept_bytes
-from grpo_jax.planning._programs import (
-    Program,
-    evaluation_program,
-    training_programs,
-)
+from grpo_jax.planning._programs import Program, evaluation_program, training_programs
 
 # Tokens whose logits are held at once; the default of `objective.chunked_logprobs`.
 _CHUNK = 1024
@@ -375,7 +371,7 @@ class _Sizes:
         inner = -(-model.intermediate_size // tensor)
         scores = 2 * 4 * -(-model.num_heads // tensor) * length
         hidden = self.item * (2 * inner + 4 * model.hidden_size)
-        return {
+        sizes = {
             "sampler's parameters": gathered,
             # Copies by layer, transposed, which decoding reads faster; of parameters
             # that are not rounded yet also the embedding. Codes stay stacked.
@@ -393,6 +389,9 @@ class _Sizes:
             "logits": 4 * _SAMPLER_ARRAYS * sequences * vocabulary,
             "activations": at_once * length * (scores + hidden),
         }
+        if self._on_tpu:  # as compiled, all that is gathered is then laid out anew
+            sizes["gathers"] = max(2 * gathered - sum(sizes.values()), 0)
+        return sizes
 
 
 def _positive(sizes: dict[str, int]) -> dict[str, int]:

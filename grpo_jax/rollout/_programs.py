@@ -46,7 +46,8 @@ def prepare(model: SlotDecoder, variables: PyTree, *, unrolled: bool) -> PyTree:
     return with_given(changed(model, variables, unrolled=unrolled), variables)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "unrolled"))
+# Plans count what is given to it, also what it only passes on.
+@functools.partial(jax.jit, static_argnames=("model", "unrolled"), keep_unused=True)
 def changed(model: SlotDecoder, variables: PyTree, *, unrolled: bool) -> PyTree:
     """The weights that `prepare` makes; in place of the others which were given."""
     # Cast here, once per rollout: in the loop it would be repeated at every token.
