@@ -211,7 +211,8 @@ class _Sizes:
     @property
     def _gradients(self) -> int:
         """How many gradients an update holds at the same time."""
-        # With a sum that of a microbatch; as compiled for TPUs also the next sum.
+        # A sum and that of a microbatch. What the compiler for TPUs reserves beyond its
+        # arrays is about one more: fitted to two programs, not read from its heap.
         most = 3 if self._on_tpu else 2
         return most if self.microbatches > 1 else 1
 

@@ -210,7 +210,7 @@ def test_an_update_holds_what_was_found_as_compiled_for_tpus(tiny_policy):
         found = estimate(narrow, config, mesh).phases["update"]["gradients"]
         return found, activation_bytes(narrow, config, mesh)
 
-    # Old sum, new sum, and the gradient of a microbatch.
+    # A sum, the gradient of a microbatch, and as much again that the compiler reserves.
     assert [held(tpu)[0], held(of())[0]] == [4 * count] * 2
     several = [held(mesh, microbatch_size=8)[0] for mesh in (tpu, of())]
     assert several == [3 * 4 * count, 2 * 4 * count]
