@@ -10,7 +10,9 @@ compared with the last one that was kept, and then appended.
 
 import dataclasses
 import json
+import os
 import tempfile
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,12 @@ JOBS = {
         LEARN,
         run=LONG | {"microbatch_size": 64},
     ),
+    "1.5b-sampling": Job(
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+        "v5e:2x4",
+        (*SAMPLE, "evaluation"),
+        run=LONG,
+    ),
     "gemma2-2b": Job("google/gemma-2-2b-it", "v6e:2x4", LEARN),
     "gemma2-sampling": Job("google/gemma-2-2b-it", "v6e:2x4", SAMPLE, layers=2),
     "qwen3-experts": Job("Qwen/Qwen3-30B-A3B", "v5p:2x2x2", LEARN, layers=8),
@@ -123,7 +131,7 @@ def main(
             "job": name,
             "target": JOBS[name].target,
             "rows": rows,
-            "versions": own_versions() | versions("libtpu"),
+            "versions": own_versions() | library(),
             **surroundings(),
         }
         publish(line, out)
@@ -133,6 +141,19 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     """The newest rows that were kept of each job."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {line["job"]: line["rows"] for line in map(json.loads, lines)}
+
+
+def library() -> dict[str, str]:
+    """The version of libtpu: of the environment, or of the one that was named.
+
+    `pip install --target` leaves what it installed beside the package.
+    """
+    named = os.environ.get("TPU_LIBRARY_PATH")
+    if named is None:
+        return versions("libtpu")
+    folder = Path(named).resolve().parents[1]
+    found = distributions(name="libtpu", path=[str(folder)])
+    return {"libtpu": next((one.version for one in found), "unknown")}
 
 
 def measure(name: str) -> dict[str, dict[str, Any]]:

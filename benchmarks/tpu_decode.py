@@ -229,7 +229,8 @@ def loop(job: Job) -> tuple[Any, float, set[tuple[int, ...]]]:
     # Prompts of the slots, and of half as many completions behind them.
     rows = -(-(slots + slots // 2 * job.refills) // GROUP)
     params = parameters(model, mesh, split=job.split)
-    ready = made(programs.prepare, model, {"params": params}, **how)
+    given = {"params": params}
+    ready = programs.with_given(made(programs.changed, model, given, **how), given)
     empty = functools.partial(made, programs.empty, model, parts=job.devices)
     cache = empty(rows=slots, columns=job.columns, unrolled=False)
     block = empty(rows=rows, columns=PROMPT_TOKENS, **how)

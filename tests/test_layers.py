@@ -152,6 +152,7 @@ TESTED_IN = {
     "models._short_conv_net": "models/test_short_conv.py",
     "models._rows": "models/test_decoder.py",
     "models._row_attention": "models/test_decoder.py",
+    "planning._bytes": "planning/test_memory.py",
     "planning._kept": "planning/test_memory.py",
     "parallel.agreement": "training/test_preemption.py",
     "parallel.collectives": "training/test_programs.py",

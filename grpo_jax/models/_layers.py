@@ -71,9 +71,11 @@ class Embedding(nn.Module):
         to the device of its token. With `whole_table` the table is gathered instead. In
         a loop over few tokens XLA does that once, before the loop.
         """
-        table = self.embedding
-        if whole_table:
-            table = constrain(table, "vocab", None)
+        # The constraint holds for the gradient of the table as well. Without it XLA
+        # splits the vocabulary in that of a tied embedding, as the head does, and
+        # gathers the gradients of all rows for it, float32.
+        width = None if whole_table else "embed"
+        table = constrain(self.embedding, "vocab", width)
         # Padding may hold any id, even a negative one: clipped, it stays finite.
         rows = jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)
         if not whole_table:

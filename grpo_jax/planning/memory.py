@@ -7,12 +7,11 @@ fused operations, buffers of collectives and fragments: see `Estimate`.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import PyTree
 
 from grpo_jax.config import TrainConfig
@@ -23,13 +22,10 @@ from grpo_jax.models.lora import init_lora, lora_axes
 from grpo_jax.models.protocol import in_compute_dtype
 from grpo_jax.models.quantized import abstract_quantized
 from grpo_jax.parallel import mesh as meshes
-from grpo_jax.parallel.collectives import moves_head, whole_over_fsdp
+from grpo_jax.parallel.collectives import moves_head
+from grpo_jax.planning._bytes import share_bytes, whole_bytes
 from grpo_jax.planning._kept import kept_bytes
-from grpo_jax.planning._programs import (
-    Program,
-    evaluation_program,
-    training_programs,
-)
+from grpo_jax.planning._programs import Program, evaluation_program, training_programs
 
 # Tokens whose logits are held at once; the default of `objective.chunked_logprobs`.
 _CHUNK = 1024
@@ -151,9 +147,8 @@ class _Sizes:
 
     @functools.cached_property
     def _places(self) -> tuple[PyTree, PyTree]:
-        shapes, axes = _parameters(
-            dataclasses.replace(self.model, dtype="float32", remat="none")
-        )
+        model = dataclasses.replace(self.model, dtype="float32", remat="none")
+        shapes, axes = abstract_params(Decoder(model)), param_axes(Decoder(model))
         return shapes, meshes.parameter_shardings(axes, shapes, self.mesh)
 
     @functools.cached_property
@@ -172,11 +167,11 @@ class _Sizes:
     @functools.cached_property
     def trained(self) -> int:
         """The trained parameters, float32."""
-        return _bytes(*(self._adapters or self._places), dtype="float32")
+        return share_bytes(*(self._adapters or self._places), dtype="float32")
 
     @functools.cached_property
     def _compute(self) -> int:
-        return _bytes(*self._places, dtype=self.model.dtype)
+        return share_bytes(*self._places, dtype=self.model.dtype)
 
     @functools.cached_property
     def _base(self) -> tuple[PyTree, PyTree]:
@@ -189,7 +184,8 @@ class _Sizes:
     @property
     def parameters(self) -> int:
         """The trained parameters, and the frozen base of adapters."""
-        return self.trained + (0 if self._adapters is None else _bytes(*self._base))
+        base = 0 if self._adapters is None else share_bytes(*self._base)
+        return self.trained + base
 
     @property
     def dequantized(self) -> int:
@@ -204,13 +200,26 @@ class _Sizes:
         if self._adapters is None:
             return self._compute
         renewed = self.config.objective.reference_every is not None
-        return _bytes(*self._adapters, dtype=self.model.dtype) if renewed else 0
+        return share_bytes(*self._adapters, dtype=self.model.dtype) if renewed else 0
 
     @property
     def microbatches(self) -> int:
         """Parts into which an update is cut."""
         sequences = self.config.prompts_per_update * self.config.group_size
         return sequences // min(self.config.microbatch_size or sequences, sequences)
+
+    @property
+    def _gradients(self) -> int:
+        """How many gradients an update holds at the same time."""
+        # A sum and that of a microbatch. What the compiler for TPUs reserves beyond its
+        # arrays is about one more: fitted to two programs, not read from its heap.
+        most = 3 if self._on_tpu else 2
+        return most if self.microbatches > 1 else 1
+
+    @property
+    def _on_tpu(self) -> bool:
+        device = meshes.device_of(self.mesh)
+        return device is not None and device.device_kind.startswith("TPU")
 
     @property
     def _microbatch(self) -> tuple[int, int]:
@@ -241,8 +250,9 @@ class _Sizes:
             self.config.max_new_tokens,
             meshes.device_of(self.mesh),
         )
-        # Without remat the kernels are kept as they were rounded for the products.
-        rounded = remat == "none" and self.model.dtype != "float32"
+        # Without remat the kernels are kept as they were rounded for the products. For
+        # TPUs XLA rounds all of them before the loop over layers.
+        rounded = self.model.dtype != "float32" and (remat == "none" or self._on_tpu)
         return kept + (self._compute if rounded and self._adapters is None else 0)
 
     @functools.cached_property
@@ -267,7 +277,7 @@ class _Sizes:
     def _one_layer(self) -> int:
         """The weights of a layer, gathered over fsdp."""
         layers = (tree["layers"] for tree in self._places)
-        return _whole_bytes(*layers, dtype=self.model.dtype) // self.model.num_layers
+        return whole_bytes(*layers, dtype=self.model.dtype) // self.model.num_layers
 
     @property
     def _head(self) -> int:
@@ -299,20 +309,27 @@ class _Sizes:
             kept = self.carried if program.phase == "rollout" else {}
             return {name: size for name, size in sizes.items() if name not in kept}
         if program.phase == "score":
-            return {
-                # Without a gradient an array is freed once the next one is computed.
-                "activations": self.layer // 4,
-                "log-prob chunks": self.chunks(1),
-                "dequantized kernels": self.dequantized,
-                "moved over fsdp": self.moved(gradient=False),
-            }
+            # First the layers, then the head.
+            return max(self._scoring, key=lambda sizes: sum(sizes.values()))
         return {
-            "gradients": self.trained * (2 if self.microbatches > 1 else 1),
+            "gradients": self.trained * self._gradients,
             "activations": self.kept(self.model.remat) + self.layer,
             "log-prob chunks": self.chunks(_CHUNK_ARRAYS),
             "dequantized kernels": self.dequantized,
             "moved over fsdp": self.moved(gradient=True),
         }
+
+    @property
+    def _scoring(self) -> tuple[dict[str, int], ...]:
+        """What a scoring pass holds in its layers, and at the head."""
+        moved = self.moved(gradient=False)
+        weights = self._one_layer if moved else 0
+        return {
+            # Without a gradient an array is freed once the next one is computed.
+            "activations": self.layer // 4,
+            "dequantized kernels": self.dequantized,
+            "moved over fsdp": weights,
+        }, {"log-prob chunks": self.chunks(1), "moved over fsdp": moved - weights}
 
     @property
     def carried(self) -> dict[str, int]:
@@ -346,16 +363,16 @@ class _Sizes:
         half = half if half < columns else 0
         gathered = 0
         if fsdp and not split:  # all parameters as they are used, adapters too
-            gathered = _whole_bytes(*self._base)
+            gathered = whole_bytes(*self._base)
             if self._adapters is not None:
-                gathered += _whole_bytes(*self._adapters, dtype=model.dtype)
+                gathered += whole_bytes(*self._adapters, dtype=model.dtype)
         # Attention scores, float32 with their softmax, and the MLP of one layer over
         # prompts of full length.
         length, tensor = config.max_prompt_tokens, mesh.shape["tensor"]
         inner = -(-model.intermediate_size // tensor)
         scores = 2 * 4 * -(-model.num_heads // tensor) * length
         hidden = self.item * (2 * inner + 4 * model.hidden_size)
-        return {
+        sizes = {
             "sampler's parameters": gathered,
             # Copies by layer, transposed, which decoding reads faster; of parameters
             # that are not rounded yet also the embedding. Codes stay stacked.
@@ -373,27 +390,9 @@ class _Sizes:
             "logits": 4 * _SAMPLER_ARRAYS * sequences * vocabulary,
             "activations": at_once * length * (scores + hidden),
         }
-
-
-def _parameters(model: ModelConfig) -> tuple[PyTree, PyTree]:
-    """Shapes and logical axes of the parameters."""
-    decoder = Decoder(model)
-    return abstract_params(decoder), param_axes(decoder)
-
-
-def _bytes(shapes: PyTree, places: PyTree, *, dtype: str | None = None) -> int:
-    """Bytes of one device's share of the arrays, in a dtype or in their own."""
-
-    def part(leaf: jax.ShapeDtypeStruct, place: NamedSharding) -> int:
-        own = leaf.dtype if dtype is None else jnp.dtype(dtype)
-        return math.prod(place.shard_shape(leaf.shape)) * own.itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(part, shapes, places)))
-
-
-def _whole_bytes(shapes: PyTree, places: PyTree, *, dtype: str | None = None) -> int:
-    """The same when they are gathered over fsdp."""
-    return _bytes(shapes, jax.tree.map(whole_over_fsdp, places), dtype=dtype)
+        if self._on_tpu:  # as compiled, all that is gathered is then laid out anew
+            sizes["gathers"] = max(2 * gathered - sum(sizes.values()), 0)
+        return sizes
 
 
 def _positive(sizes: dict[str, int]) -> dict[str, int]:

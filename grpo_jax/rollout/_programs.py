@@ -4,6 +4,7 @@ Each is compiled for the few sizes that occur. Keys and values are donated where
 program changes them, so that they are written in place.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -28,12 +29,44 @@ def axes_of(ndim: int) -> tuple[str | None, ...]:
     return {3: ("batch", None, None), 4: _AXES, 5: (None, *_AXES)}[ndim]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "unrolled"))
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """In place of an array: leaf `number` of what was given."""
+
+    number: int
+
+
 def prepare(model: SlotDecoder, variables: PyTree, *, unrolled: bool) -> PyTree:
-    """Weights in the form in which a loop reads them."""
+    """Weights in the form in which a loop reads them.
+
+    What has this form already is the same array. As results of a compiled program they
+    would be copies, the largest of them of the embedding.
+    """
+    return with_given(changed(model, variables, unrolled=unrolled), variables)
+
+
+# Plans count what is given to it, also what it only passes on.
+@functools.partial(jax.jit, static_argnames=("model", "unrolled"), keep_unused=True)
+def changed(model: SlotDecoder, variables: PyTree, *, unrolled: bool) -> PyTree:
+    """The weights that `prepare` makes; in place of the others which were given."""
     # Cast here, once per rollout: in the loop it would be repeated at every token.
-    variables = in_compute_dtype(variables, model.config.dtype)
-    return model.unroll(variables) if unrolled else variables
+    made = in_compute_dtype(variables, model.config.dtype)
+    made = model.unroll(made) if unrolled else made
+    given = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(variables))}
+    return jax.tree.map(
+        lambda leaf: _Given(given[id(leaf)]) if id(leaf) in given else leaf, made
+    )
+
+
+def with_given(made: PyTree, variables: PyTree) -> PyTree:
+    """What `changed` returns, complete."""
+    given = jax.tree.leaves(variables)
+    return jax.tree.map(
+        lambda leaf: given[leaf.number] if isinstance(leaf, _Given) else leaf,
+        made,
+        is_leaf=lambda leaf: isinstance(leaf, _Given),
+    )
 
 
 def layers_apart(variables: PyTree) -> bool:

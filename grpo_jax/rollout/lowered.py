@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.extend.core import Var
 from jax.sharding import Mesh
 from jax.stages import Lowered
 from jaxtyping import PyTree
@@ -118,8 +117,7 @@ class _Shapes:
     streams: bool
 
     def prepare(self) -> _SamplerProgram:
-        lowered = self._prepare[1]
-        return _SamplerProgram("prepare", lambda: lowered, (), (), 1)
+        return _SamplerProgram("prepare", lambda: self._prepare, (), (), 1)
 
     def prefill(self) -> _SamplerProgram:
         count = min(power(self.groups), power(self.prompts))
@@ -188,30 +186,18 @@ class _Shapes:
         return max(self.slots // 2 + size, queued) if queued or self.streams else 0
 
     @functools.cached_property
-    def _prepare(self) -> tuple[Any, Lowered]:
+    def _prepare(self) -> Lowered:
         with _mesh_of_run(self.mesh):
-            traced = programs.prepare.trace(
+            return programs.changed.lower(
                 self.model, self.variables, unrolled=self.unrolled
             )
-            return traced.jaxpr.jaxpr, traced.lower()
 
     @functools.cached_property
     def ready(self) -> PyTree:
-        """The weights as a loop reads them, where XLA lays them.
-
-        What `prepare` only passes on is the same array, and here the same object.
-        """
-        jaxpr, lowered = self._prepare
-        compiled = lowered.compile()
+        """The weights as a loop reads them, where XLA lays them."""
+        compiled = self._prepare.compile()
         made = jax.tree.map(_placed, compiled.out_info, compiled.output_shardings)
-        leaves, tree = jax.tree.flatten(made)
-        given = jax.tree.leaves(self.variables)
-        old = dict(zip(jaxpr.invars, given, strict=True))
-        kept = [
-            old.get(var, leaf) if isinstance(var, Var) else leaf
-            for var, leaf in zip(jaxpr.outvars, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(tree, kept)
+        return programs.with_given(made, self.variables)
 
     @functools.cached_property
     def kept(self) -> tuple[PyTree, Any]:

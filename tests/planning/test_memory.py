@@ -209,6 +209,32 @@ def test_the_backward_pass_keeps_what_remat_leaves_it(model):
     assert kept("dots", microbatch_size=4) * 8 == kept("dots")
 
 
+def test_an_update_holds_what_was_found_as_compiled_for_tpus(tiny_policy):
+    narrow = dataclasses.replace(
+        tiny_policy.model.config, dtype="bfloat16", remat="layer"
+    )
+    of = functools.partial(meshes.abstract_mesh, MeshConfig(), 1)
+    tpu = of(jax.sharding.AbstractDevice("TPU v5 lite", None, "tpu"))
+    count = sum(leaf.size for leaf in jax.tree.leaves(tiny_policy.params))
+
+    def held(mesh, **changes):
+        config = make_config(**changes)
+        found = estimate(narrow, config, mesh).phases["update"]["gradients"]
+        return found, activation_bytes(narrow, config, mesh)
+
+    # A sum, the gradient of a microbatch, and as much again that the compiler reserves.
+    assert [held(tpu)[0], held(of())[0]] == [4 * count] * 2
+    several = [held(mesh, microbatch_size=8)[0] for mesh in (tpu, of())]
+    assert several == [3 * 4 * count, 2 * 4 * count]
+    # All weights, rounded before the loop over layers.
+    assert held(tpu)[1] - held(of())[1] == 2 * count
+
+
+def test_a_scoring_pass_holds_its_layers_or_its_head(model):
+    score = made(model, (1, 8, 1)).phases["score"]
+    assert ("activations" in score) != ("log-prob chunks" in score)
+
+
 def test_adapters_leave_little_to_train(model):
     lora = LoraConfig(rank=2, targets=("q",))
     found = made(model, lora=lora)

@@ -10,6 +10,7 @@ import pytest
 
 from grpo_jax.config import SamplingConfig
 from grpo_jax.parallel import mesh as meshes
+from grpo_jax.rollout import _programs as programs
 from grpo_jax.rollout.generate import GroupSampler, generate
 
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15]]
@@ -124,3 +125,13 @@ def test_newer_weights_are_used(make_sampler, tiny_policy):
         {"params": jax.tree.map(jnp.zeros_like, tiny_policy.params)}, version=1
     )
     assert (sample(sampler).tokens != old.tokens).any()
+
+
+def test_weights_that_a_loop_reads_as_they_are_are_not_copied(tiny_policy):
+    given = {"params": tiny_policy.params}
+    ready = programs.prepare(tiny_policy.model, given, unrolled=True)
+    table = given["params"]["embed"]["embedding"]
+    assert ready["params"]["embed"]["embedding"] is table
+    laid = tiny_policy.model.unroll(given)
+    for leaf, expected in zip(*map(jax.tree.leaves, (ready, laid)), strict=True):
+        np.testing.assert_array_equal(leaf, expected)

@@ -121,7 +121,9 @@ class Programs:
         waiting = slots // 2 if refills else 0
         rows = (slots + waiting) // group
         how = {"unrolled": apart}
-        ready = self._made(engine.prepare, self.model, {"params": params}, **how)
+        given = {"params": params}
+        made = self._made(engine.changed, self.model, given, **how)
+        ready = engine.with_given(made, given)
         cache, block = (
             self._keys_and_values(*shape, **how)
             for shape in ((slots, NEW_TOKENS), (rows, PROMPT_TOKENS))
