@@ -60,7 +60,8 @@ def sampler_programs(
 ) -> Iterator[_SamplerProgram]:
     """The programs that complete prompts, in the order in which they run.
 
-    Each is lowered when it is asked for.
+    Each is lowered when it is asked for. If the weights cannot be prepared, for example
+    because they do not fit, there are no further ones: the others read the results.
 
     Args:
       variables: `jax.ShapeDtypeStruct` of the weights, with their shardings.
@@ -90,6 +91,8 @@ def sampler_programs(
         streams=streams,
     )
     yield shapes.prepare()
+    if not shapes.is_prepared:
+        return
     yield shapes.prefill()
     if shapes.half < shapes.columns:
         yield shapes.widen()
@@ -191,6 +194,14 @@ class _Shapes:
             return programs.changed.lower(
                 self.model, self.variables, unrolled=self.unrolled
             )
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `prepare` compiles; who compiles that program learns why not."""
+        try:
+            return self.ready is not None
+        except Exception:  # what a compiler refuses has no type of its own
+            return False
 
     @functools.cached_property
     def ready(self) -> PyTree:

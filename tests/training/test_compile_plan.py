@@ -9,6 +9,7 @@ import rich.console
 
 from grpo_jax.config import MeshConfig, TrainConfig
 from grpo_jax.planning.table import print_plan
+from grpo_jax.rollout import _programs as programs
 from grpo_jax.training.compile_plan import compile_plan
 
 
@@ -64,6 +65,20 @@ def test_a_plan_with_compiled_programs_is_shown_and_is_json(plan):
     assert "compiled for cpu" in text and "rollout: decode" in text
     assert "all-reduce" in text or "reduce-scatter" in text
     assert json.loads(json.dumps(plan)) == plan
+
+
+def test_weights_that_cannot_be_prepared_end_the_sampler_and_no_more(
+    tiny_policy, monkeypatch
+):
+    def refuse(*given, **options):
+        raise RuntimeError("17 of 16 GiB")
+
+    monkeypatch.setattr(programs.changed, "lower", refuse, raising=False)
+    run = run_of(tiny_policy.folder, remat="none")
+    rows = compile_plan(run, "cpu")["compiled"]["programs"]
+    names = [row["program"] for row in rows]
+    assert names == ["gather", "prepare", "score", "update"]
+    assert [row.get("error") for row in rows] == [None, "17 of 16 GiB", None, None]
 
 
 def test_a_slice_has_the_devices_of_its_name(tiny_policy):
