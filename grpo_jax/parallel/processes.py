@@ -27,6 +27,8 @@ def initialize_processes(config: MeshConfig) -> None:
     """
     if not jax.distributed.is_initialized():
         _join(config)
+    if not jax.distributed.is_initialized():
+        return  # alone, and the backend need not start yet
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()  # whether it is used was asked before
