@@ -20,7 +20,8 @@ def initialize_processes(config: MeshConfig) -> None:
 
     Several processes on CPUs do not use the cache of compiled programs: with jax 0.10.2
     two processes that load the same stored programs can get wrong sums over devices, or
-    wait for each other for ever.
+    wait for each other for ever. The program in `findings/` does so with XLA's older
+    CPU emitters only.
 
     Raises:
       ValueError: if only some of the three settings are given.
