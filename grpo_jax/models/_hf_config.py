@@ -73,10 +73,17 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
     hf = {family.aliases.get(key, key): value for key, value in hf.items()}
     hf = plain_keys(hf) if "conv_L_cache" in family.defaults else hf
     check_keys(hf, family)
-    values = {**family.defaults, **hf}
+    # What is left of other families is not in use, whatever its type.
+    keys = {*families.REQUIRED_KEYS, *families.ROPE_KEYS, *family.defaults}
+    values = {**family.defaults, **{key: hf[key] for key in keys & hf.keys()}}
     check_values(values)
     width, heads = values["hidden_size"], values["num_attention_heads"]
     head_dim = values["head_dim"] or width // heads
+    if not head_dim:
+        raise ValueError(
+            f"config.json: hidden_size {width} is less than num_attention_heads "
+            f"{heads}; heads of another size need head_dim"
+        )
     bias = bool(values.get("attention_bias"))
     fields = {field: values.get(key) for key, field in _FIELDS.items()}
     fields |= {field: values.get(key, 1.0) for key, field in _MULTIPLIERS.items()}

@@ -20,13 +20,16 @@ def initialize_processes(config: MeshConfig) -> None:
 
     Several processes on CPUs do not use the cache of compiled programs: with jax 0.10.2
     two processes that load the same stored programs can get wrong sums over devices, or
-    wait for each other for ever.
+    wait for each other for ever. The program in `findings/` does so with XLA's older
+    CPU emitters only.
 
     Raises:
       ValueError: if only some of the three settings are given.
     """
     if not jax.distributed.is_initialized():
         _join(config)
+    if not jax.distributed.is_initialized():
+        return  # alone, and the backend need not start yet
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()  # whether it is used was asked before

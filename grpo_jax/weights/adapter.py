@@ -6,6 +6,7 @@ layer and projection. https://huggingface.co/docs/peft/developer_guides/checkpoi
 
 import dataclasses
 import json
+import logging
 import operator
 import os
 import pathlib
@@ -33,6 +34,7 @@ from grpo_jax.weights._names import (
 from grpo_jax.weights.folder import replaced_folder
 from grpo_jax.weights.pretrained import find_base
 
+_LOG = logging.getLogger(__name__)
 _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
 
@@ -94,6 +96,8 @@ def save_adapter(
 ) -> None:
     """Writes a folder of PEFT, atomically; it replaces an earlier export.
 
+    A warning says if PEFT cannot use adapters of experts in it with transformers 5.
+
     Args:
         config: of the base model.
 
@@ -103,6 +107,7 @@ def save_adapter(
     targets = adapter.targets
     if not targets:
         raise ValueError(f"params have adapters of none of {sorted(PATHS)}")
+    _tell_lost_experts(config, targets)
     rank = adapter.rank
     table = adapter_table(config, rank=rank, targets=targets)
     modules = {row.names[0].split(".")[-3] for row in table}
@@ -179,6 +184,21 @@ def load_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter
         alpha=float(options["lora_alpha"]),
         base_name=options.get("base_model_name_or_path"),
     )
+
+
+def _tell_lost_experts(config: ModelConfig, targets: Collection[str]) -> None:
+    """Warns of adapters of experts that PEFT 0.21.2 refuses, or leaves at 0.
+
+    It joins those of gate and up, and finds them only where down has adapters too.
+    """
+    missing = [name for name in ("gate", "up", "down") if name not in targets]
+    if config.experts is not None and missing and {"gate", "up"} & set(targets):
+        _LOG.warning(
+            "PEFT 0.21 with transformers 5 does not load these adapters of experts "
+            "without those of %s; export merged weights instead, or train gate, up and "
+            "down",
+            ", ".join(missing),
+        )
 
 
 def _number(value: float) -> float:

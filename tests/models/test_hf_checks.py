@@ -122,6 +122,20 @@ def test_a_key_by_which_another_architecture_changes_is_refused(architecture, ke
     assert ModelConfig.from_hf({**hf, key: False}) == ModelConfig.from_hf(hf)
 
 
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_key_of_another_family_that_is_not_in_use_changes_nothing(architecture):
+    hf, family = BY_FAMILY[architecture], FAMILIES[architecture]
+    others = {key for other in FAMILIES.values() for key in other.defaults}
+    others -= family.defaults.keys() | {*families.REQUIRED_KEYS, *families.ROPE_KEYS}
+    others -= family.ignored | family.fixed.keys() | family.aliases.keys()
+    others -= families.FIXED_KEYS.keys()  # refused at any other value
+    plain = ModelConfig.from_hf(hf)
+    for value in (None, False, 0, []):
+        assert ModelConfig.from_hf({**hf, **dict.fromkeys(others, value)}) == plain
+    nulls = dict.fromkeys(families.FIXED_KEYS.keys() - family.defaults.keys())
+    assert ModelConfig.from_hf({**hf, **nulls}) == plain
+
+
 def test_the_list_of_other_architectures_is_that_of_transformers():
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as LANGUAGE_MODELS,
@@ -207,6 +221,14 @@ def test_a_size_that_is_none_is_refused_by_key(key, value):
 def test_other_values_of_the_wrong_kind_are_refused_by_key(change, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_hf(BY_FAMILY["LlamaForCausalLM"] | change)
+
+
+def test_more_heads_than_hidden_units_are_refused():
+    hf = BY_FAMILY["LlamaForCausalLM"] | {"hidden_size": 2, "head_dim": None}
+    with pytest.raises(
+        ValueError, match="hidden_size 2 is less than num_attention_hea"
+    ):
+        ModelConfig.from_hf(hf)
 
 
 NONSENSE = (None, "x", "", -1, 0, 1.5, math.nan, True, [], ["x"], [[]], {"x": [[]]})

@@ -58,7 +58,9 @@ def test_a_setting_that_is_no_number_is_named(started, monkeypatch):
         initialize_processes(MeshConfig())
 
 
-def test_a_process_alone_starts_nothing(started):
+def test_a_process_alone_starts_nothing(started, monkeypatch):
+    # Asking how many there are starts the backend; its settings could not change then.
+    monkeypatch.setattr(jax, "process_count", lambda: pytest.fail("a backend started"))
     initialize_processes(MeshConfig())
     assert not started
 
@@ -91,6 +93,7 @@ def test_a_runtime_that_runs_is_left_alone(started, monkeypatch):
 def test_several_processes_on_cpus_load_no_stored_programs(
     processes, platform, used, started, monkeypatch
 ):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: processes > 1)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     try:

@@ -107,6 +107,21 @@ def test_adapters_of_experts_give_the_logits_of_peft(tmp_path):
         load_adapter(tmp_path, reference.config)
 
 
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [("q", ""), ("down", ""), ("gate up down", ""), ("gate up", "down")]
+    + [("gate down", "up"), ("q up", "gate, down")],
+)
+def test_adapters_of_experts_that_peft_loses_are_told(targets, told, tmp_path, caplog):
+    """Those of gate and up without down: PEFT 0.21.2 leaves them 0, with a warning."""
+    config = read_reference(REFERENCES / "adapter_experts.npz", tmp_path).config
+    names = tuple(targets.split())
+    params = init_lora(Decoder(config), jax.random.key(0), rank=2, targets=names)
+    adapter = Adapter(params=params, alpha=4.0, base_name=None)
+    save_adapter(tmp_path / "out", adapter, config)
+    assert f"without those of {told};" in caplog.text if told else not caplog.messages
+
+
 def test_what_is_written_is_what_peft_wrote(reference, adapter, tmp_path):
     save_adapter(tmp_path / "out", adapter, reference.config)
     theirs = safetensors.numpy.load_file(reference.folder / "adapter_model.safetensors")
