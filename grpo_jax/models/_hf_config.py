@@ -63,14 +63,7 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
     hf = text_of(hf)
     architecture = _architecture(hf)
     family = FAMILIES[architecture]
-    for alias, name in family.aliases.items():
-        one, other = hf.get(alias), hf.get(name)
-        if alias in hf and name in hf and one != other:
-            raise ValueError(
-                f"config.json: {alias}={one!r} and {name}={other!r} are two names of "
-                "one key and differ"
-            )
-    hf = {family.aliases.get(key, key): value for key, value in hf.items()}
+    hf = _one_name_each(hf, family.aliases)
     hf = plain_keys(hf) if "conv_L_cache" in family.defaults else hf
     check_keys(hf, family)
     # What is left of other families is not in use, whatever its type.
@@ -115,6 +108,22 @@ def read(hf: Mapping[str, Any]) -> dict[str, Any]:
         "attention_gate": family.attention_gate,
         **_layers(attention_types(values), family),
     }
+
+
+def _one_name_each(hf: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Returns keys without their other names, one of which may be null."""
+    plain = dict(hf)
+    for alias, name in aliases.items():
+        if alias not in plain:
+            continue
+        one, other = plain.pop(alias), plain.get(name)
+        if None not in (one, other) and one != other:
+            raise ValueError(
+                f"config.json: {alias}={one!r} and {name}={other!r} are two names of "
+                "one key and differ"
+            )
+        plain[name] = other if one is None else one
+    return plain
 
 
 def write(fields: Mapping[str, Any]) -> dict[str, Any]:

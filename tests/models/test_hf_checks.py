@@ -189,6 +189,13 @@ def test_two_names_of_one_key_must_agree():
         ModelConfig.from_hf({**hf, "num_experts": 4})
 
 
+@pytest.mark.parametrize("given", ["num_experts", "num_local_experts"])
+def test_of_two_names_of_one_key_the_one_that_is_not_null_counts(given):
+    names = dict.fromkeys(("num_experts", "num_local_experts")) | {given: 8}
+    config = ModelConfig.from_hf(BY_FAMILY["MixtralForCausalLM"] | names)
+    assert config.experts.count == 8
+
+
 def test_more_experts_per_token_than_there_are_is_refused_by_key():
     hf = BY_FAMILY["Qwen3MoeForCausalLM"] | {"num_experts": 4}
     with pytest.raises(ValueError, match="num_experts, num_experts_per_tok.*count=4"):
