@@ -5,8 +5,10 @@ from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from grpo_jax.config import EMBEDDED
+from grpo_jax.models.decoder import abstract_params
 from grpo_jax.tasks.arithmetic import unknown_to_embedded
 from grpo_jax.tasks.base import Task, describe_held_out
 from grpo_jax.training._policy import Policy
@@ -15,10 +17,10 @@ from grpo_jax.training._policy import Policy
 def describe_run(policy: Policy, task: Task, mesh: Mesh, place: Path | str) -> str:
     """Model, devices, rows, the work of a step and the folder, in one line."""
     config, devices = policy.config, mesh.devices.flat
-    base, trained = (
-        sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for tree in (policy.base, policy.params)
-    )
+    trained, base = _count(policy.params), 0
+    if policy.base is not None:
+        # Stored in 4 bits it has two parameters in a number, and scales beside them.
+        base = _count(abstract_params(policy.model))
     adapters = f", {_millions(trained)} of them in adapters" if base else ""
     return (
         f"{config.model}, {_millions(base + trained)} parameters{adapters}, on "
@@ -49,6 +51,10 @@ def warnings(policy: Policy, task: Task, *, plays: bool = False) -> Iterator[str
     prompts = [row["prompt"] for rows in (task.train, task.test) for row in rows]
     if text := unknown_to_embedded(prompts):
         yield f"{text} A model can learn only what it samples at times."
+
+
+def _count(arrays: PyTree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(arrays))
 
 
 def _millions(count: int) -> str:

@@ -3,12 +3,15 @@
 import types
 from pathlib import Path
 
+import jax
 import pytest
 
-from grpo_jax.config import ObjectiveConfig, TrainConfig
+from grpo_jax.config import LoraConfig, ObjectiveConfig, TrainConfig
+from grpo_jax.parallel import mesh as meshes
 from grpo_jax.tasks import load_task, task_from_rows
 from grpo_jax.tasks.base import Task
 from grpo_jax.training._announce import describe_run, warnings
+from grpo_jax.training._policy import load_policy
 from grpo_jax.training.evaluate import one_device
 
 ROW = {"prompt": "a", "answer": "b"}
@@ -79,6 +82,19 @@ def test_a_run_always_says_what_is_held_out(test, source, said):
     task = Task(
         name="mine", train=[ROW] * 2, test=test, held_out=source, rewards=(print,)
     )
-    policy = types.SimpleNamespace(config=TrainConfig(), base={}, params={})
+    policy = types.SimpleNamespace(config=TrainConfig(), base=None, params={})
     line = describe_run(policy, task, one_device(), Path("runs/a"))
+    assert said in line
+
+
+@pytest.mark.parametrize("base", ["auto", "int8", "nf4"])
+def test_parameters_are_counted_as_those_of_the_model(base, tiny_policy):
+    lora = LoraConfig(rank=2, base_dtype=base)
+    config = TrainConfig(model=str(tiny_policy.folder), lora=lora)
+    policy = load_policy(config, meshes.make_mesh(config.mesh))
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(policy.params))
+    whole = sum(leaf.size for leaf in jax.tree.leaves(tiny_policy.params)) + adapters
+    task = task_from_rows([ROW], rewards=len)
+    line = describe_run(policy, task, one_device(), Path("runs/a"))
+    said = f" {whole / 1e6:.3g}M parameters, {adapters / 1e6:.3g}M of them in adapters"
     assert said in line
