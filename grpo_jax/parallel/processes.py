@@ -18,10 +18,10 @@ def initialize_processes(config: MeshConfig) -> None:
     SLURM, Open MPI or Kubernetes; if none is found, the process is alone.
     A runtime that is already initialized is left as it is.
 
-    Several processes on CPUs do not use the cache of compiled programs: with jax 0.10.2
-    two processes that load the same stored programs can get wrong sums over devices, or
-    wait for each other for ever. The program in `findings/` does so with XLA's older
-    CPU emitters only.
+    Several processes on CPUs do not use the cache of compiled programs, even one that
+    was chosen. With jax 0.10.2 and XLA's older CPU emitters two processes that load the
+    same stored programs get wrong sums over devices. The script
+    `findings/stored_programs_of_two_processes.sh` shows it.
 
     Raises:
       ValueError: if only some of the three settings are given.
