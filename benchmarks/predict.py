@@ -42,7 +42,11 @@ SHAPES = {
 # Name -> device and how many. A v5p-64 has 64 cores, which are 32 chips.
 BOXES = {
     "v5e-8": ("v5e", 8),
+    "v5e-16": ("v5e", 16),
+    "v6e-8": ("v6e", 8),
     "v6e-16": ("v6e", 16),
+    "v5p-8": ("v5p", 4),
+    "v5p-16": ("v5p", 8),
     "v5p-64": ("v5p", 32),
     "8 x H100": ("h100", 8),
 }
@@ -125,7 +129,7 @@ def run(shape: str, count: int, rank: int | None) -> tuple[ModelConfig, TrainCon
         "num_attention_heads": heads,
         "tie_word_embeddings": tied,
     }
-    tensor = 8 if shape == "70B" else 1
+    tensor = min(8, count) if shape == "70B" else 1
     config = TrainConfig(
         model="predicted",
         **WORK.sizes,

@@ -60,9 +60,19 @@ EIGHT = {
     "head_dim": 128,
     "tie_word_embeddings": False,
 }
+# Llama 3.1 70B.
+SEVENTY = EIGHT | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 UPDATE, LEARN, SAMPLE = ("update",), ("score", "update"), ("rollout",)
 LORA = {"lora": LoraConfig(rank=16)}
 LONG = {"max_prompt_tokens": 512, "max_new_tokens": 1024}
+# The step of predict.py, of which a device computes one prompt at a time.
+STEP = LONG | {"prompts_per_step": 64, "group_size": 8}
+SPLIT = {"mesh": MeshConfig(tensor=8)}
 JOBS = {
     "0.5b-fsdp": Job(SMALL, "v5e:2x4", LEARN),
     "0.5b-sampling": Job(SMALL, "v5e:2x4", (*SAMPLE, "evaluation"), layers=4),
@@ -101,6 +111,29 @@ JOBS = {
     ),
     "8b-full": Job(
         BIG, "v5p:2x2x1", LEARN, keys=EIGHT, run=LONG | {"microbatch_size": 64}
+    ),
+    "1b-v5e-8": Job(
+        BIG, "v5e:2x4", (*LEARN, *SAMPLE), run=STEP | {"microbatch_size": 64}
+    ),
+    "8b-v6e-16": Job(
+        BIG, "v6e:4x4", LEARN, keys=EIGHT, run=STEP | {"microbatch_size": 128}
+    ),
+    "8b-v5p-64": Job(
+        BIG, "v5p:2x4x4", LEARN, keys=EIGHT, run=STEP | {"microbatch_size": 256}
+    ),
+    "70b-v5p-64": Job(
+        BIG,
+        "v5p:2x4x4",
+        LEARN,
+        keys=SEVENTY,
+        run=STEP | SPLIT | {"microbatch_size": 32},
+    ),
+    "70b-lora-v6e-16": Job(
+        BIG,
+        "v6e:4x4",
+        LEARN,
+        keys=SEVENTY,
+        run=LORA | STEP | SPLIT | {"microbatch_size": 16},
     ),
 }
 

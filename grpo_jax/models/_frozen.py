@@ -4,20 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.quantized import NF4
-
-
-def dequantized_params(params: PyTree, dtype: str) -> PyTree:
-    """Returns parameters with plain kernels in the place of quantized ones."""
-    flat: dict[Any, Any] = traverse_util.flatten_dict(params)
-    for *module, name in [*flat]:
-        if name == "codes":
-            codes, scale = flat.pop((*module, name)), flat.pop((*module, "scale"))
-            flat[*module, "kernel"] = dequantized(codes, scale, dtype)
-    return traverse_util.unflatten_dict(flat)
 
 
 def dequantized(

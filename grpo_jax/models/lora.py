@@ -14,7 +14,7 @@ from flax import traverse_util
 from jaxtyping import Array, Key, PyTree
 
 from grpo_jax.config import CONV_TARGETS, DELTA_TARGETS, LORA_TARGETS
-from grpo_jax.models._frozen import dequantized_params
+from grpo_jax.models._frozen import dequantized
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.parallel.mesh import named_leaves
@@ -113,15 +113,58 @@ def merge_lora(params: PyTree, adapters: PyTree, config: ModelConfig) -> PyTree:
     Raises:
         ValueError: `config.lora_scale` is not set.
     """
+    scale = merge_scale(config)
+    parts = merge_parts(params, adapters)
+    merged = {path: merge_part(part, scale) for path, part in parts.items()}
+    return traverse_util.unflatten_dict(merged, sep="/")
+
+
+def merge_scale(config: ModelConfig) -> float:
+    """Returns the factor of what adapters add.
+
+    Raises:
+        ValueError: `config.lora_scale` is not set.
+    """
     if config.lora_scale is None:
         raise ValueError("ModelConfig.lora_scale is None; set it to alpha / rank")
-    plain = named_leaves(dequantized_params(params, "float32"))
-    merged = {path: leaf.astype(jnp.float32) for path, leaf in plain.items()}
-    factors = named_leaves(adapters)
-    for path in {path.rpartition("/")[0] for path in factors}:
-        a, b = factors[f"{path}/a"], factors[f"{path}/b"]
-        kernel = path if path in merged else f"{path}/kernel"
-        merged[kernel] += config.lora_scale * jnp.matmul(
-            a, b, precision=jax.lax.Precision.HIGHEST
-        )
-    return traverse_util.unflatten_dict(merged, sep="/")
+    return config.lora_scale
+
+
+def merge_parts(params: PyTree, adapters: PyTree) -> dict[str, dict[str, Any]]:
+    """Returns what each plain parameter is made of, by its path.
+
+    That is the parameter as "kernel", or its "codes" and "scale", and the factors "a"
+    and "b" of its adapter, if it has one.
+    """
+    parts: dict[str, dict[str, Any]] = {}
+    leaves = named_leaves(params)
+    for path, leaf in leaves.items():
+        module, _, name = path.rpartition("/")
+        if name in ("codes", "scale") and f"{module}/codes" in leaves:
+            parts.setdefault(f"{module}/kernel", {})[name] = leaf
+        else:
+            parts[path] = {"kernel": leaf}
+    for path, leaf in named_leaves(adapters).items():
+        module, _, factor = path.rpartition("/")
+        parts[module if module in parts else f"{module}/kernel"][factor] = leaf
+    return parts
+
+
+def merge_part(part: Mapping[str, Array], scale: float) -> Array:
+    """Returns a plain parameter in float32, from what `merge_parts` gave for it.
+
+    Layers are computed one after the other, so that only the result is in memory.
+    """
+
+    def one(part: Mapping[str, Array]) -> Array:
+        if "codes" in part:
+            whole = dequantized(part["codes"], part["scale"], jnp.float32)
+        else:
+            whole = part["kernel"].astype(jnp.float32)
+        if "a" not in part:
+            return whole
+        highest = jax.lax.Precision.HIGHEST
+        return whole + scale * jnp.matmul(part["a"], part["b"], precision=highest)
+
+    stacked = "codes" in part or "a" in part  # by layers
+    return jax.lax.map(one, part) if stacked else one(part)

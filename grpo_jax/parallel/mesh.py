@@ -166,7 +166,7 @@ def to_mesh(mesh: Mesh, rows: PyTree) -> PyTree:
     )
 
 
-def _gather(values: PyTree) -> PyTree:
+def gather(values: PyTree) -> PyTree:
     """The whole of global arrays, on every process, as NumPy."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, values)
@@ -213,14 +213,15 @@ def gather_lists(values: list[Any]) -> list[Any]:
 def to_first(values: PyTree) -> PyTree:
     """Global arrays as NumPy on the first process, None for each on the others.
 
-    One array at a time, so that the others never hold them all.
+    One array at a time, so that the others never hold them all. What is no array of JAX
+    is converted, by all of them.
     """
     if jax.process_count() == 1:
         return values
     first = jax.process_index() == 0
 
     def fetch(leaf: Array) -> np.ndarray | None:
-        whole = _gather(leaf)
+        whole = gather(leaf) if isinstance(leaf, Array) else np.asarray(leaf)
         return whole if first else None
 
     return jax.tree.map(fetch, values)

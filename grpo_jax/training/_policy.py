@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from grpo_jax.config import SamplingConfig, TrainConfig
-from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
-from grpo_jax.models.lora import init_lora, lora_axes, merge_lora
+from grpo_jax.models.lora import init_lora, lora_axes
 from grpo_jax.models.protocol import FLOAT32_PARAMS
 from grpo_jax.models.quantized import QUANTIZED, abstract_quantized
 from grpo_jax.parallel import mesh as meshes
@@ -27,6 +25,7 @@ from grpo_jax.planning.resolve import (
 from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.training._fingerprint import describe_architecture, describe_weights
 from grpo_jax.training._manifest import Origin
+from grpo_jax.training._merging import merged_parameters
 from grpo_jax.weights.pretrained import Pretrained, load_pretrained
 from grpo_jax.weights.tokenizer import Tokenizer
 
@@ -55,10 +54,13 @@ class Policy:
     commit: str | None = None
 
     def merged(self, params: PyTree) -> PyTree:
-        """Float32 parameters of the plain model that acts like the trained one."""
+        """Float32 parameters of the plain model that acts like the trained one.
+
+        With adapters each is computed when it is read: `merging.Merged`.
+        """
         if self.base is None:
             return params
-        return merge_adapters(self.base, params, self.model.config)
+        return merged_parameters(self.base, params, self.model.config)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -145,17 +147,3 @@ def load_model(
         return jax.tree.map(lambda leaf: leaf.sharding, stored)
 
     return load_pretrained(config.model, revision=commit, dtype=dtype, sharding=place)
-
-
-def merge_adapters(base: PyTree, params: PyTree, config: ModelConfig) -> PyTree:
-    """Base and adapters as plain parameters, with the shardings of the base."""
-    merge = functools.partial(merge_lora, config=config)
-    places: dict[Any, Any] = traverse_util.flatten_dict(base)
-    for *module, name in [*places]:
-        if name == "codes":  # of a kernel that is quantized, and split as it would be
-            places[*module, "kernel"] = places.pop((*module, "codes"))
-            del places[*module, "scale"]
-    places = jax.tree.map(lambda leaf: leaf.sharding, places)
-    return jax.jit(merge, out_shardings=traverse_util.unflatten_dict(places))(
-        base, params
-    )

@@ -6,6 +6,7 @@ and started again therefore repeats the step it lost and ends in the same bits.
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -29,6 +30,7 @@ from grpo_jax.training._announce import describe_resumed
 from grpo_jax.training._environments import EnvironmentFactory, Tools
 from grpo_jax.training._manifest import Status, read_data
 from grpo_jax.training._measures import slowest
+from grpo_jax.training._merging import computed
 from grpo_jax.training._preemption import stop_requests
 from grpo_jax.training._run import Run, open_run
 from grpo_jax.training.progress import Progress, TrainResult
@@ -304,9 +306,9 @@ def _stop(run: Run, progress: Progress, metrics: Mapping[str, float]) -> TrainRe
 def _finish(run: Run, progress: Progress) -> TrainResult:
     """Write the results of a run that has made its last step."""
     run.checkpoints.close()
-    result = _result(run, progress, "finished")
     run.console.note("writing the results")
-    params = meshes.to_first(result.params)
+    result = _result(run, progress, "finished")
+    params = meshes.to_first(run.policy.merged(run.learner.params))
     with run.agreement.phase("results"):
         if jax.process_index() == 0:
             write_json(run.path / "summary.json", result.summary)
@@ -330,8 +332,10 @@ def _result(run: Run, progress: Progress, status: Status) -> TrainResult:
         **progress.summary(finished=status == "finished"),
         "params_sha256": params_sha256(params),
     }
+    if jax.process_count() > 1:  # all of them have to compute it
+        params = computed(params)
     return TrainResult(
-        params=params,
+        read_params=functools.partial(computed, params),
         tokenizer=run.policy.tokenizer,
         run_dir=run.place,
         history=read_metrics(run.path) if jax.process_index() == 0 else [],

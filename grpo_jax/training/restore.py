@@ -20,7 +20,8 @@ from grpo_jax.rollout.draw import policy_sampling
 from grpo_jax.training import _run_dir as directories
 from grpo_jax.training._fingerprint import describe_architecture, describe_weights
 from grpo_jax.training._manifest import Origin, check_data, read_data, read_manifest
-from grpo_jax.training._policy import load_model, merge_adapters
+from grpo_jax.training._merging import computed, merged_parameters
+from grpo_jax.training._policy import load_model
 from grpo_jax.weights.adapter import Adapter
 from grpo_jax.weights.pretrained import load_pretrained, load_without_weights
 from grpo_jax.weights.tokenizer import Tokenizer
@@ -83,7 +84,7 @@ def restore(
         base = load_model(config, mesh, commit=origin.commit)
         check_data(path, {"weights": describe_weights(base.params, frozen=True)})
         scaled = dataclasses.replace(base.config, lora_scale=config.lora.scale)
-        params = merge_adapters(base.params, params, scaled)
+        params = computed(merged_parameters(base.params, params, scaled))
     model = Decoder(with_compute_dtype(model_config, config))
     if mesh is None:
         place: Any = SingleDeviceSharding(jax.local_devices()[0])

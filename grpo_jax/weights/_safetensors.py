@@ -18,7 +18,8 @@ from grpo_jax.weights._names import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_MAX_SHARD_BYTES = 5_000_000_000
+# A shard is held in memory until it is written.
+_MAX_SHARD_BYTES = 2_000_000_000
 
 _DTYPES = ("F32", "F16", "BF16")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

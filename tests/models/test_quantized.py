@@ -12,7 +12,6 @@ from hypothesis.extra import numpy as hnp
 
 from grpo_jax.models._frozen import (
     dequantized,
-    dequantized_params,
     frozen_product,
 )
 from grpo_jax.models.decoder import Decoder, abstract_params
@@ -144,7 +143,7 @@ def adapted(tiny, kind, *targets):
     config = dataclasses.replace(tiny.model.config, lora_scale=2.0, remat="none")
     lora = init_lora(Decoder(config), jax.random.key(1), rank=2, targets=targets)
     base = quantized_of(tiny.params, kind)
-    plain = dequantized_params(base, "float32")
+    plain = merge_lora(base, {}, config)
     return Decoder(config), base, plain, jax.tree.map(lambda leaf: leaf + 0.1, lora)
 
 

@@ -132,6 +132,12 @@ def test_summary_export_and_checkpoint_hold_the_same_parameters(reports, folder)
     assert params_sha256(exported.params) == summary["params_sha256"]
 
 
+def test_two_processes_merge_adapters_for_the_checksum_and_the_export(reports, folder):
+    one, other = (report["adapted"]["sha256"] for report in reports)
+    exported = load_pretrained(folder / "adapted" / "export")
+    assert params_sha256(exported.params) == one == other
+
+
 def test_groups_that_continue_do_so_on_both_processes(reports):
     for report in reports:
         assert report["carried_stopped"]["steps"] == 1

@@ -18,7 +18,7 @@ from grpo_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from grpo_jax.models._frozen import dequantized_params
+from grpo_jax.models.lora import merge_lora
 from grpo_jax.models.quantized import QUANTIZED, abstract_quantized
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.mesh import named_leaves
@@ -82,8 +82,9 @@ def test_the_export_is_what_was_trained(run, tiny_policy):
     exported = load_pretrained(result.run_dir / "export")
     assert_same_bits(exported.params, result.params)
     assert_same_bits(restore(result.run_dir).params, result.params)
-    base = load_policy(config, meshes.make_mesh(config.mesh)).base
-    plain, made = named_leaves(dequantized_params(base, "float32")), exported.params
+    policy = load_policy(config, meshes.make_mesh(config.mesh))
+    merged = merge_lora(policy.base, {}, policy.model.config)
+    plain, made = named_leaves(merged), exported.params
     for path, leaf in named_leaves(made).items():
         moved = (np.asarray(leaf) != np.asarray(plain[path])).any()
         assert moved == (path in ("layers/attn/q/kernel", "layers/mlp/down/kernel"))

@@ -18,6 +18,7 @@ import numpy as np
 
 from grpo_jax import (
     CheckpointConfig,
+    LoraConfig,
     MeshConfig,
     OptimizerConfig,
     ReportConfig,
@@ -114,7 +115,11 @@ def main(model, folder):
             make_config(model, f"{folder}/halted"),
         )
     )
+    adapted = dataclasses.replace(
+        make_config(model, f"{folder}/adapted"), steps=1, lora=LoraConfig(rank=2)
+    )
     report = {
+        "adapted": seen(train(adapted, rewards=letters, dataset=ROWS)),
         "whole": seen(train(whole, rewards=letters, **data)),
         "stopped": seen(train(stopped, rewards=terminate, **data)),
         "resumed": seen(train(stopped, rewards=letters, **data)),
