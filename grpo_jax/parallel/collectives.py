@@ -5,7 +5,6 @@ one of them. The layers' parameters are gathered one layer at a time, as they ar
 The functions here are for the two exceptions: the head, and the sampler's parameters.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,23 +23,21 @@ def matmul_over_fsdp(
     tokens: Int[Array, "N ..."],
     **options: Any,
 ) -> PyTree:
-    """`score(hidden, head, tokens, **options)`, whose product gathers the smaller one.
+    """`score(hidden, head, tokens, **options)`, whose product gathers hidden states.
 
-    With fewer tokens than vocabulary entries, the hidden states are gathered over fsdp,
-    and the vocabulary is split over fsdp and tensor. Then no device holds the whole
-    head or a whole gradient of it, which would be summed over all devices for each
-    chunk of tokens. What has one number per token, as all that `score` returns, is on
-    each device: otherwise every chunk would gather its own. The gradient of the hidden
-    states is split over fsdp again.
+    They are gathered over fsdp, and the vocabulary is split over fsdp and tensor. Then
+    no device holds the whole head or a whole gradient of it. Of any number of tokens
+    this moves less: the head would be gathered for each chunk of tokens, and its
+    gradient summed over all devices for each. What has one number per token, as all
+    that `score` returns, is on each device: otherwise every chunk would gather its own.
+    The gradient of the hidden states is split over fsdp again.
 
-    With more tokens, without a mesh, and if the vocabulary does not divide, all arrays
-    stay as they are.
+    Without a mesh, and if the vocabulary does not divide, all arrays stay as they are.
     """
     shape = jax.sharding.get_abstract_mesh().shape
     if shape.get("fsdp", 1) == 1:
         return score(hidden, head, tokens, **options)
-    count = math.prod(hidden.shape[:-1]) // shape["data"]
-    if moves_head(count, head.shape[1], fsdp=shape["fsdp"], tensor=shape["tensor"]):
+    if moves_head(head.shape[1], fsdp=shape["fsdp"], tensor=shape["tensor"]):
         return score(hidden, head, tokens, **options)
     head = lax.with_sharding_constraint(head, P(None, ("tensor", "fsdp")))
     scores = score(_gathered(hidden), head, _whole(tokens), **options)
@@ -73,12 +70,9 @@ def _gathered_backward(_: None, gradient: Array) -> tuple[Array]:
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-def moves_head(tokens: int, vocabulary: int, *, fsdp: int, tensor: int) -> bool:
-    """Whether `matmul_over_fsdp` leaves all as it is, so that the head is gathered.
-
-    `tokens` is the number whose hidden states one group of fsdp devices holds.
-    """
-    return tokens > vocabulary or vocabulary % (fsdp * tensor) != 0
+def moves_head(vocabulary: int, *, fsdp: int, tensor: int) -> bool:
+    """Whether `matmul_over_fsdp` leaves all as it is, so that the head is gathered."""
+    return vocabulary % (fsdp * tensor) != 0
 
 
 def split_over_fsdp(tree: PyTree) -> bool:

@@ -295,11 +295,11 @@ class _Sizes:
         fsdp, tensor = self.mesh.shape["fsdp"], self.mesh.shape["tensor"]
         if fsdp == 1:
             return 0
-        tokens = self._tokens * fsdp
-        if moves_head(tokens, self.model.vocab_size, fsdp=fsdp, tensor=tensor):
+        if moves_head(self.model.vocab_size, fsdp=fsdp, tensor=tensor):
             # The gradient of the head is summed in float32.
             more = self._head * 4 // self.item if gradient else 0
             return self._one_layer + self._head + more
+        tokens = self._tokens * fsdp
         return self._one_layer + self.item * self.model.hidden_size * tokens
 
     def holds(self, program: Program) -> dict[str, int]:
