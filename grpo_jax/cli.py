@@ -105,8 +105,9 @@ def _train(
     from grpo_jax.reporting.console import is_terminal, next_commands
     from grpo_jax.training import loop
 
-    result = loop.train(
+    result = loop.run_to_end(
         run,
+        with_params=False,
         tools=load_tools(tools),
         environment_factory=load_environment(environment),
     )

@@ -666,7 +666,8 @@ def test_the_end_of_a_run_says_what_next_to_whoever_reads(
     result = types.SimpleNamespace(
         run_dir=folder, history=[{}], summary={"status": status}
     )
-    monkeypatch.setattr("grpo_jax.training.loop.train", lambda *args, **named: result)
+    ended = lambda *args, **named: result  # noqa: E731
+    monkeypatch.setattr("grpo_jax.training.loop.run_to_end", ended)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("CI", raising=False)
     out = stream()

@@ -113,21 +113,9 @@ def merge_lora(params: PyTree, adapters: PyTree, config: ModelConfig) -> PyTree:
     Raises:
         ValueError: `config.lora_scale` is not set.
     """
-    scale = merge_scale(config)
     parts = merge_parts(params, adapters)
-    merged = {path: merge_part(part, scale) for path, part in parts.items()}
+    merged = {path: merge_part(part, config) for path, part in parts.items()}
     return traverse_util.unflatten_dict(merged, sep="/")
-
-
-def merge_scale(config: ModelConfig) -> float:
-    """Returns the factor of what adapters add.
-
-    Raises:
-        ValueError: `config.lora_scale` is not set.
-    """
-    if config.lora_scale is None:
-        raise ValueError("ModelConfig.lora_scale is None; set it to alpha / rank")
-    return config.lora_scale
 
 
 def merge_parts(params: PyTree, adapters: PyTree) -> dict[str, dict[str, Any]]:
@@ -150,21 +138,20 @@ def merge_parts(params: PyTree, adapters: PyTree) -> dict[str, dict[str, Any]]:
     return parts
 
 
-def merge_part(part: Mapping[str, Array], scale: float) -> Array:
+def merge_part(part: Mapping[str, Array], config: ModelConfig) -> Array:
     """Returns a plain parameter in float32, from what `merge_parts` gave for it.
 
-    Layers are computed one after the other, so that only the result is in memory.
+    Raises:
+        ValueError: `config.lora_scale` is not set.
     """
-
-    def one(part: Mapping[str, Array]) -> Array:
-        if "codes" in part:
-            whole = dequantized(part["codes"], part["scale"], jnp.float32)
-        else:
-            whole = part["kernel"].astype(jnp.float32)
-        if "a" not in part:
-            return whole
-        highest = jax.lax.Precision.HIGHEST
-        return whole + scale * jnp.matmul(part["a"], part["b"], precision=highest)
-
-    stacked = "codes" in part or "a" in part  # by layers
-    return jax.lax.map(one, part) if stacked else one(part)
+    if config.lora_scale is None:
+        raise ValueError("ModelConfig.lora_scale is None; set it to alpha / rank")
+    if "codes" in part:
+        whole = dequantized(part["codes"], part["scale"], jnp.float32)
+    else:
+        whole = part["kernel"].astype(jnp.float32)
+    if "a" not in part:
+        return whole
+    highest = jax.lax.Precision.HIGHEST
+    added = jnp.matmul(part["a"], part["b"], precision=highest)
+    return whole + config.lora_scale * added

@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, PyTree
 
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.lora import merge_part, merge_parts, merge_scale
+from grpo_jax.models.lora import merge_part, merge_parts
 from grpo_jax.parallel import mesh as meshes
 
 
@@ -29,34 +29,42 @@ class Merged:
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, part: Mapping[str, Array], scale: float) -> None:
+    def __init__(self, part: Mapping[str, Array], config: ModelConfig) -> None:
         """Takes what `merge_parts` gives for the parameter."""
         codes = part.get("codes", part.get("kernel"))
         assert codes is not None
-        self._part, self._scale, self._place = part, scale, codes.sharding
+        self._part, self._config, self._place = part, config, codes.sharding
         self.shape: tuple[int, ...] = jax.eval_shape(
-            functools.partial(merge_part, scale=scale), part
+            functools.partial(merge_part, config=config), part
         ).shape
 
     def computed(self) -> Array:
         """The parameter on its devices, split as in the base."""
-        return _merge(self._scale, self._place)(self._part)
+        return _merge(self._config, self._place)(self._part)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The whole of it on the host; all processes must ask for it."""
-        return np.asarray(meshes.gather(self.computed()), dtype=dtype)
+        """The whole of it on the host; all processes must ask for it.
+
+        Raises:
+          ValueError: where no copy is allowed, for it is computed.
+        """
+        if copy is False:
+            raise ValueError("a merged parameter is computed: ask without copy=False.")
+        whole = meshes.gather(self.computed())
+        return np.array(whole, dtype) if copy else np.asarray(whole, dtype)
 
 
 @functools.cache
-def _merge(scale: float, place: Sharding) -> Callable[[Mapping[str, Array]], Array]:
-    return jax.jit(functools.partial(merge_part, scale=scale), out_shardings=place)
+def _merge(
+    config: ModelConfig, place: Sharding
+) -> Callable[[Mapping[str, Array]], Array]:
+    return jax.jit(functools.partial(merge_part, config=config), out_shardings=place)
 
 
 def merged_parameters(base: PyTree, adapters: PyTree, config: ModelConfig) -> PyTree:
     """The plain model's parameters, each a `Merged`."""
-    scale = merge_scale(config)
     parts = merge_parts(base, adapters)
-    merged = {path: Merged(part, scale) for path, part in parts.items()}
+    merged = {path: Merged(part, config) for path, part in parts.items()}
     return traverse_util.unflatten_dict(merged, sep="/")
 
 

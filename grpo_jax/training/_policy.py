@@ -56,7 +56,7 @@ class Policy:
     def merged(self, params: PyTree) -> PyTree:
         """Float32 parameters of the plain model that acts like the trained one.
 
-        With adapters each is computed when it is read: `merging.Merged`.
+        With adapters each is computed whenever it is read: `_merging.Merged`.
         """
         if self.base is None:
             return params

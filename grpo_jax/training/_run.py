@@ -86,11 +86,11 @@ def open_run(
     agreement: Agreement,
     stack: contextlib.ExitStack,
     *,
-    dataset: Sequence[Row] | None,
-    rewards: RewardFunction | Sequence[RewardFunction] | None,
-    eval_dataset: Sequence[Row] | None,
-    tools: Tools | None,
-    environment_factory: EnvironmentFactory | None,
+    dataset: Sequence[Row] | None = None,
+    rewards: RewardFunction | Sequence[RewardFunction] | None = None,
+    eval_dataset: Sequence[Row] | None = None,
+    tools: Tools | None = None,
+    environment_factory: EnvironmentFactory | None = None,
 ) -> Run:
     """Check all that can be checked, load the model, open what a run needs.
 

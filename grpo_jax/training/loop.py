@@ -6,9 +6,9 @@ and started again therefore repeats the step it lost and ends in the same bits.
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -76,21 +76,29 @@ def train(
             f"config must be a TrainConfig, got {config!r:.100}; as in "
             'train(TrainConfig(model="...", steps=100)).'
         )
+    return run_to_end(
+        config,
+        with_params=True,
+        dataset=dataset,
+        rewards=rewards,
+        eval_dataset=eval_dataset,
+        tools=tools,
+        environment_factory=environment_factory,
+    )
+
+
+def run_to_end(config: TrainConfig, *, with_params: bool, **inputs: Any) -> TrainResult:
+    """As `train`, which explains the inputs; without `params` where nobody reads them.
+
+    The merged parameters of a model with adapters take several times the memory of a
+    base in 4 bits. For the export each is computed by itself.
+    """
     initialize_processes(config.mesh)
     with contextlib.ExitStack() as stack:
         agreement = Agreement()
         # Handle signals first: one that comes earlier ends this process, or is lost.
         stack.enter_context(stop_requests(agreement))
-        run = open_run(
-            config,
-            agreement,
-            stack,
-            dataset=dataset,
-            rewards=rewards,
-            eval_dataset=eval_dataset,
-            tools=tools,
-            environment_factory=environment_factory,
-        )
+        run = open_run(config, agreement, stack, **inputs)
         progress, metrics = _resume(run), {}
         if jax.process_index() == 0 and progress.step < config.steps:
             # A run that was extended is not finished any more.
@@ -105,11 +113,14 @@ def train(
                 step = progress.step + 1
                 progress, metrics = _step(run, progress, metrics, began=began)
             if progress.step < config.steps:
-                return _stop(run, progress, metrics)
-            if progress.measured_at != progress.step:
-                # `steps` was lowered to a step that was not evaluated.
-                progress, _ = _evaluate(run, progress)
-            return _finish(run, progress)
+                result = _stop(run, progress, metrics)
+            else:
+                if progress.measured_at != progress.step:
+                    # `steps` was lowered to a step that was not evaluated.
+                    progress, _ = _evaluate(run, progress)
+                result = _finish(run, progress)
+            params = computed(result.params) if with_params else None
+            return dataclasses.replace(result, params=params)
         except BaseException:
             run.record.write("failed", step=step)
             raise
@@ -308,7 +319,7 @@ def _finish(run: Run, progress: Progress) -> TrainResult:
     run.checkpoints.close()
     run.console.note("writing the results")
     result = _result(run, progress, "finished")
-    params = meshes.to_first(run.policy.merged(run.learner.params))
+    params = meshes.to_first(result.params)
     with run.agreement.phase("results"):
         if jax.process_index() == 0:
             write_json(run.path / "summary.json", result.summary)
@@ -332,10 +343,8 @@ def _result(run: Run, progress: Progress, status: Status) -> TrainResult:
         **progress.summary(finished=status == "finished"),
         "params_sha256": params_sha256(params),
     }
-    if jax.process_count() > 1:  # all of them have to compute it
-        params = computed(params)
     return TrainResult(
-        read_params=functools.partial(computed, params),
+        params=params,
         tokenizer=run.policy.tokenizer,
         run_dir=run.place,
         history=read_metrics(run.path) if jax.process_index() == 0 else [],

@@ -1,8 +1,7 @@
 """`Progress`, which is saved with the state, and `TrainResult`."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +71,7 @@ class TrainResult:
 
     Attributes:
       params: the trained parameters; with LoRA, those of the model with the adapters
-        merged, in float32. They are merged when they are first read, if one process
-        trained them: a quantized base takes much less memory than they do.
-      read_params: what gives them.
+        merged.
       tokenizer: the model's tokenizer.
       run_dir: where everything is kept, a folder or the address of one in a bucket.
       history: one dict of metrics per step, with ``step``.
@@ -83,13 +80,8 @@ class TrainResult:
         ``params_sha256`` and ``status`` ("finished" or "preempted").
     """
 
-    read_params: Callable[[], PyTree] = dataclasses.field(repr=False)
+    params: PyTree
     tokenizer: Any
     run_dir: Path | str
     history: list[dict[str, Any]]
     summary: dict[str, Any]
-
-    @functools.cached_property
-    def params(self) -> PyTree:
-        """The trained parameters."""
-        return self.read_params()

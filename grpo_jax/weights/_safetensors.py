@@ -83,7 +83,7 @@ def write_folder(
 ) -> None:
     """Writes named C-contiguous arrays: one file, or shards with an index if larger.
 
-    Host memory holds at most one shard at a time.
+    Host memory holds at most one shard and the next tensor at a time.
     """
     shards: list[tuple[pathlib.Path, list[str]]] = []
     pending: dict[str, np.ndarray] = {}

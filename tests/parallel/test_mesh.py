@@ -88,7 +88,7 @@ def test_rows_go_to_the_mesh_and_come_back(shape, meshes_of):
     sent = meshes.to_mesh(meshes_of(*shape), rows)
     parts = shape[0] * shape[1]
     assert sent["a"].addressable_shards[0].data.shape == (8 // parts, 2)
-    for way in (meshes._gather, meshes.to_host):
+    for way in (meshes.gather, meshes.to_host):
         back = way(sent)
         for name, values in rows.items():
             assert isinstance(back[name], np.ndarray)

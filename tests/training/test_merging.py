@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax import train
 from grpo_jax.checkpointing.checksum import params_sha256
 from grpo_jax.config import LoraConfig, TrainConfig
 from grpo_jax.models.decoder import abstract_params
@@ -16,6 +15,7 @@ from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.mesh import named_leaves
 from grpo_jax.training._merging import Merged, computed
 from grpo_jax.training._policy import load_policy
+from grpo_jax.training.loop import run_to_end
 from grpo_jax.weights.pretrained import load_pretrained, save_pretrained
 
 KINDS = "auto", "int8", "nf4"
@@ -85,15 +85,30 @@ def test_a_file_and_a_checksum_hold_few_at_once(policy, watched, tmp_path):
     assert params_sha256(found) == params_sha256(lazy)
 
 
-def test_a_run_merges_for_its_checksum_and_its_export_only(config, watched):
-    result = train(config, dataset=[{"prompt": "a"}] * 8, rewards=[lengths])
-    parameters = len(watched) // 2
-    first = result.params
-    assert len(watched) == 3 * parameters
-    assert result.params is first
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(first))
-    assert params_sha256(first) == result.summary["params_sha256"]
-    assert len(watched) == 3 * parameters
+@pytest.mark.parametrize("with_params", [False, True])
+def test_a_run_merges_for_its_checksum_its_export_and_who_reads(
+    config, policy, watched, with_params
+):
+    inputs = {"dataset": [{"prompt": "a"}] * 8, "rewards": [lengths]}
+    result = run_to_end(config, with_params=with_params, **inputs)
+    parameters = len(named_leaves(policy.merged(policy.params)))
+    assert len(watched) == (3 if with_params else 2) * parameters
+    digest = result.summary["params_sha256"]
+    exported = load_pretrained(result.run_dir / "export")
+    assert params_sha256(exported.params) == digest
+    if with_params:
+        assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(result.params))
+        assert params_sha256(result.params) == digest
+    else:
+        assert result.params is None
+
+
+def test_a_copy_is_one_and_no_view_is_promised(policy):
+    leaf = jax.tree.leaves(policy.merged(policy.params))[0]
+    assert np.array(leaf, dtype=np.float16).dtype == np.float16
+    assert np.array(leaf).flags.writeable
+    with pytest.raises(ValueError, match="computed"):
+        np.asarray(leaf, copy=False)
 
 
 def lengths(completions, **_):
