@@ -290,12 +290,17 @@ class _Sizes:
         """Bytes of a number in the compute dtype."""
         return jnp.dtype(self.model.dtype).itemsize
 
+    @property
+    def _moves_head(self) -> bool:
+        sizes = {name: self.mesh.shape[name] for name in ("fsdp", "tensor")}
+        return moves_head(self.model.vocab_size, **sizes)
+
     def moved(self, *, gradient: bool) -> int:
         """What is gathered over fsdp: one layer, and hidden states or the head."""
-        fsdp, tensor = self.mesh.shape["fsdp"], self.mesh.shape["tensor"]
+        fsdp = self.mesh.shape["fsdp"]
         if fsdp == 1:
             return 0
-        if moves_head(self.model.vocab_size, fsdp=fsdp, tensor=tensor):
+        if self._moves_head:
             # The gradient of the head is summed in float32.
             more = self._head * 4 // self.item if gradient else 0
             return self._one_layer + self._head + more
@@ -324,12 +329,14 @@ class _Sizes:
         """What a scoring pass holds in its layers, and at the head."""
         moved = self.moved(gradient=False)
         weights = self._one_layer if moved else 0
+        # Hidden states as they are gathered, and again as chunks of tokens.
+        head = (moved - weights) * (1 if self._moves_head else 2)
         return {
             # Without a gradient an array is freed once the next one is computed.
             "activations": self.layer // 4,
             "dequantized kernels": self.dequantized,
             "moved over fsdp": weights,
-        }, {"log-prob chunks": self.chunks(1), "moved over fsdp": moved - weights}
+        }, {"log-prob chunks": self.chunks(1), "moved over fsdp": head}
 
     @property
     def carried(self) -> dict[str, int]:

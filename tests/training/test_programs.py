@@ -16,6 +16,7 @@ from grpo_jax.config import MeshConfig, SamplingConfig, TrainConfig
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.decoder import Decoder, abstract_params, param_axes
 from grpo_jax.models.limits import cache_columns
+from grpo_jax.objective import chunked_logprobs
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.parallel.collectives import matmul_over_fsdp, whole_over_fsdp
 from grpo_jax.planning.memory import estimate, evaluation_batch
@@ -333,6 +334,28 @@ def test_a_gradient_over_fsdp_is_split_and_the_same(meshes_of):
     for one, other in zip(found, wanted, strict=True):
         most = float(jnp.abs(other).max())
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5 * most)
+
+
+def test_a_head_is_gathered_for_no_number_of_tokens(meshes_of):
+    """Each chunk would gather it, and sum its gradient over the devices."""
+
+    def loss(hidden, head, tokens):
+        return matmul_over_fsdp(chunked_logprobs, hidden, head, tokens).logp.sum()
+
+    mesh = meshes_of(1, 8, 1)
+    with jax.set_mesh(mesh):
+        batch = meshes.batch_sharding(mesh)
+        columns = jax.sharding.NamedSharding(mesh, P("fsdp"))
+        hidden = jax.ShapeDtypeStruct((8, 512, 48), jnp.float32, sharding=batch)
+        tokens = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=batch)
+        head = jax.ShapeDtypeStruct((48, 256), jnp.float32, sharding=columns)
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        compiled = gradient.lower(hidden, head, tokens).compile()
+    lines = compiled.as_text().splitlines()
+    assert list(loops(compiled))
+    for operation in ("all-gather", "all-reduce"):
+        assert (48, 256) not in made(lines, operation)
+    assert (8, 48, 512) in made(lines, "all-gather")
 
 
 @pytest.mark.parametrize("loop", ["generate", "refilling"])
