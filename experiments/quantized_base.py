@@ -8,7 +8,7 @@ the last steps, and the most memory that the process held, without files: until 
 step, and with the export of the merged model.
 Writes the curves and a picture into experiments/results/. Finished runs are kept.
 Hardware: 2 CPU cores; for 1.5B parameters 24 GiB. Time: a minute for a step of 1.5B.
-Expected result: the table in docs/models.md.
+Expected result: rewards as in the table of docs/models.md.
 """
 
 import json

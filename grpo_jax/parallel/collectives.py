@@ -26,9 +26,9 @@ def matmul_over_fsdp(
     """`score(hidden, head, tokens, **options)`, whose product gathers hidden states.
 
     They are gathered over fsdp, and the vocabulary is split over fsdp and tensor. Then
-    no device holds the whole head or a whole gradient of it. Of any number of tokens
-    this moves less: the head would be gathered for each chunk of tokens, and its
-    gradient summed over all devices for each. What has one number per token, as all
+    no device holds the whole head or a whole gradient of it. XLA alone would gather the
+    head for each chunk of tokens and sum its gradient over all devices for each, which
+    moved more in every program that was compiled. What has one number per token, as all
     that `score` returns, is on each device: otherwise every chunk would gather its own.
     The gradient of the hidden states is split over fsdp again.
 
