@@ -628,9 +628,9 @@ def everything_in(folder):
 def test_train_hands_the_described_run_to_the_loop(monkeypatch):
     from grpo_jax.training import loop
 
-    given = []
+    given, ended = [], types.SimpleNamespace(history=[])
     monkeypatch.setattr(
-        loop, "train", lambda *args, **named: given.append((args, named))
+        loop, "run_to_end", lambda *args, **named: given.append((args, named)) or ended
     )
     arguments = ["--steps", "4", "--objective.preset", "rloo"]
     played = [
@@ -644,7 +644,7 @@ def test_train_hands_the_described_run_to_the_loop(monkeypatch):
     cli._dispatch(["train", *arguments, *played])
     ((config,), named), ((same,), others) = given
     assert same == config
-    assert named == {"tools": (), "environment_factory": None}
+    assert named == {"with_params": False, "tools": (), "environment_factory": None}
     assert others["tools"] == (json.loads, json.dumps)
     assert others["environment_factory"] is json.JSONDecoder
     assert config == TrainConfig(steps=4, objective=ObjectiveConfig.preset("rloo"))

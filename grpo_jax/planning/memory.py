@@ -291,21 +291,19 @@ class _Sizes:
         return jnp.dtype(self.model.dtype).itemsize
 
     @property
-    def _moves_head(self) -> bool:
-        sizes = {name: self.mesh.shape[name] for name in ("fsdp", "tensor")}
-        return moves_head(self.model.vocab_size, **sizes)
+    def _moved_layer(self) -> int:
+        return self._one_layer if self.mesh.shape["fsdp"] > 1 else 0
 
-    def moved(self, *, gradient: bool) -> int:
-        """What is gathered over fsdp: one layer, and hidden states or the head."""
-        fsdp = self.mesh.shape["fsdp"]
+    def _moved_at_head(self, *, gradient: bool) -> int:
+        """Gathered over fsdp: hidden states (scoring chunks a copy), or the head."""
+        fsdp, tensor = self.mesh.shape["fsdp"], self.mesh.shape["tensor"]
         if fsdp == 1:
             return 0
-        if self._moves_head:
+        if moves_head(self.model.vocab_size, fsdp=fsdp, tensor=tensor):
             # The gradient of the head is summed in float32.
-            more = self._head * 4 // self.item if gradient else 0
-            return self._one_layer + self._head + more
-        tokens = self._tokens * fsdp
-        return self._one_layer + self.item * self.model.hidden_size * tokens
+            return self._head + (self._head * 4 // self.item if gradient else 0)
+        hidden = self.item * self.model.hidden_size * self._tokens * fsdp
+        return hidden if gradient else 2 * hidden
 
     def holds(self, program: Program) -> dict[str, int]:
         """The bytes that a program holds in addition to those that are always held."""
@@ -314,28 +312,24 @@ class _Sizes:
             kept = self.carried if program.phase == "rollout" else {}
             return {name: size for name, size in sizes.items() if name not in kept}
         if program.phase == "score":
-            # First the layers, then the head.
             return max(self._scoring, key=lambda sizes: sum(sizes.values()))
         return {
             "gradients": self.trained * self._gradients,
             "activations": self.kept(self.model.remat) + self.layer,
             "log-prob chunks": self.chunks(_CHUNK_ARRAYS),
             "dequantized kernels": self.dequantized,
-            "moved over fsdp": self.moved(gradient=True),
+            "moved over fsdp": self._moved_layer + self._moved_at_head(gradient=True),
         }
 
     @property
     def _scoring(self) -> tuple[dict[str, int], ...]:
-        """What a scoring pass holds in its layers, and at the head."""
-        moved = self.moved(gradient=False)
-        weights = self._one_layer if moved else 0
-        # Hidden states as they are gathered, and again as chunks of tokens.
-        head = (moved - weights) * (1 if self._moves_head else 2)
+        """What a scoring pass holds first, in its layers, and then, at the head."""
+        head = self._moved_at_head(gradient=False)
         return {
             # Without a gradient an array is freed once the next one is computed.
             "activations": self.layer // 4,
             "dequantized kernels": self.dequantized,
-            "moved over fsdp": weights,
+            "moved over fsdp": self._moved_layer,
         }, {"log-prob chunks": self.chunks(1), "moved over fsdp": head}
 
     @property
