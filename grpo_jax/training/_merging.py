@@ -31,9 +31,8 @@ class Merged:
 
     def __init__(self, part: Mapping[str, Array], config: ModelConfig) -> None:
         """Takes what `merge_parts` gives for the parameter."""
-        codes = part.get("codes", part.get("kernel"))
-        assert codes is not None
-        self._part, self._config, self._place = part, config, codes.sharding
+        stored = part["codes" if "codes" in part else "kernel"]
+        self._part, self._config, self._place = part, config, stored.sharding
         self.shape: tuple[int, ...] = jax.eval_shape(
             functools.partial(merge_part, config=config), part
         ).shape
