@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from grpo_jax.models._frozen import frozen_product
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.products import product_by_rows
 
 KERNEL_INIT = nn.initializers.normal(0.02)
 # The name of a kernel that is stored as [out, in].
@@ -118,8 +119,11 @@ class Projection(nn.Module):
         if self.quantized:
             stored = (self.get_variable("params", name) for name in ("codes", "scale"))
             y = frozen_product(rows, *stored)
+        elif self.by_rows:
+            stored = self.get_variable("params", _BY_ROWS)
+            y = product_by_rows(rows, stored.astype(x.dtype))
         else:
-            y = rows @ self.matrix().astype(x.dtype)
+            y = rows @ self.kernel.astype(x.dtype)
         if self.use_bias:
             y = y + self.bias.astype(x.dtype)[None, :]
         if self.has_variable("lora", "a"):
@@ -180,8 +184,7 @@ def unrolled(variables: PyTree, split: Callable[[PyTree], Sequence]) -> PyTree:
 def _transpose_kernels(params: PyTree) -> PyTree:
     """Returns the parameters with each kernel [..., in, out] as [..., out, in].
 
-    `Projection` takes both. If x has few rows, a CPU would first rearrange a kernel
-    [in, out], which takes longer than the product itself.
+    `Projection` takes both; see `product_by_rows`.
     """
     flat: dict[Any, Any] = traverse_util.flatten_dict(params)
     turned = {

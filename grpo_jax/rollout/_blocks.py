@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from grpo_jax.models.products import product_by_rows
+
 # Entries summed together before the search, as many as a TPU has lanes. Two levels keep
 # the sums short and exact.
 BLOCK = 128
@@ -40,7 +42,7 @@ def _of_blocks(
 def _of_rows(
     hidden: Float[Array, "R D"], head: Float[Array, "V D"]
 ) -> Float[Array, "R b n"]:
-    return in_blocks(jnp.dot(hidden, head.T, preferred_element_type=jnp.float32))
+    return in_blocks(product_by_rows(hidden, head, dtype=jnp.float32))
 
 
 def _splits_evenly(head: Float[Array, "V D"]) -> bool:
