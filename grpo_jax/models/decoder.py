@@ -116,9 +116,7 @@ class Decoder(nn.Module):
         The sequences of the slots may stand anywhere. The cache is carried through the
         layers and written in place at `slots.column`.
         """
-        # Without the barrier XLA computes the sines again in every layer.
         tables = rotary_tables(self.config, slots.positions)
-        tables = jax.lax.optimization_barrier(tables)
 
         def body(layer, carry, inputs):
             x, cache = carry
