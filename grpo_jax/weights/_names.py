@@ -27,6 +27,7 @@ from grpo_jax.weights._name_tables import (
 
 # Tensors that are read at once; NumPy converts them without the lock of Python.
 _READERS = 4
+_ROWS = 1 << 14  # rows of a matrix that are read at once: those of a layer, no head's
 # Bytes at which the memory of a parameter begins.
 _ALIGNMENT = 64
 
@@ -149,13 +150,19 @@ def read_parameter(
     values = aligned([part.stop - part.start for part in bounds], dtype)
     names = np.reshape(parameter.names, parameter.shape[: parameter.stacked])[stack]
 
-    def fill(piece: np.ndarray, name: str) -> None:
-        part = tensors[name].read(parameter.block(own))
-        piece[...] = part.T if parameter.transposed else part
+    first, *others = parameter.block(own)
 
+    def fill(job: tuple[np.ndarray, str, int]) -> None:
+        piece, name, start = job
+        stop = min(start + _ROWS, first.stop)
+        rows = piece.T if parameter.transposed else piece  # as in the file
+        part = tensors[name].read((slice(start, stop), *others))
+        rows[start - first.start : stop - first.start] = part
+
+    starts = range(first.start, first.stop, _ROWS)
+    pieces = zip(_pieces(values, parameter), names.flat, strict=True)
     with ThreadPoolExecutor(_READERS) as pool:
-        for _ in pool.map(fill, _pieces(values, parameter), names.flat):
-            pass
+        list(pool.map(fill, ((*piece, start) for piece in pieces for start in starts)))
     return values
 
 

@@ -93,8 +93,12 @@ def test_every_tensor_is_named_once_in_both_formats(table):
         assert len(names) == len(set(names))
 
 
+@pytest.mark.parametrize("rows", [1 << 14, 5])  # read at once
 @pytest.mark.parametrize("options", [{"attention_bias": True}, MIXTRAL, PHI3, QWEN3_5])
-def test_a_part_of_a_parameter_is_that_part_of_the_whole(options, tools):
+def test_a_part_of_a_parameter_is_that_part_of_the_whole(
+    options, rows, tools, monkeypatch
+):
+    monkeypatch.setattr("grpo_jax.weights._names._ROWS", rows)
     config = ModelConfig.from_hf({**tools.HF, **options})
     params = tools.random_params(config)
     pairs = parameter_tensors(config, params)
