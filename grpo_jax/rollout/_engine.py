@@ -24,6 +24,7 @@ from grpo_jax.rollout._drawn import Drawn
 from grpo_jax.rollout._extend import extend, run_given
 from grpo_jax.rollout._forced import width
 from grpo_jax.rollout._loop import Held, Loop, Start
+from grpo_jax.rollout._prompts import power, prompt_blocks
 from grpo_jax.rollout._settings import GroupSettings
 from grpo_jax.rollout._slots import NONE, Demand, SlotPlan
 from grpo_jax.rollout._stored import Stored
@@ -149,7 +150,7 @@ class Engine:
             return None
         self._make_room(demand)
         if demand.new:
-            self._prefill(count=power(demand.new))
+            self._prefill(most=demand.new)
         while demand.long:
             self._extend(demand)
             demand = self._demand(wanted)
@@ -277,27 +278,29 @@ class Engine:
             last=self._place(last),
         )
 
-    def _prefill(self, *, count: int) -> None:
-        """Compute the new prompts, `count` of each part at once."""
+    def _prefill(self, *, most: int) -> None:
+        """Compute the new prompts, of which no part has more than `most`."""
         stored = self._stored
-        shape = len(self._new), count
-        tokens = np.zeros((*shape, self._width), np.int32)
-        lengths = np.ones(shape, np.int32)
-        rows = np.full(shape, stored.last.shape[1], np.int32)
-        for part, pairs in enumerate(self._new):
-            for at, (row, group) in enumerate(pairs):
-                prompt: Any = self.drawn.prompts[group]
-                tokens[part, at, : len(prompt)] = prompt
-                lengths[part, at], rows[part, at] = len(prompt), row
-        shared, last = programs.prefill(
-            self._model,
-            self._variables,
-            *map(self._place, (tokens, lengths, rows)),
-            stored.prompts,
-            last=stored.last,
-            unrolled=self._unrolled,
+        blocks = prompt_blocks(
+            self._new,
+            self.drawn.prompts,
+            width=self._width,
+            most=most,
+            nowhere=stored.last.shape[1],
+            # Where fsdp splits the weights, each block would gather them again.
+            by_length=self._group_size == 1 and self._unrolled,
         )
-        self._stored = stored.replace(prompts=shared, last=last)
+        for block in blocks:
+            shared, last = programs.prefill(
+                self._model,
+                self._variables,
+                *map(self._place, block),
+                stored.prompts,
+                last=stored.last,
+                unrolled=self._unrolled,
+            )
+            stored = stored.replace(prompts=shared, last=last)
+        self._stored = stored
         self._new = [[] for _ in self._new]
 
     def _extend(self, demand: Demand) -> None:
@@ -387,8 +390,3 @@ class Engine:
         # changes while a program that was started still reads.
         x = x.copy()
         return jnp.asarray(x) if self._mesh is None else meshes.to_mesh(self._mesh, x)
-
-
-def power(count: int) -> int:
-    """The next power of two: programs are compiled for few sizes."""
-    return 1 << max(count - 1, 0).bit_length()

@@ -122,7 +122,7 @@ def by_part(change: Callable, x: Array, *others: Array) -> Array:
 def prefill(
     model: SlotDecoder,
     variables: PyTree,
-    prompts: Int[Array, "A m P"],
+    prompts: Int[Array, "A m w"],
     lengths: Int[Array, "A m"],
     rows: Int[Array, "A m"],
     shared: tuple[PyTree, PyTree, PyTree],
@@ -130,7 +130,10 @@ def prefill(
     last: Float[Array, "A M D"],
     unrolled: bool,
 ) -> tuple[tuple[PyTree, PyTree, PyTree], Float[Array, "A M D"]]:
-    """The block of prompts with new ones in `rows`; one beyond the last is dropped."""
+    """The block of prompts with new ones in `rows`; one beyond the last is dropped.
+
+    They may be narrower than the block: what is behind them is never read.
+    """
     parts, count, width = prompts.shape
     hidden, prefix = model.apply(
         variables,
@@ -140,7 +143,8 @@ def prefill(
     )
 
     def put(old: Array, new: Array, at: Array) -> Array:
-        return old.at[at].set(new, mode="drop")
+        behind = [(0, o - n) for o, n in zip(old.shape[1:], new.shape[1:], strict=True)]
+        return old.at[at].set(jnp.pad(new, [(0, 0), *behind]), mode="drop")
 
     def put_all(new: Array, old: PyTree) -> PyTree:
         if unrolled:

@@ -23,7 +23,8 @@ from grpo_jax.models.protocol import SlotDecoder
 from grpo_jax.parallel import mesh as meshes
 from grpo_jax.rollout import _loop as loops
 from grpo_jax.rollout import _programs as programs
-from grpo_jax.rollout._engine import MOST_TURNS, power
+from grpo_jax.rollout._engine import MOST_TURNS
+from grpo_jax.rollout._prompts import power
 from grpo_jax.rollout._settings import GroupSettings, group_settings
 
 
