@@ -287,7 +287,7 @@ class Engine:
             width=self._width,
             most=most,
             nowhere=stored.last.shape[1],
-            # Where fsdp splits the weights, each block would gather them again.
+            # Each block would gather weights that fsdp splits, or dequantize its own.
             by_length=self._group_size == 1 and self._unrolled,
         )
         for block in blocks:

@@ -10,7 +10,7 @@ from grpo_jax.parallel import mesh as meshes
 
 # Tokens of a block of like lengths: enough for products at full speed.
 _TOKENS = 2048
-# The widths of such blocks are this many, and no narrower than that.
+# Such blocks have at most so many widths, which are multiples of that.
 _WIDTHS, _NARROWEST = 4, 64
 
 
@@ -45,18 +45,20 @@ def prompt_blocks(
       nowhere: the row of what is only filling.
       by_length: in blocks of like lengths.
     """
-    each = most
+    each, widths = most, [width]
     if by_length:
         each = power(max(_TOKENS // width, 1) + 1) // 2  # a power of two, not above
         new = [sorted(own, key=lambda pair: -len(prompts[pair[1]])) for own in new]
-    for start in range(0, most, each):
+        firsts = [[len(prompts[g]) for _, g in own[::each]] for own in new]
+        longest = np.zeros((len(firsts), -(-most // each)), np.int64)
+        for own, lengths in zip(longest, firsts, strict=True):
+            own[: len(lengths)] = lengths
+        longest = meshes.gather_rows(longest).max(axis=0)
+        step = -(-width // (_WIDTHS * _NARROWEST)) * _NARROWEST
+        steps = np.maximum(-(-longest // step), 1)
+        widths = np.minimum(steps * step, width).tolist()
+    for start, wide in zip(range(0, most, each), widths, strict=True):
         parts = [own[start : start + each] for own in new]
-        wide = width
-        if by_length:
-            longest = max((len(prompts[g]) for own in parts for _, g in own), default=1)
-            longest = int(meshes.gather_rows(np.array([longest])).max())
-            step = max(width // _WIDTHS, _NARROWEST)
-            wide = min(-(-longest // step) * step, width)
         shape = len(parts), power(min(each, most - start))
         tokens = np.zeros((*shape, wide), np.int32)
         lengths, rows = np.ones(shape, np.int32), np.full(shape, nowhere, np.int32)
