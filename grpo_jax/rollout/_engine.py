@@ -7,7 +7,7 @@ prompts, a wider ring, fewer slots. Programs are compiled for the few sizes that
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -280,10 +280,10 @@ class Engine:
 
     def _prefill(self, *, most: int) -> None:
         """Compute the new prompts, of which no part has more than `most`."""
-        stored = self._stored
+        stored, prompts = self._stored, self.drawn.prompts
         blocks = prompt_blocks(
             self._new,
-            self.drawn.prompts,
+            cast(list[Sequence[int]], prompts),  # those of new groups are there
             width=self._width,
             most=most,
             nowhere=stored.last.shape[1],

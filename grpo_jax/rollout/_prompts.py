@@ -1,6 +1,6 @@
 """The blocks in which the engine computes new prompts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ class Block(NamedTuple):
 
 def prompt_blocks(
     new: Sequence[Sequence[tuple[int, int]]],
-    prompts: Mapping[int, Sequence[int]] | Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     *,
     width: int,
     most: int,
