@@ -99,7 +99,7 @@ def measure(options: Options, name: str, source: Callable[[], Any]) -> dict[str,
         task,
         prompts=options.prompts or (400 if jax.default_backend() == "cpu" else None),
         max_new_tokens=options.max_new_tokens,
-        batch_size=64 if jax.default_backend() == "cpu" else 512,
+        batch_size=128 if jax.default_backend() == "cpu" else 512,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (to_json_line(record) + "\n" for record in result.records(task.test))
