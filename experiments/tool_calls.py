@@ -53,7 +53,6 @@ READER = {
     "fields": {"tool_calls": CALLS, "content": {"close": "<|im_end|>"}},
 }
 
-
 QUESTIONS = (
     "A box holds {b} nails. How many nails are in {a} boxes?",
     "A ticket costs {b} dollars. How much do {a} tickets cost?",
@@ -130,17 +129,19 @@ def with_bare_calls(model: str, out: Path) -> None:
         if tags not in template:
             raise SystemExit(f"the chat template of {model} has no {tags!r}.")
         template = template.replace(tags, bare)
-    grpo_jax.save_pretrained(out, policy)
-    (out / "chat_template.jinja").write_text(template)
-    path = out / "tokenizer_config.json"
+    part = out.with_name(f"{out.name}.part")  # until it is whole
+    grpo_jax.save_pretrained(part, policy)
+    (part / "chat_template.jinja").write_text(template)
+    path = part / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {"response_template": READER}
     path.write_text(json.dumps(settings, indent=2))
+    part.rename(out)
 
 
 def main(options: Options) -> None:
     """Measure the model with and without the tool, train it, measure it again."""
     start = options.runs / "model"
-    if not (start / "tokenizer_config.json").is_file():
+    if not start.is_dir():
         with_bare_calls(options.model, start)
     before = measure(options, "before", lambda: grpo_jax.load_pretrained(str(start)))
     for seed in options.seeds:
